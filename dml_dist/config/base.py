@@ -1,0 +1,42 @@
+"""What every section of the configuration has in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen, strict part of the configuration: unknown keys, NaN and coercions are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+def resumable(default: Any = ..., **constraints: Any) -> Any:
+    """A field that may differ between a run and its resumption; the change is recorded."""
+    return Field(default, json_schema_extra={"resumable": True}, **constraints)
+
+
+class CustomSection(Section):
+    """A member of a family that the user wrote."""
+
+    target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """Where the object lives, as `package.module:name`."""
+
+    options: dict[str, Any] = {}
+    """Keyword arguments given to it."""
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -1,0 +1,211 @@
+"""Configuration of losses and optimisation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dml_dist.config.base import (
+    CustomSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+# ---------------------------------------------------------------- losses
+
+
+class ProxyNCAConfig(Section):
+    """Proxy-NCA (Movshovitz-Attias et al., ICCV 2017), static assignment, NCA surrogate."""
+
+    name: Literal["proxy_nca"] = "proxy_nca"
+
+    denominator: Literal["all", "negatives"] = "all"
+    """`negatives` is the paper's form; `all` also has the positive in the denominator."""
+
+    embedding_scale: PositiveFloat = 3.0
+    """s_x, the length given to normalised embeddings."""
+
+    proxy_scale: PositiveFloat = 3.0
+    """s_p, the length given to normalised proxies; logits are 2 s_x s_p cos."""
+
+    proxies_per_class: PositiveInt = 1
+    """K; the nearest of the class's K proxies is the positive, the others are no negatives."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread over the negative proxies; needs `denominator: all`."""
+
+    logit_memory_mb: PositiveFloat = 64.0
+    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ProxyNCAConfig:
+        if self.label_smoothing > 0 and self.denominator == "negatives":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} needs denominator: all, "
+                "got denominator: negatives, whose loss is no cross-entropy"
+            )
+        return self
+
+
+class CustomLossConfig(CustomSection):
+    """A loss of one's own, of row form (over proxies) or pair form (over the global batch)."""
+
+    name: Literal["custom"] = "custom"
+
+
+LossConfig = Annotated[ProxyNCAConfig | CustomLossConfig, Field(discriminator="name")]
+
+# ---------------------------------------------------------------- optimisers
+
+
+class _OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-3
+    """Learning rate of the backbone, and of every group without its own."""
+
+    head_lr: PositiveFloat | None = None
+    """Learning rate of the embedding head; none means `lr`."""
+
+    proxy_lr: PositiveFloat | None = None
+    """Learning rate of the proxies; none means `lr`."""
+
+    bias_lr: PositiveFloat | None = None
+    """Learning rate of biases of backbone and head; none means that of their group."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of all parameters that are not excluded."""
+
+    no_weight_decay: tuple[Literal["backbone", "head", "biases", "norms", "proxies"], ...] = (
+        "biases",
+        "norms",
+        "proxies",
+    )
+    """Kinds of parameters without weight decay."""
+
+
+class AdamConfig(_OptimizerConfig):
+    """Adam."""
+
+    name: Literal["adam"] = "adam"
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay of the running means of the gradient and of its square."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment; recipes of Proxy-NCA use 1.0."""
+
+
+class AdamWConfig(_OptimizerConfig):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay of the running means of the gradient and of its square."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+
+class SGDConfig(_OptimizerConfig):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+
+    nesterov: bool = False
+    """Nesterov's form of momentum; needs momentum > 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SGDConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: true needs momentum > 0, got momentum 0")
+        return self
+
+
+class RMSpropConfig(_OptimizerConfig):
+    """RMSprop."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the running mean of the squared gradient."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+
+class CustomOptimizerConfig(CustomSection, _OptimizerConfig):
+    """`target(parameter_groups, **options)` gives a torch optimiser whose state is per element."""
+
+    name: Literal["custom"] = "custom"
+
+
+OptimizerConfig = Annotated[
+    AdamConfig | AdamWConfig | SGDConfig | RMSpropConfig | CustomOptimizerConfig,
+    Field(discriminator="name"),
+]
+
+# ---------------------------------------------------------------- schedules
+
+
+class ConstantScheduleConfig(Section):
+    """The learning rates stay, after warm-up."""
+
+    name: Literal["constant"] = "constant"
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the factor rises linearly to 1."""
+
+
+class StepScheduleConfig(Section):
+    """The learning rates are multiplied by gamma at each milestone."""
+
+    name: Literal["step"] = "step"
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the factor rises linearly to 1."""
+
+    milestones: tuple[PositiveInt, ...]
+    """Epochs at whose beginning the factor is multiplied by gamma, in rising order."""
+
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The factor."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StepScheduleConfig:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise, got {list(self.milestones)}")
+        return self
+
+
+class CosineScheduleConfig(Section):
+    """The learning rates fall along half a cosine to `final` at the last step."""
+
+    name: Literal["cosine"] = "cosine"
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the factor rises linearly to 1."""
+
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Factor at the end."""
+
+
+ScheduleConfig = Annotated[
+    ConstantScheduleConfig | StepScheduleConfig | CosineScheduleConfig,
+    Field(discriminator="name"),
+]

@@ -1,0 +1,220 @@
+"""The configuration of one run: frozen, strict models, one field one docstring."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dml_dist.config.base import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    resumable,
+)
+from dml_dist.config.data import BalancedBatchesConfig, DataConfig
+from dml_dist.config.model import ModelConfig
+from dml_dist.config.objective import (
+    AdamConfig,
+    ConstantScheduleConfig,
+    LossConfig,
+    OptimizerConfig,
+    ProxyNCAConfig,
+    ScheduleConfig,
+)
+
+# ---------------------------------------------------------------- validation
+
+
+class FractionValidationConfig(Section):
+    """A seeded share of the training classes is held out."""
+
+    name: Literal["fraction"] = "fraction"
+
+    fraction: Fraction = 0.1
+    """Share of the training classes; at least two are held out."""
+
+
+class ClassesValidationConfig(Section):
+    """Named training classes are held out."""
+
+    name: Literal["classes"] = "classes"
+
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Class names as they stand in the index."""
+
+
+class FoldsValidationConfig(Section):
+    """The training classes are cut into seeded folds; one is held out."""
+
+    name: Literal["folds"] = "folds"
+
+    num_folds: Annotated[int, Field(ge=2)] = 4
+    """Number of folds."""
+
+    fold: NonNegativeInt = 0
+    """The fold that validates, 0 .. num_folds - 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> FoldsValidationConfig:
+        if self.fold >= self.num_folds:
+            raise ValueError(f"fold must be below num_folds {self.num_folds}, got fold {self.fold}")
+        return self
+
+
+class NoValidationConfig(Section):
+    """No class is held out; the last checkpoint is the result."""
+
+    name: Literal["none"] = "none"
+
+
+ValidationConfig = Annotated[
+    FractionValidationConfig | ClassesValidationConfig | FoldsValidationConfig | NoValidationConfig,
+    Field(discriminator="name"),
+]
+
+# ---------------------------------------------------------------- sections
+
+
+class TrainConfig(Section):
+    """The course of training."""
+
+    global_batch_size: Annotated[int, Field(ge=2)] = 64
+    """B, images of one step over all ranks; the only batch setting."""
+
+    steps: PositiveInt | None = resumable(None)
+    """Number of optimiser updates; give this or `epochs`."""
+
+    epochs: PositiveInt | None = resumable(None)
+    """Number of passes over the training images; give this or `steps`."""
+
+    backbone_warmup_epochs: NonNegativeInt = 0
+    """Epochs at the start in which only head and proxies are updated."""
+
+    max_grad_norm: PositiveFloat | None = None
+    """Gradients of backbone, head and all proxies together are clipped to this norm."""
+
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    """Arithmetic of the network; auto is bf16 autocast on a GPU and float32 on a CPU."""
+
+    log_every: PositiveInt = resumable(10)
+    """Steps between two records of the training loss."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                "give exactly one of steps and epochs, "
+                f"got steps={self.steps}, epochs={self.epochs}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """How embeddings are computed and ranked."""
+
+    recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """The K of Recall@K, in rising order."""
+
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    """Cosine compares L2-normalised embeddings, euclidean the embeddings as they are."""
+
+    batch_size: PositiveInt = 256
+    """Images of one evaluation batch over all ranks: an embedding's bits depend on its batch."""
+
+    every_steps: PositiveInt | None = resumable(None)
+    """Steps between two validations; none means the end of each epoch."""
+
+    evaluate_test_every: PositiveInt | None = resumable(None)
+    """Steps between two evaluations on test classes ("literature protocol"), never selected on."""
+
+    backend: Literal["auto", "faiss", "torch"] = resumable("auto")
+    """What proposes neighbours; auto is Faiss on a CPU and torch on a GPU; results are the same."""
+
+    memory_mb: PositiveFloat = resumable(512.0)
+    """Bound on the working memory of the search of each rank, in MiB, beside its embeddings."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if list(self.recall_at) != sorted(set(self.recall_at)):
+            raise ValueError(f"recall_at must rise, got {list(self.recall_at)}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved."""
+
+    every_steps: PositiveInt | None = resumable(None)
+    """Steps between two checkpoints; none means at each validation, or at the end of each epoch."""
+
+    keep: PositiveInt = resumable(2)
+    """Newest checkpoints that are kept, beside the best one."""
+
+
+class LaunchConfig(Section):
+    """On how many processes, and how, the run is carried out."""
+
+    launcher: Literal["ray", "torchrun", "inprocess"] = resumable("inprocess")
+    """Ray Train places and restarts ranks; torchrun started this process; inprocess is one rank."""
+
+    num_workers: PositiveInt = resumable(1)
+    """W, the number of ranks under Ray."""
+
+    threads_per_rank: PositiveInt | None = resumable(None)
+    """CPU threads of each rank; none shares the cores out."""
+
+    cpus_per_rank: PositiveFloat = resumable(1.0)
+    """CPUs that Ray reserves for each rank."""
+
+    use_gpu: Literal["auto", "yes", "no"] = resumable("auto")
+    """Auto uses GPUs when there are as many as ranks on this machine."""
+
+    address: str | None = resumable(None)
+    """Address of a running Ray cluster; none starts one on this machine."""
+
+    max_failures: NonNegativeInt = resumable(3)
+    """How often Ray restarts a failed group of ranks from the last checkpoint."""
+
+    timeout_seconds: PositiveFloat = resumable(600.0)
+    """How long a rank waits for the others in a collective before the run fails."""
+
+
+class RunConfig(Section):
+    """One training execution."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its folder is `runs/<name>` unless --run-dir says otherwise."""
+
+    seed: NonNegativeInt = 0
+    """Seed of everything that is drawn."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = ProxyNCAConfig()
+    optim: OptimizerConfig = AdamConfig()
+    schedule: ScheduleConfig = ConstantScheduleConfig()
+    train: TrainConfig
+    validation: ValidationConfig = FractionValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        batches = self.data.batches
+        if isinstance(batches, BalancedBatchesConfig):
+            product = batches.classes_per_batch * batches.samples_per_class
+            if product != self.train.global_batch_size:
+                raise ValueError(
+                    f"data.batches: classes_per_batch {batches.classes_per_batch} x "
+                    f"samples_per_class {batches.samples_per_class} = {product} must equal "
+                    f"train.global_batch_size {self.train.global_batch_size}"
+                )
+        if self.launch.launcher == "ray" and self.launch.num_workers > self.train.global_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {self.train.global_batch_size} must be at least "
+                f"launch.num_workers {self.launch.num_workers}: every rank needs an image"
+            )
+        return self
