@@ -1,0 +1,303 @@
+"""The only door to torch.distributed: named collectives that return new tensors.
+
+`Comm.single()` is one process without a process group. It runs through the same methods, so that
+callers have one code path for any number of ranks.
+
+Every rank calls the same collectives in the same order. `what` names a collective in errors: when
+a rank dies, lags behind or calls something else, the others raise a RunError within the process
+group's timeout that says which collective waited. (NCCL instead ends the process through its
+watchdog after the same timeout.)
+
+Bytes: `bytes_sent` counts what this rank sends when collectives are carried out as rings, which is
+the least that is possible for large tensors. W ranks, n bytes of input on this rank:
+
+    all-gather (W - 1) n      all-reduce 2 (W - 1) n / W      reduce-scatter (W - 1) n / W
+    broadcast  (W - 1) n on the source, 0 elsewhere
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dml_dist.errors import DmlDistError, RunError
+from dml_dist.topology import Topology
+
+
+class Comm:
+    """Collectives among the ranks of one run.
+
+    Attributes:
+        topology: This rank's place.
+        group: The process group, or None in one process.
+        timeout_seconds: How long a collective waits for the others.
+        bytes_sent: Bytes this rank sent so far (see the head of this file).
+        num_collectives: Collectives carried out so far.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        topology: Topology | None = None,
+        *,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        """Wrap a process group whose ranks are those of `topology`; None is one process."""
+        self.topology = topology or Topology()
+        expected = 1 if group is None else dist.get_world_size(group)
+        if self.topology.world_size != expected:
+            raise ValueError(
+                f"required a process group of world_size {self.topology.world_size}, "
+                f"got one of {expected}"
+            )
+        self.group = group
+        self.timeout_seconds = timeout_seconds
+        self.bytes_sent = 0
+        self.num_collectives = 0
+
+    @classmethod
+    def single(cls, device: str = "cpu") -> Comm:
+        """Return the Comm of one process."""
+        return cls(None, Topology(device=device))
+
+    @classmethod
+    def from_default_group(
+        cls,
+        device: str = "cpu",
+        *,
+        local_rank: int = 0,
+        timeout_seconds: float = 600.0,
+    ) -> Comm:
+        """Return the Comm of the default process group, or of one process when there is none.
+
+        Args:
+            device: This rank's device, "cpu" or "cuda:N".
+            local_rank: This rank's number on its machine.
+            timeout_seconds: The timeout the group was made with; it is only named in errors.
+        """
+        if not dist.is_initialized():
+            return cls.single(device)
+        topology = Topology(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        return cls(dist.group.WORLD, topology, timeout_seconds=timeout_seconds)
+
+    @property
+    def rank(self) -> int:
+        """This rank, 0 .. world_size - 1."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.topology.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return torch.device(self.topology.device)
+
+    # ------------------------------------------------------------ tensors
+
+    def all_gather_rows(
+        self, x: Tensor, sizes: Sequence[int], *, what: str = "all-gather"
+    ) -> Tensor:
+        """Return the rows of all ranks in rank order, (sum(sizes), ...).
+
+        Args:
+            x: This rank's rows, (sizes[rank], ...).
+            sizes: Number of rows of each rank, the same on every rank; they may be unequal.
+            what: Name of the collective in errors.
+        """
+        self._check_rows(x, sizes[self.rank], sizes, what)
+        if self.group is None:
+            return x.clone()
+        if x.dtype == torch.bool:
+            return self.all_gather_rows(x.to(torch.uint8), sizes, what=what).to(torch.bool)
+        padded = _pad_rows(x, max(sizes))
+        out = padded.new_empty((self.world_size * max(sizes), *x.shape[1:]))
+        with self.guard(what):
+            dist.all_gather_into_tensor(out, padded, group=self.group)
+        self._count((self.world_size - 1) * _num_bytes(padded))
+        return _unpad_rows(out, sizes)
+
+    def reduce_scatter_rows(
+        self, x: Tensor, sizes: Sequence[int], *, what: str = "reduce-scatter"
+    ) -> Tensor:
+        """Return this rank's rows of the sum over ranks, (sizes[rank], ...).
+
+        Args:
+            x: Rows of all ranks, (sum(sizes), ...).
+            sizes: Number of rows of each rank, the same on every rank; they may be unequal.
+            what: Name of the collective in errors.
+        """
+        self._check_rows(x, sum(sizes), sizes, what)
+        if self.group is None:
+            return x.clone()
+        padded = torch.cat([_pad_rows(part, max(sizes)) for part in x.split(list(sizes))])
+        out = padded.new_empty((max(sizes), *x.shape[1:]))
+        with self.guard(what):
+            dist.reduce_scatter_tensor(out, padded, group=self.group)
+        self._count((self.world_size - 1) * _num_bytes(padded) // self.world_size)
+        return out[: sizes[self.rank]]
+
+    def all_reduce_sum(self, x: Tensor, *, what: str = "sum") -> Tensor:
+        """Return the sum over ranks; `x` has the same shape on every rank."""
+        return self._all_reduce(x, dist.ReduceOp.SUM, what)
+
+    def all_reduce_max(self, x: Tensor, *, what: str = "maximum") -> Tensor:
+        """Return the maximum over ranks; `x` has the same shape on every rank."""
+        return self._all_reduce(x, dist.ReduceOp.MAX, what)
+
+    def broadcast(self, x: Tensor, source: int, *, what: str = "broadcast") -> Tensor:
+        """Return rank `source`'s tensor.
+
+        Args:
+            x: The tensor on the source; elsewhere a tensor of the same shape and dtype.
+            source: The rank that sends.
+            what: Name of the collective in errors.
+        """
+        out = x.clone(memory_format=torch.contiguous_format)
+        if self.group is None:
+            return out
+        with self.guard(what):
+            dist.broadcast(out, group_src=source, group=self.group)
+        self._count((self.world_size - 1) * _num_bytes(x) if source == self.rank else 0)
+        return out
+
+    def barrier(self, *, what: str = "barrier") -> None:
+        """Wait until every rank is here."""
+        self.all_reduce_max(torch.zeros(1, dtype=torch.int64), what=what)
+
+    # ------------------------------------------------------------ objects
+
+    def gather_objects(self, value: Any, *, what: str = "gather objects") -> list[Any]:
+        """Return the picklable values of all ranks, in rank order, on every rank."""
+        data = _to_bytes(value)
+        length = torch.tensor([len(data)], dtype=torch.int64)
+        lengths = self.all_gather_rows(length, [1] * self.world_size, what=what).tolist()
+        gathered = self.all_gather_rows(data, lengths, what=what)
+        return [_from_bytes(part) for part in gathered.split(lengths)]
+
+    def broadcast_object(
+        self, value: Any, source: int = 0, *, what: str = "broadcast object"
+    ) -> Any:
+        """Return rank `source`'s picklable value; what the others give is not looked at."""
+        data = _to_bytes(value if self.rank == source else None)
+        length = torch.tensor([len(data)], dtype=torch.int64)
+        length = self.broadcast(length, source, what=what)
+        if self.rank != source:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        return _from_bytes(self.broadcast(data, source, what=what))
+
+    def agree(self, error: Exception | None, *, what: str = "agree") -> None:
+        """Raise on every rank when any rank has an error; called by every rank.
+
+        Errors of dml_dist keep their class and text, with the rank in front; others become a
+        RunError. The lowest rank's error is raised when there are several.
+
+        Args:
+            error: This rank's error, or None when all is well here.
+            what: Name of the collective in errors.
+        """
+        failed = torch.tensor([0 if error is None else 1], dtype=torch.int64)
+        if not int(self.all_reduce_max(failed, what=what)):
+            return
+        if self.group is None and error is not None:
+            raise error
+        described = None if error is None else _describe(error)
+        errors = self.gather_objects(described, what=what)
+        ranks = [rank for rank, entry in enumerate(errors) if entry is not None]
+        kind, text = errors[ranks[0]]
+        if len(ranks) == self.world_size and all(entry == errors[0] for entry in errors):
+            raise kind(text) from error
+        raise kind(f"rank {ranks[0]} of {self.world_size}: {text}") from error
+
+    # ------------------------------------------------------------ errors
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Turn a failure of the process group inside the block into a RunError that names it.
+
+        Also for collectives that are started elsewhere, as DDP's in a backward pass.
+        """
+        start = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_transport_error(error):
+                raise
+            raise RunError(
+                f"rank {self.rank} of {self.world_size}: required all ranks in the collective "
+                f"{what!r} (number {self.num_collectives}) within {self.timeout_seconds:g} s, "
+                f"got none after {time.monotonic() - start:.1f} s; another rank ended, lags "
+                f"behind or called another collective: look at its output. [{error}]"
+            ) from error
+
+    def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        if self.group is None:
+            return out
+        with self.guard(what):
+            dist.all_reduce(out, op=op, group=self.group)
+        self._count(2 * (self.world_size - 1) * _num_bytes(x) // self.world_size)
+        return out
+
+    def _check_rows(self, x: Tensor, rows: int, sizes: Sequence[int], what: str) -> None:
+        if len(sizes) != self.world_size or x.ndim == 0 or x.shape[0] != rows:
+            raise ValueError(
+                f"{what}: required {rows} rows and {self.world_size} sizes on rank {self.rank}, "
+                f"got a tensor of shape {tuple(x.shape)} and sizes {list(sizes)}"
+            )
+
+    def _count(self, num_bytes: int) -> None:
+        self.bytes_sent += num_bytes
+        self.num_collectives += 1
+
+
+def _num_bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Return x, (n, ...), with zero rows up to `rows`."""
+    if x.shape[0] == rows:
+        return x.contiguous()
+    return torch.cat([x, x.new_zeros((rows - x.shape[0], *x.shape[1:]))])
+
+
+def _unpad_rows(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the first sizes[r] of every max(sizes) rows of x."""
+    if min(sizes) == max(sizes):
+        return x
+    return torch.cat([part[:size] for part, size in zip(x.split(max(sizes)), sizes, strict=True)])
+
+
+def _to_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    # Both ends are ranks of the same run: they share code, and the group is closed to others.
+    return pickle.loads(data.numpy().tobytes())
+
+
+def _describe(error: Exception) -> tuple[type[DmlDistError], str]:
+    """Return the class to raise on all ranks, and the text."""
+    if isinstance(error, DmlDistError):
+        return type(error), str(error)
+    return RunError, f"{type(error).__name__}: {error}"
+
+
+def _is_transport_error(error: RuntimeError) -> bool:
+    """Whether torch.distributed raised this; gloo's own errors have no class of their own."""
+    if isinstance(error, RunError):
+        return False
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")
+    )
