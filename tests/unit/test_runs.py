@@ -1,0 +1,186 @@
+"""A run folder: refuses to be overwritten, keeps its attempts, and knows where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dml_dist
+from dml_dist import runs
+from dml_dist.errors import ConfigError, DataError
+from dml_dist.runs import GitState, RunFolder, git_revision
+
+ATTEMPT = {"world_size": 2, "launcher": "ray", "device": "2 x cpu", "command": ["dml-dist"]}
+
+
+def make(path: Path) -> RunFolder:
+    return RunFolder.create(path, "name: demo\n", name="demo", seed=7)
+
+
+def test_a_new_run_has_its_files(tmp_path: Path) -> None:
+    run = make(tmp_path / "runs" / "demo")
+    assert run.config_path.read_text() == "name: demo\n"
+    assert run.records("steps") == tmp_path / "runs" / "demo" / "records" / "steps.jsonl"
+    assert run.records("evaluations").parent.is_dir()
+    assert run.checkpoints.is_dir()
+    info = RunFolder.open(run.path).info()
+    assert (info.name, info.seed, info.finished, info.attempts) == ("demo", 7, None, ())
+    assert info.created.endswith("+00:00")
+
+
+def test_an_empty_folder_is_taken_and_relative_paths_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    run = make(Path("x"))
+    assert run.path == tmp_path / "x"
+    assert run.info_path.is_file()
+
+
+def test_an_existing_run_is_refused_with_its_state(tmp_path: Path) -> None:
+    run = make(tmp_path / "demo")
+    with pytest.raises(ConfigError, match=r"'demo' \(unfinished, no checkpoint yet\)"):
+        make(tmp_path / "demo")
+    run.begin_attempt(**ATTEMPT)
+    for name in ("step_00000050-a1", "step_00000400-a1", "notes", "step_00000100-a1"):
+        (run.checkpoints / name).mkdir()
+    with pytest.raises(ConfigError) as caught:
+        make(tmp_path / "demo")
+    for part in ("last checkpoint at step 400", "--resume", "--run-dir", str(run.path)):
+        assert part in str(caught.value)
+    run.finish({"trained": {}})
+    with pytest.raises(ConfigError, match=r"\(finished 2.*, last checkpoint at step 400\)"):
+        make(tmp_path / "demo")
+    assert run.config_path.read_text() == "name: demo\n"
+
+
+def test_other_folders_and_files_are_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        make(tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+    with pytest.raises(ConfigError, match="is a file"):
+        make(tmp_path / "photos" / "a.jpg")
+
+
+def test_a_run_that_another_command_is_starting_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "_refuse_existing", lambda self: None)  # both looked before
+    make(tmp_path / "demo")
+    with pytest.raises(ConfigError, match="another command is starting"):
+        make(tmp_path / "demo")
+
+
+def test_opening_what_is_no_run_names_the_runs_near_it(tmp_path: Path) -> None:
+    make(tmp_path / "runs" / "one")
+    with pytest.raises(ConfigError, match=r"does not exist; runs near it: .*runs.one;"):
+        RunFolder.open(tmp_path / "runs" / "two")
+    with pytest.raises(ConfigError, match=r"no run\.json; runs near it: .*runs.one;"):
+        RunFolder.open(tmp_path / "runs")
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder.open(tmp_path / "runs" / "one" / "config.yaml")
+    with pytest.raises(ConfigError, match="does not exist; give the folder"):
+        RunFolder.open(tmp_path / "no" / "such")
+
+
+def test_attempts_are_numbered_and_keep_what_changed(tmp_path: Path) -> None:
+    run = make(tmp_path / "demo")
+    assert run.begin_attempt(**ATTEMPT) == 1
+    changes = [{"path": "launch.num_workers", "old": 2, "new": 3}]
+    assert RunFolder.open(run.path).begin_attempt(**{**ATTEMPT, "world_size": 3}, changes=changes)
+    first, second = run.info().attempts
+    assert (first.attempt, first.world_size, first.changes) == (1, 2, ())
+    assert (second.attempt, second.world_size, second.changes) == (2, 3, tuple(changes))
+    assert second.command == ("dml-dist",)
+    assert second.versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert "torch" in second.versions
+    assert isinstance(second.git, GitState)
+    assert second.host
+    assert second.platform
+
+
+def test_finish_writes_the_metrics_and_going_on_unmarks_the_run(tmp_path: Path) -> None:
+    run = make(tmp_path / "demo")
+    run.begin_attempt(**ATTEMPT)
+    run.add_facts({"training classes": 450})
+    run.add_facts({"steps": 1000})
+    run.finish({"trained": {"recall_at_1": 0.875, "map_at_r": float("nan")}})
+    assert json.loads(run.metrics_path.read_text()) == {
+        "trained": {"recall_at_1": 0.875, "map_at_r": "nan"}
+    }
+    assert run.info().finished is not None
+    assert run.info().facts == {"training classes": 450, "steps": 1000}
+    run.begin_attempt(**ATTEMPT)
+    assert run.info().finished is None
+    assert run.metrics_path.exists()
+
+
+@pytest.mark.parametrize("text", ['{"name": "x"', "{}", '{"attempts": [], "color": 1}', "[]"])
+def test_damaged_run_json_is_named(tmp_path: Path, text: str) -> None:
+    run = make(tmp_path / "demo")
+    run.info_path.write_text(text)
+    with pytest.raises(DataError, match=r"run\.json"):
+        run.info()
+
+
+def git(folder: Path, *arguments: str) -> str:
+    # A repository of its own: neither the user's settings nor the variables of a running hook.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    return subprocess.run(
+        ["git", *identity, *arguments],
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+
+
+def test_git_revision_follows_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git_revision(tmp_path) == GitState(None, None)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("x = 1\n")
+    git(tmp_path, "init", "-q")
+    assert git_revision(package) == GitState(None, None)  # no commit yet
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "One")
+    revision = git(tmp_path, "rev-parse", "HEAD")
+    assert git_revision(package) == GitState(revision, dirty=False)
+    (tmp_path / "notes.txt").write_text("outside of the package\n")
+    assert git_revision(package) == GitState(revision, dirty=False)
+    (package / "b.py").write_text("")
+    assert git_revision(package) == GitState(revision, dirty=True)
+    (package / "b.py").unlink()
+    (package / "a.py").write_text("x = 2\n")
+    assert git_revision(package) == GitState(revision, dirty=True)
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    assert git_revision(package) == GitState(revision, dirty=True)
+    # Installed into a virtual environment that lies, ignored, inside someone else's repository.
+    installed = tmp_path / "venv" / "package"
+    installed.mkdir(parents=True)
+    (installed / "a.py").write_text("")
+    assert git_revision(installed) == GitState(None, None)
+    monkeypatch.setenv("PATH", "")
+    assert git_revision(package) == GitState(None, None)
+
+
+def test_the_run_folder_needs_no_torch() -> None:
+    program = "import sys, dml_dist.runs; sys.exit('torch' in sys.modules)"
+    folder = Path(dml_dist.__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_PACKAGES", ("no-such-package", "torch"))
+    assert sorted(runs.installed_versions()) == ["python", "torch"]
