@@ -69,7 +69,7 @@ class Attempt:
         launcher: "ray", "torchrun" or "inprocess".
         device: What the ranks computed on, as text.
         command: The command line.
-        changes: What differs from the configuration of the attempt before: path, old, new.
+        changes: What differs from the configuration before, "path: old -> new" each.
         git: The source checkout.
         versions: Package or "python" -> version.
         platform: Operating system and processor.
@@ -81,8 +81,8 @@ class Attempt:
     world_size: int
     launcher: str
     device: str
-    command: tuple[str, ...]
-    changes: tuple[dict[str, Any], ...] = ()
+    command: str
+    changes: tuple[str, ...] = ()
     git: GitState = GitState()
     versions: Mapping[str, str] = field(default_factory=dict)
     platform: str = ""
@@ -214,7 +214,6 @@ class RunFolder:
                 Attempt(
                     **{
                         **attempt,
-                        "command": tuple(attempt["command"]),
                         "changes": tuple(attempt["changes"]),
                         "git": GitState(**attempt["git"]),
                     }
@@ -234,8 +233,8 @@ class RunFolder:
         world_size: int,
         launcher: str,
         device: str,
-        command: Sequence[str],
-        changes: Sequence[Mapping[str, Any]] = (),
+        command: str,
+        changes: Sequence[str] = (),
     ) -> int:
         """Note that training processes start, and return the attempt's number, from 1.
 
@@ -247,7 +246,7 @@ class RunFolder:
             launcher: "ray", "torchrun" or "inprocess".
             device: What the ranks compute on, such as "2 x cpu".
             command: The command line.
-            changes: Differences to the configuration before, each with path, old and new.
+            changes: Differences to the configuration before, "path: old -> new" each.
         """
         info = self.info()
         attempt = Attempt(
@@ -256,8 +255,8 @@ class RunFolder:
             world_size=world_size,
             launcher=launcher,
             device=device,
-            command=tuple(command),
-            changes=tuple(dict(change) for change in changes),
+            command=command,
+            changes=tuple(changes),
             git=git_revision(Path(__file__).parent),
             versions=installed_versions(),
             platform=platform.platform(),

@@ -15,7 +15,7 @@ from dml_dist import runs
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.runs import GitState, RunFolder, git_revision
 
-ATTEMPT = {"world_size": 2, "launcher": "ray", "device": "2 x cpu", "command": ["dml-dist"]}
+ATTEMPT = {"world_size": 2, "launcher": "ray", "device": "2 x cpu", "command": "dml-dist train"}
 
 
 def make(path: Path) -> RunFolder:
@@ -94,12 +94,12 @@ def test_opening_what_is_no_run_names_the_runs_near_it(tmp_path: Path) -> None:
 def test_attempts_are_numbered_and_keep_what_changed(tmp_path: Path) -> None:
     run = make(tmp_path / "demo")
     assert run.begin_attempt(**ATTEMPT) == 1
-    changes = [{"path": "launch.num_workers", "old": 2, "new": 3}]
+    changes = ["launch.num_workers: 2 -> 3"]
     assert RunFolder.open(run.path).begin_attempt(**{**ATTEMPT, "world_size": 3}, changes=changes)
     first, second = run.info().attempts
     assert (first.attempt, first.world_size, first.changes) == (1, 2, ())
     assert (second.attempt, second.world_size, second.changes) == (2, 3, tuple(changes))
-    assert second.command == ("dml-dist",)
+    assert second.command == "dml-dist train"
     assert second.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "torch" in second.versions
     assert isinstance(second.git, GitState)
