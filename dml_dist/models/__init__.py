@@ -1,0 +1,1 @@
+"""Embedding networks: backbone, pooling and linear head."""

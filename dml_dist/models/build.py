@@ -1,0 +1,93 @@
+"""From the configuration of a model to the model."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import numpy as np
+import torch
+from torch import nn
+
+from dml_dist.config.model import (
+    BackboneConfig,
+    Conv4Config,
+    CustomBackboneConfig,
+    ModelConfig,
+    ResNet18Config,
+    ResNet50Config,
+)
+from dml_dist.models.backbones import build_conv4, build_custom, build_resnet
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.models.pooling import build_pooling
+
+# Keeps the stream of initial weights apart from other streams of the same seed.
+_STREAM = 0x4D4F44
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int,
+    pretrained: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> EmbeddingModel:
+    """Return the embedding network on the CPU, in training mode.
+
+    Initial weights are drawn from the seed alone: they are the same on every rank, for any number
+    of ranks, whatever was drawn before. The global random state is left as it was.
+
+    Args:
+        config: The model section.
+        seed: The run's seed.
+        pretrained: False leaves the backbone's `weights` out: a checkpoint is loaded next, and
+            the file of weights need not be there any more.
+        dtype: float32, or float64 for exact comparisons.
+
+    Raises:
+        ConfigError: If weights or a custom backbone are not what they should be.
+    """
+    with torch.random.fork_rng(devices=[]):
+        drawn = int(np.random.SeedSequence([seed, _STREAM]).generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(drawn)
+        model = _build(config, pretrained)
+    model = model.to(dtype=dtype)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.train()
+
+
+def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
+    backbone, num_features = _build_backbone(config.backbone, pretrained)
+    norm = (
+        nn.LayerNorm(num_features, elementwise_affine=False) if config.layer_norm else nn.Identity()
+    )
+    return EmbeddingModel(
+        backbone=backbone,
+        pool=build_pooling(config.pooling, config.gem_power),
+        norm=norm,
+        head=nn.Linear(num_features, config.embedding_size),
+        freeze_batch_norm=_freezes_batch_norm(config.backbone),
+        channels_last=config.channels_last,
+    )
+
+
+def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module, int]:
+    match config:
+        case Conv4Config():
+            return build_conv4(config)
+        case ResNet18Config() | ResNet50Config():
+            return build_resnet(config, pretrained=pretrained)
+        case CustomBackboneConfig():
+            return build_custom(config)
+        case _:
+            assert_never(config)
+
+
+def _freezes_batch_norm(config: BackboneConfig) -> bool:
+    match config:
+        case ResNet18Config() | ResNet50Config():
+            return config.norm == "batch" and config.freeze_batch_norm
+        case Conv4Config() | CustomBackboneConfig():
+            return False
+        case _:
+            assert_never(config)

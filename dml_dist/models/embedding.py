@@ -1,0 +1,126 @@
+"""The embedding network, and what kind of parameter each of its parameters is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dml_dist.models.pooling import GeMPool
+
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class ParameterKind:
+    """What decides the learning rate and weight decay of a parameter.
+
+    Attributes:
+        part: The backbone, or the head (everything after it).
+        bias: Whether it is added to a layer's output (also of normalisation layers).
+        norm: Whether it belongs to a normalisation layer, or is the power of GeM pooling, which
+            weight decay would pull away from its meaning just the same.
+    """
+
+    part: Literal["backbone", "head"]
+    bias: bool
+    norm: bool
+
+
+class EmbeddingModel(nn.Module):
+    """Backbone, pooling, optional LayerNorm and linear head.
+
+    Attributes:
+        backbone: Images (B, 3, H, W) to features (B, F, h, w) or (B, F).
+        pool: Feature maps to (B, F); not used for features (B, F).
+        norm: LayerNorm without learned parameters, or the identity.
+        head: Linear layer to the embedding.
+        freeze_batch_norm: Batch normalisation stays in evaluation mode while training: it uses
+            its running statistics and never updates them; its affine parameters are trained.
+        channels_last: Memory format of the images given to the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pool: nn.Module,
+        norm: nn.Module,
+        head: nn.Linear,
+        *,
+        freeze_batch_norm: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pool = pool
+        self.norm = norm
+        self.head = head
+        self.freeze_batch_norm = freeze_batch_norm
+        self.channels_last = channels_last
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the number of coordinates of an embedding."""
+        return self.head.out_features
+
+    @property
+    def has_changing_buffers(self) -> bool:
+        """Whether training changes buffers (running statistics), which ranks must then share."""
+        return not self.freeze_batch_norm and any(True for _ in self.backbone.buffers())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return embeddings that are NOT normalised.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            (B, D) in the dtype of the head, float32 also under autocast: only the backbone runs
+            in lower precision.
+        """
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        features = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            features = features.to(self.head.weight.dtype)
+            if features.ndim == 4:
+                features = self.pool(features)
+            embeddings: Tensor = self.head(self.norm(features))
+            return embeddings
+
+    def train(self, mode: bool = True) -> EmbeddingModel:
+        """Set the mode; frozen batch normalisation stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def parameter_kind(name: str, module: nn.Module) -> ParameterKind:
+    """Return the kind of one parameter.
+
+    Args:
+        name: Its full name in an EmbeddingModel, as in `named_parameters()`.
+        module: The module that owns it.
+    """
+    part, _, rest = name.partition(".")
+    last = rest.rpartition(".")[2]
+    return ParameterKind(
+        part="backbone" if part == "backbone" else "head",
+        bias=last == "bias" or last.endswith("_bias"),
+        norm=isinstance(module, (*_NORMS, GeMPool)),
+    )
+
+
+def parameter_kinds(model: EmbeddingModel) -> dict[str, ParameterKind]:
+    """Return the kind of every parameter, in the order of `named_parameters()`."""
+    owners = dict(model.named_modules())
+    return {
+        name: parameter_kind(name, owners[name.rpartition(".")[0]])
+        for name, _ in model.named_parameters()
+    }

@@ -1,0 +1,242 @@
+"""Networks: shapes, dtypes, seeded weights, pooling, weight files, frozen normalisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dml_dist.config.model import (
+    BackboneConfig,
+    Conv4Config,
+    CustomBackboneConfig,
+    ModelConfig,
+    ResNet18Config,
+    ResNet50Config,
+)
+from dml_dist.errors import ConfigError
+from dml_dist.models.build import build_model
+from dml_dist.models.embedding import parameter_kinds
+from dml_dist.models.pooling import build_pooling
+
+
+class FlatBackbone(nn.Module):
+    """A custom backbone that gives vectors instead of feature maps."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.num_features = width
+        self.layer = nn.Linear(3, width)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images.mean(dim=(2, 3)))
+
+
+def no_features() -> nn.Module:
+    """A custom backbone that forgot to say how many features it gives."""
+    return nn.Conv2d(3, 4, 1)
+
+
+def no_module() -> int:
+    """A target that is no backbone at all."""
+    return 3
+
+
+def custom(name: str, **options: Any) -> ModelConfig:
+    backbone = CustomBackboneConfig(target=f"{__name__}:{name}", options=options)
+    return ModelConfig(backbone=backbone, embedding_size=5)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        Conv4Config(width=8),
+        ResNet18Config(norm="group"),
+        ResNet50Config(norm="group"),
+        ResNet18Config(freeze_batch_norm=False),
+        CustomBackboneConfig(target=f"{__name__}:FlatBackbone", options={"width": 7}),
+    ],
+    ids=["conv4", "resnet18-group", "resnet50-group", "resnet18-batch", "custom"],
+)
+def test_every_backbone_gives_embeddings(backbone: BackboneConfig) -> None:
+    model = build_model(ModelConfig(backbone=backbone, embedding_size=6, layer_norm=True), seed=1)
+    images = torch.randn(3, 3, 40, 32, generator=torch.Generator().manual_seed(0))
+    embeddings = model(images)
+    assert embeddings.shape == (3, 6)
+    assert embeddings.dtype == torch.float32
+    lengths = embeddings.norm(dim=1)
+    assert not torch.allclose(lengths, torch.ones(3), atol=1e-3)
+    embeddings.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_conv4_halves_three_times() -> None:
+    model = build_model(ModelConfig(backbone=Conv4Config(width=16)), seed=0)
+    assert model.backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 4, 4)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    config = ModelConfig(backbone=Conv4Config(width=8))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = build_model(config, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    again = build_model(config, seed=3).state_dict()
+    other = build_model(config, seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_pooling_values() -> None:
+    features = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) + 0.1
+    mean, largest = features.mean(dim=(2, 3)), features.amax(dim=(2, 3))
+    assert torch.allclose(build_pooling("avg", 3.0)(features), mean)
+    assert torch.equal(build_pooling("max", 3.0)(features), largest)
+    assert torch.allclose(build_pooling("avg+max", 3.0)(features), mean + largest)
+    assert torch.allclose(build_pooling("gem", 1.0)(features), mean)
+    expected = features.double().pow(3).mean(dim=(2, 3)).pow(1 / 3).float()
+    assert torch.allclose(build_pooling("gem", 3.0)(features), expected)
+
+
+@pytest.mark.parametrize("power", [1.0, 3.0, 64.0])
+def test_gem_is_finite_at_zero_and_far_out(power: float) -> None:
+    pool = build_pooling("gem", power)
+    features = torch.cat([torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 1e4)])
+    features.requires_grad_()
+    pooled = pool(features)
+    pooled.sum().backward()
+    assert torch.allclose(pooled[1], torch.tensor(1e4))
+    assert pooled.isfinite().all()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+    assert pool.power.grad.isfinite()
+
+
+def test_gem_gradients() -> None:
+    pool = build_pooling("gem", 2.5).double()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(2, 2, 3, 3, generator=generator, dtype=torch.float64) + 0.1
+    features.requires_grad_()
+
+    def pooled(features: torch.Tensor, power: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(pool, {"power": power}, (features,))
+
+    assert torch.autograd.gradcheck(pooled, (features, pool.power))
+
+
+def test_float32_after_bf16_and_float64_all_the_way() -> None:
+    config = ModelConfig(backbone=Conv4Config(width=8), pooling="gem")
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = build_model(config, seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(images)
+    full = model(images)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, full)
+    assert torch.allclose(low, full, atol=0.05)
+    exact = build_model(config, seed=0, dtype=torch.float64)(images.double())
+    assert exact.dtype == torch.float64
+    assert torch.allclose(exact.float(), full, atol=1e-5)
+
+
+def test_channels_last_changes_nothing_but_the_layout() -> None:
+    plain = ModelConfig(backbone=Conv4Config(width=8))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = build_model(plain.model_copy(update={"channels_last": True}), seed=0)
+    assert model.backbone[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(model(images), build_model(plain, seed=0)(images), atol=1e-5)
+
+
+def test_parameter_kinds() -> None:
+    config = ModelConfig(backbone=Conv4Config(width=8), pooling="gem")
+    kinds = parameter_kinds(build_model(config, seed=0))
+    assert (kinds["backbone.0.weight"].part, kinds["backbone.0.weight"].norm) == ("backbone", False)
+    assert kinds["backbone.1.weight"].norm
+    assert not kinds["backbone.1.weight"].bias
+    assert kinds["backbone.1.bias"].bias
+    assert kinds["pool.power"].part == "head"
+    assert kinds["pool.power"].norm
+    assert (kinds["head.weight"].part, kinds["head.bias"].bias) == ("head", True)
+
+
+def _weight_file(path: Path) -> dict[str, torch.Tensor]:
+    network = torchvision.models.resnet18(weights=None)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+    torch.save(network.state_dict(), path)
+    return network.state_dict()
+
+
+def test_weights_from_a_file_and_frozen_batch_norm(tmp_path: Path) -> None:
+    path = tmp_path / "resnet18.pth"
+    state = _weight_file(path)
+    config = ModelConfig(backbone=ResNet18Config(weights=str(path)), embedding_size=4)
+    model = build_model(config, seed=0)
+    assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
+    assert not model.has_changing_buffers
+    model.eval()
+    model.train()
+    assert model.training
+    assert not model.backbone.bn1.training
+    before = model.backbone.bn1.running_mean.clone()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert torch.equal(model.backbone.bn1.running_mean, before)
+    assert torch.equal(before, state["bn1.running_mean"])
+    assert model.backbone.bn1.weight.grad is not None
+
+
+def test_weights_are_left_out_where_a_checkpoint_follows(tmp_path: Path) -> None:
+    config = ModelConfig(backbone=ResNet18Config(weights=str(tmp_path / "gone.pth")))
+    build_model(config, seed=0, pretrained=False)
+    with pytest.raises(ConfigError, match=r"neither a name nor a file"):
+        build_model(config, seed=0)
+
+
+def test_wrong_weight_files(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    config = ModelConfig(backbone=ResNet18Config(weights=str(path)))
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
+    with pytest.raises(ConfigError, match=r"required the parameters of this network"):
+        build_model(config, seed=0)
+    torch.save([1, 2], path)
+    with pytest.raises(ConfigError, match=r"required a state dict \(names to tensors\)"):
+        build_model(config, seed=0)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ConfigError, match=r"cannot be read"):
+        build_model(config, seed=0)
+
+
+def test_a_missing_download_says_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    config = ModelConfig(backbone=ResNet18Config(weights="IMAGENET1K_V1"))
+    with pytest.raises(ConfigError) as caught:
+        build_model(config, seed=0)
+    message = str(caught.value)
+    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in message
+    assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in message
+    assert "no route to host" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (custom("no_features"), "num_features"),
+        (custom("no_module"), "torch.nn.Module"),
+        (custom("FlatBackbone", depth=3), "depth"),
+    ],
+)
+def test_wrong_custom_backbones(config: ModelConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_model(config, seed=0)
