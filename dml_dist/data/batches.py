@@ -1,0 +1,140 @@
+"""What travels between a plan and a model: requests for batches, and the batches they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from dml_dist.data.decode import decode_image
+from dml_dist.data.draws import Purpose, stream
+from dml_dist.data.index import Index
+from dml_dist.data.plans import BatchPlan, locate, rank_positions
+from dml_dist.data.reader import ShardReader
+from dml_dist.data.transforms import Transform
+from dml_dist.errors import ConfigError, DmlDistError
+from dml_dist.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        images: (b, 3, H, W) float32.
+        labels: (b,) int64 labels of the index, not class ids of the training classes.
+        rows: (b,) int64 index rows.
+        step: Global step (training) or number of the global batch (evaluation).
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    step: int
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; the DataLoader calls this for CUDA ranks."""
+        return Batch(
+            self.images.pin_memory(), self.labels.pin_memory(), self.rows.pin_memory(), self.step
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRequest:
+    """What a loader worker is asked for.
+
+    Attributes:
+        step: Global step, or number of the global evaluation batch.
+        first_position: Position of the first row in the global batch.
+        rows: (b,) int64 index rows.
+    """
+
+    step: int
+    first_position: int
+    rows: np.ndarray
+
+
+class PlanSampler(Sampler[BatchRequest]):
+    """This rank's part of every step of a plan; computes one epoch at a time, when it is reached.
+
+    Args:
+        plan: The global batches.
+        topology: This rank.
+        start_step: First global step.
+        end_step: Global step after the last.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, topology: Topology, *, start_step: int, end_step: int
+    ) -> None:
+        self.plan = plan
+        self.topology = topology
+        self.start_step = start_step
+        self.end_step = end_step
+
+    def __len__(self) -> int:
+        return max(0, self.end_step - self.start_step)
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        epoch_at_hand, batches = -1, list[np.ndarray]()
+        for step in range(self.start_step, self.end_step):
+            epoch, place = locate(step, self.plan.steps_per_epoch)
+            if epoch != epoch_at_hand:
+                epoch_at_hand, batches = epoch, self.plan.epoch(epoch)
+            rows = batches[place]
+            low, high = rank_positions(len(rows), self.topology.world_size, self.topology.rank)
+            yield BatchRequest(step, low, rows[low:high])
+
+
+class ShardDataset(Dataset[Batch | DmlDistError]):
+    """Turns requests into batches; for `DataLoader(dataset, sampler=..., batch_size=None)`.
+
+    Args:
+        index: Where images are.
+        transform: How they become tensors.
+        seed: The run's seed for random views; none gives evaluation views.
+    """
+
+    def __init__(self, index: Index, transform: Transform, seed: int | None = None) -> None:
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+        self._reader = ShardReader(index)
+
+    def __getitem__(self, request: BatchRequest) -> Batch | DmlDistError:
+        """Return the batch, or as a value the error that prevents it.
+
+        An exception would reach the training process as the text of a worker's traceback.
+        """
+        try:
+            images = [
+                self._image(int(row), request.step, request.first_position + place)
+                for place, row in enumerate(request.rows)
+            ]
+            self._check_shapes(images, request.rows)
+        except DmlDistError as error:
+            return error
+        labels = torch.from_numpy(self.index.label[request.rows].astype(np.int64))
+        rows = torch.from_numpy(request.rows.astype(np.int64))
+        # In a loader worker this stacks into shared memory, which saves copying the batch.
+        return Batch(default_collate(images), labels, rows, request.step)
+
+    def _image(self, row: int, step: int, position: int) -> Tensor:
+        image = decode_image(self._reader.read(row), self._reader.describe(row))
+        if self.seed is None:
+            return self.transform.evaluation(image)
+        return self.transform.train(image, stream(self.seed, Purpose.AUGMENTATION, step, position))
+
+    def _check_shapes(self, images: Sequence[Tensor], rows: np.ndarray) -> None:
+        first = images[0]
+        for image, row in zip(images, rows, strict=True):
+            if image.shape != first.shape or image.dtype != torch.float32:
+                raise ConfigError(
+                    "data.transform must give float32 tensors of one shape, but gave "
+                    f"{tuple(first.shape)} {first.dtype} for {self._reader.describe(int(rows[0]))} "
+                    f"and {tuple(image.shape)} {image.dtype} for {self._reader.describe(int(row))}"
+                )

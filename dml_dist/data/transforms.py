@@ -1,0 +1,149 @@
+"""Images to network inputs: random views in training, one fixed view in evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, assert_never, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from dml_dist.config.data import (
+    CustomTransformConfig,
+    StandardTransformConfig,
+    TransformConfig,
+)
+from dml_dist.errors import ConfigError
+
+
+class Transform(Protocol):
+    """How an image becomes a tensor; picklable, without state between calls."""
+
+    def train(self, image: Tensor, generator: np.random.Generator) -> Tensor:
+        """Return a random view of an image.
+
+        Args:
+            image: (3, H, W) uint8.
+            generator: The only source of randomness: it is named by the seed, the global step and
+                the position in the global batch, never by the image.
+
+        Returns:
+            (3, H', W') float32, the same shape for all images.
+        """
+        ...
+
+    def evaluation(self, image: Tensor) -> Tensor:
+        """Return the one view of an image, (3, H', W') float32, the same shape for all images."""
+        ...
+
+
+class StandardTransform:
+    """Random resized crop and flip in training, resize and centre crop in evaluation.
+
+    Resizing is bilinear with antialiasing and works on uint8; images smaller than the crop are
+    enlarged. Channels are then scaled to (value / 255 - mean) / std.
+    """
+
+    def __init__(self, config: StandardTransformConfig) -> None:
+        self.config = config
+        self._mean = 255.0 * torch.tensor(config.mean).view(3, 1, 1)
+        self._std = 255.0 * torch.tensor(config.std).view(3, 1, 1)
+
+    def train(self, image: Tensor, generator: np.random.Generator) -> Tensor:
+        """Return a random crop of the image, (3, size, size) float32, flipped or not."""
+        config = self.config
+        flip = generator.random() < config.flip
+        height, width = image.shape[-2:]
+        top, left, crop_height, crop_width = draw_crop(
+            height, width, config.crop_scale, config.crop_ratio, generator
+        )
+        view = image[:, top : top + crop_height, left : left + crop_width]
+        view = self._resize(view, [config.size, config.size])
+        return self._normalize(F.horizontal_flip(view) if flip else view)
+
+    def evaluation(self, image: Tensor) -> Tensor:
+        """Return the middle of the image, (3, size, size) float32."""
+        size = self.config.size
+        image = self._resize(image, [self.config.resize or size])  # the shorter side
+        return self._normalize(F.center_crop(image, [size, size]))
+
+    def _resize(self, image: Tensor, size: list[int]) -> Tensor:
+        return F.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+    def _normalize(self, image: Tensor) -> Tensor:
+        # Decoders give pixels with channels side by side; planes first makes this 3 x as fast.
+        planes = image.to(torch.float32, memory_format=torch.contiguous_format)
+        return planes.sub_(self._mean).div_(self._std)
+
+
+def draw_crop(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Draw the box of a random resized crop, by the rule of torchvision's RandomResizedCrop.
+
+    The share of the area is uniform in `scale` and the logarithm of width / height uniform in
+    `ratio`; after ten boxes that do not fit, the largest centred box of an allowed ratio.
+
+    Returns:
+        (top, left, crop height, crop width) in pixels, inside the image, at least 1 x 1.
+    """
+    area = height * width
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for share, log_ratio, down, right in generator.random((10, 4)).tolist():
+        target = area * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(log_low + (log_high - log_low) * log_ratio)
+        crop_width = round(math.sqrt(target * aspect))
+        crop_height = round(math.sqrt(target / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            # down and right are below 1, so that the box stays inside the image.
+            top = int(down * (height - crop_height + 1))
+            left = int(right * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_height, crop_width = height, width
+    if width / height < ratio[0]:
+        crop_height = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        crop_width = max(1, round(height * ratio[1]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def build_transform(config: TransformConfig) -> Transform:
+    """Return the transform of the section `data.transform`.
+
+    Raises:
+        ConfigError: If a custom target cannot be loaded, or lacks `train` or `evaluation`.
+    """
+    match config:
+        case StandardTransformConfig():
+            return StandardTransform(config)
+        case CustomTransformConfig():
+            return _build_custom(config)
+        case _:
+            assert_never(config)
+
+
+def _build_custom(config: CustomTransformConfig) -> Transform:
+    from dml_dist.config.custom import load_target
+
+    try:
+        transform = load_target(config.target)(**config.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"data.transform: {config.target} could not be called with options "
+            f"{config.options}: {error}"
+        ) from error
+    for method in ("train", "evaluation"):
+        if not callable(getattr(transform, method, None)):
+            raise ConfigError(
+                f"data.transform: {config.target} must give an object with methods "
+                "train(image, generator) and evaluation(image), "
+                f"but its {type(transform).__name__} has no {method}"
+            )
+    return cast(Transform, transform)
