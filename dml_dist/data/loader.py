@@ -54,23 +54,11 @@ class BatchLoader:
         prefetch: int,
         pin_memory: bool,
     ) -> None:
+        self.dataset = dataset
         self.requests = requests
-        with warnings.catch_warnings():
-            # More loader workers than cores: the number is the user's, and torch knows of one rank.
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            self._loader: DataLoader[Batch | DmlDistError] = DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=requests,
-                num_workers=workers,
-                prefetch_factor=prefetch if workers else None,
-                timeout=POLL_SECONDS if workers else 0,
-                multiprocessing_context=_start_method() if workers else None,
-                pin_memory=pin_memory,
-                # The seed that a DataLoader draws for its workers must not come out of torch's
-                # global generator: the number of loaders opened would change a model's draws.
-                generator=torch.Generator(),
-            )
+        self.workers = workers
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
 
     def __len__(self) -> int:
         return len(self.requests)  # type: ignore[arg-type]  # a Sampler of ours has a length
@@ -95,7 +83,23 @@ class BatchLoader:
         with warnings.catch_warnings():
             # Python 3.12 warns of every fork in a process with threads; see the top of this file.
             warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)
-            return iter(self._loader)
+            # More loader workers than cores: the number is the user's, and torch knows of one rank.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            return iter(
+                DataLoader[Batch | DmlDistError](
+                    self.dataset,
+                    batch_size=None,
+                    sampler=self.requests,
+                    num_workers=self.workers,
+                    prefetch_factor=self.prefetch if self.workers else None,
+                    timeout=POLL_SECONDS if self.workers else 0,
+                    multiprocessing_context=_start_method() if self.workers else None,
+                    pin_memory=self.pin_memory,
+                    # The seed that a DataLoader draws for its workers must not come out of torch's
+                    # global generator: the number of loaders opened would change a model's draws.
+                    generator=torch.Generator(),
+                )
+            )
 
     def _next(self, iterator: Iterator[Batch | DmlDistError]) -> Batch | DmlDistError:
         limit = time.monotonic() + LIMIT_SECONDS
@@ -113,7 +117,7 @@ class BatchLoader:
                 if time.monotonic() > limit:
                     raise RunError(
                         f"a batch is required within {LIMIT_SECONDS:.0f} s, got none from "
-                        f"{self._loader.num_workers} loader workers; see whether the storage of "
+                        f"{self.workers} loader workers; see whether the storage of "
                         "the tar shards answers, or set data.loader_workers to 0 to see where it "
                         "stays"
                     ) from error
