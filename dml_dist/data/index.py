@@ -8,7 +8,6 @@ so nothing has to parse tar files after this.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dml_dist.data import index_table
 from dml_dist.data.sample import ROLES
 from dml_dist.errors import DataError
+from dml_dist.files import open_atomic
 
 INDEX_NAME = "index.parquet"
-_NUMBERS: dict[str, type[np.generic]] = {
-    "offset": np.int64,
-    "length": np.int64,
-    "crc32": np.uint32,
-    "width": np.int32,
-    "height": np.int32,
-    "label": np.int64,
-}
-_TEXTS = ("key", "tar_shard", "extension", "class", "super_class", "split", "role")
 _DIGEST = b"dml_dist.import"
 
 
@@ -126,10 +118,8 @@ def write_index(index: Index, *, digest: str = "") -> None:
         "role": pa.array(index.role, pa.string()).dictionary_encode(),
     }
     table = pa.table(columns).replace_schema_metadata({_DIGEST: digest.encode()})
-    final = index.root / INDEX_NAME
-    temporary = index.root / f".{INDEX_NAME}.{os.getpid()}"
-    pq.write_table(table, temporary, compression="zstd")
-    replace_file(temporary, final)
+    with open_atomic(index.root / INDEX_NAME) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def read_index(root: Path, *, check_shards: bool = True) -> Index:
@@ -143,20 +133,21 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
         DataError: If it is missing, damaged, inconsistent, or does not match the tar shards.
     """
     path = root / INDEX_NAME
-    table = _read_table(path)
-    numbers = {name: _numbers(table, name, path) for name in _NUMBERS}
-    texts = {name: _codes(table, name, path) for name in _TEXTS if name != "key"}
-    keys = _plain(table, "key", path)
-    class_names = _class_names(numbers["label"], *texts["class"], path)
-    names, shard_codes = texts["tar_shard"]
+    table = index_table.read_table(path)
+    numbers = {name: index_table.numbers(table, name, path) for name in index_table.NUMBERS}
+    texts = {
+        name: index_table.codes(table, name, path) for name in index_table.TEXTS if name != "key"
+    }
+    names, codes = texts["tar_shard"]
+    # In the order of their names, whatever order the dictionary of the file has.
     tar_shards, position = np.unique(names.astype(str), return_inverse=True)
     index = Index(
         root=root,
         tar_shards=tuple(tar_shards.tolist()),
-        keys=keys,
-        tar_shard=position.reshape(-1)[shard_codes].astype(np.int32),
-        class_names=class_names,
-        **{name: numbers[name] for name in _NUMBERS},
+        keys=index_table.plain(table, "key", path),
+        tar_shard=position.reshape(-1)[codes].astype(np.int32),
+        class_names=index_table.class_names(numbers["label"], *texts["class"], path),
+        **numbers,
         **{
             name: texts[name][0][texts[name][1]]
             for name in ("extension", "super_class", "split", "role")
@@ -173,117 +164,39 @@ def import_digest(root: Path) -> str | None:
     path = root / INDEX_NAME
     if not path.exists():
         return None
-    metadata = _read_table(path).schema.metadata or {}
+    metadata = index_table.read_table(path).schema.metadata or {}
     return metadata.get(_DIGEST, b"").decode()
 
 
-def replace_file(temporary: Path, final: Path) -> None:
-    """Move a finished file to its name so that it survives a crash of the machine whole."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _read_table(path: Path) -> pa.Table:
-    if not path.exists():
-        raise DataError(
-            f"{path} is required and does not exist; for tar shards made elsewhere run "
-            f"`dml-dist data index {path.parent}`, for images `dml-dist data import`"
-        )
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise _unusable(path, f"it cannot be read as parquet ({error})") from error
-    missing = [name for name in (*_TEXTS, *_NUMBERS) if name not in table.column_names]
-    if missing:
-        raise _unusable(path, f"the columns {', '.join(missing)} are missing")
-    if not table.num_rows:
-        raise _unusable(path, "it has no rows")
-    for name in (*_TEXTS, *_NUMBERS):
-        if table[name].null_count:
-            raise _unusable(path, f"the column {name} has {table[name].null_count} empty values")
-    return table
-
-
-def _unusable(path: Path, why: str) -> DataError:
-    return DataError(f"{path}: {why}; make it anew with `dml-dist data index {path.parent}`")
-
-
-def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    try:
-        column = table[name].cast(pa.from_numpy_dtype(_NUMBERS[name]))
-    except pa.ArrowException as error:
-        raise _unusable(path, f"the column {name} does not hold whole numbers ({error})") from error
-    return np.array(column.to_numpy())
-
-
-def _plain(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    try:
-        column = table[name].cast(pa.string())
-    except pa.ArrowException as error:
-        raise _unusable(path, f"the column {name} does not hold text ({error})") from error
-    return np.array(column.to_numpy(zero_copy_only=False), dtype=object)
-
-
-def _codes(table: pa.Table, name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct texts of a column (str objects) and each row's position in them."""
-    column = table[name]
-    try:
-        if not pa.types.is_dictionary(column.type):
-            column = column.cast(pa.string()).dictionary_encode()
-        column = column.cast(pa.dictionary(pa.int32(), pa.string()))
-    except pa.ArrowException as error:
-        raise _unusable(path, f"the column {name} does not hold text ({error})") from error
-    whole = column.unify_dictionaries().combine_chunks()
-    chunk = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
-    texts = np.array(chunk.dictionary.to_pylist(), dtype=object)
-    return texts, chunk.indices.to_numpy()
-
-
-def _class_names(
-    labels: np.ndarray, names: np.ndarray, codes: np.ndarray, path: Path
-) -> tuple[str, ...]:
-    """Return the class name of every label; labels and names must match one to one."""
-    used = np.unique(labels)
-    if used[0] != 0 or used[-1] != len(used) - 1:
-        raise _unusable(path, f"labels must be 0..{len(used) - 1} without gaps, got {used[-1]}")
-    name_of = np.zeros(len(used), dtype=np.int64)
-    name_of[labels] = codes
-    wrong = np.flatnonzero(name_of[labels] != codes)
-    if wrong.size:
-        label = int(labels[wrong[0]])
-        both = sorted({str(names[codes[wrong[0]]]), str(names[name_of[label]])})
-        raise _unusable(path, f"label {label} has two class names, {both[0]!r} and {both[1]!r}")
-    if len(np.unique(name_of)) != len(used):
-        raise _unusable(path, "one class name has two labels")
-    return tuple(str(name) for name in names[name_of])
+def bytes_needed(index: Index) -> np.ndarray:
+    """Return the size that each tar shard must have at least, (num_tar_shards,) int64."""
+    needed = np.zeros(len(index.tar_shards), dtype=np.int64)
+    np.maximum.at(needed, index.tar_shard, index.offset + index.length)
+    return needed
 
 
 def _check_values(index: Index, path: Path) -> None:
     if len(set(index.keys.tolist())) != len(index):
-        raise _unusable(path, "keys must be unique, some occur twice")
+        raise index_table.unusable(path, "keys must be unique, some occur twice")
     unknown = set(index.role.tolist()) - set(ROLES)
     if unknown:
-        raise _unusable(path, f"role must be one of {', '.join(ROLES)}, got {min(unknown)!r}")
+        raise index_table.unusable(
+            path, f"role must be one of {', '.join(ROLES)}, got {min(unknown)!r}"
+        )
     for name, smallest in (("offset", 0), ("length", 1), ("width", 1), ("height", 1)):
         if getattr(index, name).min() < smallest:
-            raise _unusable(path, f"the column {name} must be at least {smallest} everywhere")
+            raise index_table.unusable(
+                path, f"the column {name} must be at least {smallest} everywhere"
+            )
 
 
 def _check_shards(index: Index) -> None:
-    needed = np.zeros(len(index.tar_shards), dtype=np.int64)
-    np.maximum.at(needed, index.tar_shard, index.offset + index.length)
-    for name, size in zip(index.tar_shards, needed.tolist(), strict=True):
+    for name, size in zip(index.tar_shards, bytes_needed(index).tolist(), strict=True):
         path = index.root / name
         if not path.is_file():
             raise DataError(
-                f"{path} is named by {INDEX_NAME} and does not exist; restore it, or "
-                f"index what is there with `dml-dist data index {index.root}`"
+                f"{path} is named by {INDEX_NAME} and does not exist; restore it, or index what is "
+                f"there with `dml-dist data index {index.root}`"
             )
         if path.stat().st_size < size:
             raise DataError(

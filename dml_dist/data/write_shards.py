@@ -1,0 +1,217 @@
+"""Write a data set as tar shards with their index; an interrupted import continues.
+
+The order of images is a seeded draw inside each split, so a tar shard mixes classes and holds one
+split. Which bytes stand in which tar shard depends on the samples, the seed and the shard size
+only, never on the processes: an import that was cut off and continued ends byte for byte equal to
+one that was not. Until the index stands, `.import/` holds what was agreed (plan.json) and, for each
+finished tar shard, where its images are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dml_dist.data.index import INDEX_NAME, Index, import_digest, read_index, write_index
+from dml_dist.data.pool import run_tasks
+from dml_dist.data.sample import Importer, Sample, check_samples, class_order
+from dml_dist.data.tar_shard import ShardTask, is_complete, write_tar_shard
+from dml_dist.errors import DataError
+from dml_dist.files import read_json, write_json_atomic
+from dml_dist.partition import all_bounds
+
+PROGRESS_FOLDER = ".import"
+# Part of the digest: an import begun by code that writes other bytes is not continued.
+_FORMAT = 1
+# An import goes on past broken images, so that one run names them; but not past this many.
+_MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The order of images in tar shards."""
+
+    tasks: list[ShardTask]
+    class_names: list[str]
+    digest: str
+    num_images: int
+
+
+def import_dataset(
+    importer: Importer,
+    out: Path,
+    *,
+    seed: int = 0,
+    samples_per_shard: int = 1000,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Index:
+    """Write the images of a data set into tar shards, then their index.
+
+    A folder that holds this very import is read, one that holds a part of it is completed.
+
+    Args:
+        importer: The data set.
+        out: Folder to write into; made when missing.
+        seed: Seed of the order of images.
+        samples_per_shard: Largest number of images in a tar shard, >= 1.
+        processes: Number of writer processes; None takes one for each CPU core.
+        progress: Called with (images written, all images), at the start and after each tar shard.
+
+    Returns:
+        The index, also written to `out`/index.parquet.
+
+    Raises:
+        DataError: If a sample is not acceptable, an image is broken (all that were met are named),
+            or `out` holds another data set.
+        RunError: If a writer process was killed.
+    """
+    if samples_per_shard < 1:
+        raise DataError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+    plan = _make_plan(importer.samples(), out, seed, samples_per_shard)
+    if import_digest(out) == plan.digest:
+        shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
+        if progress is not None:
+            progress(plan.num_images, plan.num_images)
+        return read_index(out)
+    _refuse_other_data(out, plan.digest)
+    folder = out / PROGRESS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        for leftover in (*out.glob(".*.tar.*.tmp"), *out.glob(f".{INDEX_NAME}.*.tmp")):
+            leftover.unlink()
+        write_json_atomic(folder / "plan.json", {"digest": plan.digest})
+        _write_missing(plan, processes, progress)
+        index = _collect_index(plan, out)
+        write_index(index, digest=plan.digest)
+        shutil.rmtree(folder)
+    return index
+
+
+def _make_plan(samples: Sequence[Sample], out: Path, seed: int, samples_per_shard: int) -> _Plan:
+    check_samples(samples)
+    class_names = class_order(sample.class_name for sample in samples)
+    label_of = {name: label for label, name in enumerate(class_names)}
+    by_split: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_split.setdefault(sample.split, []).append(sample)
+    tasks: list[ShardTask] = []
+    digest = hashlib.sha256(repr((_FORMAT, seed, samples_per_shard)).encode())
+    for number, split in enumerate(sorted(by_split)):
+        members = by_split[split]
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))
+        ordered = [members[at] for at in generator.permutation(len(members)).tolist()]
+        for sample in ordered:
+            digest.update(repr(sample).encode("utf-8", "surrogateescape"))
+        num_shards = -(-len(ordered) // samples_per_shard)
+        for at, (low, high) in enumerate(all_bounds(len(ordered), num_shards)):
+            chosen = tuple(ordered[low:high])
+            name = f"{split}-{at:06d}"
+            tasks.append(
+                ShardTask(
+                    out / f"{name}.tar",
+                    out / PROGRESS_FOLDER / f"{name}.json",
+                    chosen,
+                    tuple(label_of[sample.class_name] for sample in chosen),
+                )
+            )
+    return _Plan(tasks, class_names, digest.hexdigest(), len(samples))
+
+
+def _refuse_other_data(out: Path, digest: str) -> None:
+    """Raise a DataError if `out` holds tar shards that this import did not write."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} must be a folder to write tar shards into, it is a file")
+    plan = out / PROGRESS_FOLDER / "plan.json"
+    if (out / INDEX_NAME).exists():
+        what = "holds another data set, or this one imported with other settings"
+    elif plan.exists():
+        if read_json(plan).get("digest") == digest:
+            return
+        what = "holds an unfinished import of another data set or with other settings"
+    elif any(out.glob("*.tar")):
+        what = "holds tar shards that no import of this program wrote"
+    else:
+        return
+    raise DataError(
+        f"an import needs a folder of its own, and {out} {what}; "
+        "choose another folder, or remove this one first"
+    )
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second import at the same time; released however we end."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another process is importing into {folder.parent}; wait for it, "
+                "or choose another folder"
+            ) from error
+        yield
+
+
+def _write_missing(
+    plan: _Plan, processes: int | None, progress: Callable[[int, int], None] | None
+) -> None:
+    missing = [task for task in plan.tasks if not is_complete(task)]
+    done = plan.num_images - sum(len(task.samples) for task in missing)
+    if progress is not None:
+        progress(done, plan.num_images)
+    problems: list[str] = []
+    for at, found in run_tasks(write_tar_shard, missing, processes):
+        problems += found
+        if len(problems) >= _MAX_PROBLEMS:
+            break
+        done += len(missing[at].samples)
+        if progress is not None:
+            progress(done, plan.num_images)
+    if problems:
+        raise DataError(
+            f"every image must be readable, {len(problems)} are not:\n  "
+            + "\n  ".join(problems[:_MAX_PROBLEMS])
+            + "\nrepair or remove them, then run the import again"
+        )
+
+
+def _collect_index(plan: _Plan, out: Path) -> Index:
+    """Put the records of all tar shards together; rows stand in the order of the tar files."""
+    order = sorted(range(len(plan.tasks)), key=lambda at: plan.tasks[at].path.name)
+    tasks = [plan.tasks[at] for at in order]
+    records = [read_json(task.record) for task in tasks]
+
+    def numbers(name: str, kind: type[np.generic]) -> np.ndarray:
+        return np.concatenate([np.asarray(record[name], dtype=kind) for record in records])
+
+    def texts(values: Iterator[str]) -> np.ndarray:
+        return np.array(list(values), dtype=object)
+
+    samples = [sample for task in tasks for sample in task.samples]
+    return Index(
+        root=out,
+        tar_shards=tuple(task.path.name for task in tasks),
+        keys=texts(sample.key for sample in samples),
+        tar_shard=np.repeat(
+            np.arange(len(tasks), dtype=np.int32), [len(task.samples) for task in tasks]
+        ),
+        offset=numbers("offset", np.int64),
+        length=numbers("length", np.int64),
+        crc32=numbers("crc32", np.uint32),
+        extension=texts(extension for record in records for extension in record["extension"]),
+        width=numbers("width", np.int32),
+        height=numbers("height", np.int32),
+        label=np.array([label for task in tasks for label in task.labels], dtype=np.int64),
+        class_names=tuple(plan.class_names),
+        super_class=texts(sample.super_class or "" for sample in samples),
+        split=texts(sample.split for sample in samples),
+        role=texts(sample.role for sample in samples),
+    )
