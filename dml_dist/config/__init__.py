@@ -1,0 +1,1 @@
+"""Configuration: frozen schema (`schema`), loading (`load`), documentation (`explain`)."""

@@ -1,0 +1,82 @@
+"""Loading what the user wrote: `target: package.module:name`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from types import ModuleType
+from typing import Any
+
+from dml_dist.config.shape import nearest
+from dml_dist.errors import ConfigError
+
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def load_target(target: str) -> Any:
+    """Import an object of the user's.
+
+    Modules in the current working directory can be imported; installed ones of the same name come
+    first.
+
+    Args:
+        target: Where the object lives, as `package.module:name`.
+
+    Raises:
+        ConfigError: If the module cannot be imported (with the reason and the line), or does not
+            define the name (with the nearest name and the file).
+    """
+    if not _TARGET.fullmatch(target):
+        raise ConfigError(
+            f"target {target!r}: required package.module:name, such as my_project.losses:MyLoss"
+        )
+    module_name, _, name = target.partition(":")
+    module = _import(module_name, target)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        public = [known for known in vars(module) if not known.startswith("_")]
+        close = nearest(name, public)
+        raise ConfigError(
+            f"target {target!r}: required a module that defines {name}, got {module_name} "
+            f"({getattr(module, '__file__', None) or 'no file'}), which does not"
+            + (f"; did you mean {module_name}:{close}?" if close else "")
+        ) from None
+
+
+def _import(module_name: str, target: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        # Last, so that no file of the user's hides a library; for good, as modules may import late.
+        sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise ConfigError(
+                f"target {target!r}: required an importable module {module_name}, but there is no "
+                f"module {missing}; run the command in the folder that holds it ({here} was "
+                "searched), or install it"
+            ) from None
+        raise _failed(target, module_name, error) from error
+    except (Exception, SystemExit) as error:
+        raise _failed(target, module_name, error) from error
+
+
+def _failed(target: str, module_name: str, error: BaseException) -> ConfigError:
+    """Name the reason and the last line of the user's code that was reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+    if isinstance(error, SyntaxError):
+        where = f" at {error.filename}, line {error.lineno}"
+    else:
+        where = f" at {own[-1].filename}, line {own[-1].lineno}" if own else ""
+    return ConfigError(
+        f"target {target!r}: required an importable module {module_name}, but importing it failed"
+        f"{where}: {type(error).__name__}: {error}"
+    )

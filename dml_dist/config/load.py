@@ -1,0 +1,230 @@
+"""One YAML file to one RunConfig, and back; what differs between two of them."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dml_dist.config import shape
+from dml_dist.config.base import Section
+from dml_dist.config.overrides import Override, apply_overrides, parse_override
+from dml_dist.config.plain import to_plain
+from dml_dist.config.problems import config_error, from_pydantic
+from dml_dist.config.schema import RunConfig
+from dml_dist.config.source import read_text
+from dml_dist.config.yaml_text import KeyPath, dump_yaml, read_yaml
+from dml_dist.errors import ConfigError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the configuration of a run.
+
+    Args:
+        path: A YAML file.
+        overrides: Changes of the form `path=value`, such as `optim.lr=1e-3`.
+
+    Raises:
+        ConfigError: If the file cannot be read or is no valid configuration; lists all problems.
+    """
+    path = Path(path)
+    document = read_yaml(read_text(path), str(path))
+    if document.value is None:
+        raise ConfigError(f"required a configuration in {path}, got an empty file")
+    return _parse(document.value, overrides, str(path), document.lines)
+
+
+def parse_config(
+    mapping: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "the configuration"
+) -> RunConfig:
+    """Validate plain values (dicts, lists or tuples, strings, numbers, booleans, None).
+
+    A section that is chosen by `name` takes the name of its default when it has none.
+
+    Args:
+        mapping: The configuration; it is not changed.
+        overrides: Changes of the form `path=value`.
+        source: What errors call the configuration.
+
+    Raises:
+        ConfigError: If it is not valid; lists all problems.
+    """
+    return _parse(mapping, overrides, source, {})
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return a configuration as YAML, every default written out; it reads back equal.
+
+    Raises:
+        ConfigError: If options of a custom member hold values that YAML has no word for.
+    """
+    return dump_yaml(_plain_config(config))
+
+
+def config_digest(config: RunConfig) -> str:
+    """Return the SHA-256 (hex) of all fields that a resumption must not change."""
+    plain, _ = to_plain(_fields(config, resumable=False))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field in which two configurations differ."""
+
+    path: str
+    """Dotted path, such as `optim.lr`."""
+
+    old: Any
+    """Plain value in the first one; ABSENT when its member of a family lacks the field."""
+
+    new: Any
+    """Plain value in the second one."""
+
+    resumable: bool
+    """Whether a run may be resumed with the new value."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+class Absent(enum.Enum):
+    """The type of ABSENT."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
+"""Stands for the value of a field that the other member of a family has."""
+
+
+def differing_paths(old: RunConfig, new: RunConfig) -> list[Difference]:
+    """Return every field in which two configurations differ, in the order of the schema.
+
+    Another member of a family is a difference of its `name` and of all fields that only one of the
+    two members has, or that have different values.
+    """
+    return list(_differences(old, new, "", False))
+
+
+def _differences(
+    old: Section | None, new: Section | None, prefix: str, resumable: bool
+) -> Iterator[Difference]:
+    old_keys = shape.keys_of(type(old)) if old is not None else []
+    new_keys = shape.keys_of(type(new)) if new is not None else []
+    for key in [*old_keys, *(key for key in new_keys if key not in old_keys)]:
+        section = old if key in old_keys else new
+        assert section is not None
+        one = getattr(old, key) if key in old_keys else ABSENT
+        two = getattr(new, key) if key in new_keys else ABSENT
+        allowed = resumable or shape.is_resumable(type(section).model_fields[key])
+        if isinstance(one, Section) or isinstance(two, Section):
+            left = one if isinstance(one, Section) else None
+            right = two if isinstance(two, Section) else None
+            yield from _differences(left, right, f"{prefix}{key}.", allowed)
+        elif one != two or type(one) is not type(two):
+            yield Difference(f"{prefix}{key}", _list(one), _list(two), allowed)
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return "(absent)" if value is ABSENT else shape.shown(value)
+
+
+def _plain_config(config: RunConfig) -> dict[str, Any]:
+    plain, problems = to_plain(_fields(config))
+    if problems:
+        raise config_error(problems, f"the configuration of run {config.name}", lambda path: "")
+    return plain
+
+
+def _fields(section: Section, *, resumable: bool = True) -> dict[str, Any]:
+    """Return the fields of a section by key; without the resumable ones when they are not asked."""
+    result = {}
+    for key in shape.keys_of(type(section)):
+        value = getattr(section, key)
+        if resumable or not shape.is_resumable(type(section).model_fields[key]):
+            is_section = isinstance(value, Section)
+            result[key] = _fields(value, resumable=resumable) if is_section else value
+    return result
+
+
+def _parse(
+    value: Any, overrides: Sequence[str], source: str, lines: dict[KeyPath, int]
+) -> RunConfig:
+    changes = [parse_override(text) for text in overrides]
+    plain, problems = to_plain(value)
+    if not isinstance(plain, dict):
+        raise ConfigError(
+            f"required a mapping of sections in {source} (name, data, train, ...), "
+            f"got {shape.shown(value)}"
+        )
+    apply_overrides(plain, changes)
+    plain, more = to_plain(plain)  # again, for the values of the overrides
+    problems = list(dict.fromkeys([*problems, *more]))
+    _fill_names(plain, RunConfig)
+    try:
+        config = RunConfig.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        refused = {problem.path for problem in problems}
+        found = [from_pydantic(details) for details in error.errors(include_url=False)]
+        problems += [problem for problem in found if not _is_below(problem.path, refused)]
+    if problems:
+        origins = _Origins(lines, changes)
+        problems.sort(key=lambda problem: origins.order(problem.path))
+        raise config_error(problems, source, origins.where)
+    return config
+
+
+def _is_below(path: KeyPath, paths: set[KeyPath]) -> bool:
+    return any(path[:length] in paths for length in range(len(path) + 1))
+
+
+def _fill_names(plain: dict[str, Any], section: type[Section]) -> None:
+    """Give sections without a name the one of their default, in place."""
+    for key, field in section.model_fields.items():
+        value = plain.get(key)
+        if not isinstance(value, dict):
+            continue
+        choices = shape.tagged(field.annotation)
+        if choices and "name" not in value and (name := shape.default_name(field)) is not None:
+            value["name"] = name
+        chosen = value.get("name")
+        member = choices.get(chosen) if isinstance(chosen, str) else None
+        if not choices and (found := shape.members(field.annotation)):
+            member = found[0]
+        if member is not None:
+            _fill_names(value, member)
+
+
+class _Origins:
+    """Where the values of a configuration come from: lines of the file, or overrides."""
+
+    def __init__(self, lines: dict[KeyPath, int], overrides: Sequence[Override]) -> None:
+        self._overrides = {override.path: override.text for override in overrides}
+        changed = set(self._overrides)
+        self._lines = {path: line for path, line in lines.items() if not _is_below(path, changed)}
+
+    def where(self, path: KeyPath) -> str:
+        """Return the place of a value, or of the section in which it is missing."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._overrides:
+                return f"--set {self._overrides[path[:length]]}"
+            if path[:length] in self._lines:
+                return f"line {self._lines[path[:length]]}"
+        return ""
+
+    def order(self, path: KeyPath) -> int:
+        """Return what problems are sorted by: lines, then what no line stands for."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._lines:
+                return self._lines[path[:length]]
+        return 1 << 60

@@ -1,0 +1,176 @@
+"""What is wrong with a configuration, in words that help to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dml_dist.config import shape
+from dml_dist.config.base import Section
+from dml_dist.config.schema import RunConfig
+from dml_dist.config.yaml_text import KeyPath
+from dml_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: where it is, and what was required and given there."""
+
+    path: KeyPath
+    text: str
+
+
+def dotted(path: KeyPath) -> str:
+    """Return a path as it is written in messages and on the command line."""
+    return ".".join(map(str, path))
+
+
+def config_error(
+    problems: Iterable[Problem], source: str, where: Callable[[KeyPath], str]
+) -> ConfigError:
+    """Return one error that lists all problems.
+
+    Args:
+        problems: At least one.
+        source: What was read, such as the name of the file.
+        where: Place of a path in the source, such as "line 3"; empty when unknown.
+    """
+    lines = []
+    for problem in problems:
+        place = where(problem.path)
+        head = dotted(problem.path) or "fields that do not fit together"
+        lines.append(f"  {head}{f' ({place})' if place else ''}: {problem.text}")
+    count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return ConfigError(
+        f"required a valid configuration, got {count} in {source}:\n"
+        + "\n".join(lines)
+        + "\n`dml-dist config --explain PATH` describes a field or a section."
+    )
+
+
+def from_pydantic(error: ErrorDetails) -> Problem:
+    """Return an error of pydantic's about a RunConfig as a problem of ours."""
+    kind, location, given = error["type"], error["loc"], error["input"]
+    if kind == "missing" and isinstance(location[-1], int):  # a list that is too short: all of it
+        kind, location = "too_short", location[:-1]
+    place = _locate(location)
+    if kind == "value_error":
+        return Problem(place.path, str(error["ctx"]["error"]))
+    if kind == "extra_forbidden":
+        return Problem(place.path, _unknown_key(place))
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        place, given = _name_of(place), given.get("name")
+    wanted = shape.describe(place.annotation, place.metadata)
+    if kind in ("missing", "union_tag_not_found"):
+        return Problem(place.path, f"required {wanted}, got nothing")
+    advice = _advice(place, given)
+    return Problem(place.path, f"required {wanted}, got {shape.shown(given)}{advice}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A location in a configuration, read along the schema."""
+
+    path: KeyPath = ()
+    section: type[Section] = RunConfig
+    """The section in which the last key of the path stands."""
+
+    siblings: dict[str, type[Section]] | None = None
+    """That section and its alternatives by name, when a tagged field chose it."""
+
+    field: FieldInfo | None = None
+    """The field of the last key, or the field whose value is gone into; None: an unknown key."""
+
+    annotation: Any = RunConfig
+    """The type required at the path."""
+
+    metadata: tuple[Any, ...] = ()
+    """Its constraints."""
+
+
+def _locate(location: tuple[int | str, ...]) -> _Place:
+    """Read a location of pydantic's, which names the chosen member after each tagged field."""
+    place = _Place()
+    inside: type[Section] | None = RunConfig  # the section whose key comes next
+    choices: dict[str, type[Section]] = {}  # members of a tagged field, whose tag comes next
+    siblings: dict[str, type[Section]] | None = None
+    for part in location:
+        if choices:
+            inside, siblings, choices = choices[str(part)], choices, {}
+            continue
+        path = (*place.path, part)
+        if inside is None:  # an item of a list, or an option
+            annotation, metadata = shape.item_type(place.annotation)
+            place = replace(place, path=path, annotation=annotation, metadata=metadata)
+            continue
+        field = inside.model_fields.get(str(part))
+        if field is None:
+            return _Place(path, inside, siblings, None)
+        place = _Place(path, inside, siblings, field, field.annotation, tuple(field.metadata))
+        choices = shape.tagged(field.annotation)
+        found = shape.members(field.annotation)
+        inside, siblings = (found[0] if found and not choices else None), None
+    return place
+
+
+def _name_of(place: _Place) -> _Place:
+    """Return the place of `name` in the tagged section at a place."""
+    names = tuple(shape.tagged(place.annotation))
+    return _Place((*place.path, "name"), annotation=shape.one_of(names))
+
+
+def _unknown_key(place: _Place) -> str:
+    """Describe a key that its section does not have, with where it may have been meant to be."""
+    key, above = str(place.path[-1]), dotted(place.path[:-1])
+    name, known = shape.tag(place.section), shape.keys_of(place.section)
+    siblings = place.siblings or {}
+    others = [other for other in siblings if key in siblings[other].model_fields]
+    if others:
+        text = f"unknown key for name: {name}; it is a key for name: {' or '.join(others)}"
+    elif "." in key and key.split(".")[0] in known:
+        text = "unknown key; write what follows each dot indented below what precedes it"
+    else:
+        close = shape.nearest(key, known)
+        meant = [f"{above}.{close}" if above else close] if close else []
+        meant += shape.key_paths().get(key, ())[:3]
+        if not meant and (far := shape.nearest(key, shape.key_paths())):
+            meant += shape.key_paths()[far][:3]
+        text = "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+    section = (above or "the top level") + (f" (name: {name})" if name else "")
+    return f"{text}{'' if text.endswith('?') else ';'} keys of {section}: {', '.join(known)}"
+
+
+def _advice(place: _Place, given: Any) -> str:
+    """Return what to write instead, where that can be guessed; begins with "; "."""
+    kinds = shape.plain_types(place.annotation)
+    choices = shape.literals(place.annotation)
+    if isinstance(given, str):
+        if given in shape.tagged(place.annotation):
+            return f"; write {{name: {given}}}"
+        if choices:
+            close = shape.nearest(given, choices)
+            return f"; did you mean {close}?" if close and close != given else ""
+        if given.lower() == "none" and type(None) in kinds:
+            return "; write null"
+        if kinds & {int, float} and _is_number(given):
+            return "; remove the quotes"
+    elif isinstance(given, int | float) and not isinstance(given, bool):
+        if isinstance(given, float) and int in kinds and given.is_integer() and abs(given) < 1e15:
+            return f"; write {int(given)}"
+        if str in kinds:
+            return "; put it in quotes"
+        if tuple in kinds:
+            return f"; write [{given}]"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,209 @@
+"""Reading the schema: which fields a section has, what each requires, where a key lives.
+
+A *member* is one of the section classes that a field may hold. A field with tagged members (losses,
+optimisers, ...) chooses by `name`; a plain section is the single, untagged member of its field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from dml_dist.config.base import Section
+from dml_dist.config.schema import RunConfig
+
+
+def members(annotation: Any) -> tuple[type[Section], ...]:
+    """Return the section classes that a field of this type may hold; none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return (annotation,)
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(member for part in get_args(annotation) for member in members(part))
+    return ()
+
+
+def tag(member: type[Section]) -> str | None:
+    """Return the `name` that chooses this member, or None for an untagged section."""
+    field = member.model_fields.get("name")
+    if field is None or get_origin(field.annotation) is not Literal:
+        return None
+    return str(get_args(field.annotation)[0])
+
+
+def tagged(annotation: Any) -> dict[str, type[Section]]:
+    """Return the members of a tagged field by name; empty for other fields."""
+    named = {tag(member): member for member in members(annotation)}
+    return {name: member for name, member in named.items() if name is not None}
+
+
+def keys_of(section: type[Section]) -> list[str]:
+    """Return the keys of a section, `name` first."""
+    return sorted(section.model_fields, key=lambda key: key != "name")
+
+
+def default_of(field: FieldInfo) -> Any:
+    """Return the default of a field, or `PydanticUndefined` when it has to be given."""
+    return field.get_default(call_default_factory=True)
+
+
+def default_name(field: FieldInfo) -> str | None:
+    """Return the name of the member that a tagged field has by default, if any."""
+    default = default_of(field)
+    return tag(type(default)) if isinstance(default, Section) else None
+
+
+def is_resumable(field: FieldInfo) -> bool:
+    """Whether a field may differ between a run and its resumption."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("resumable") is True
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """Return the most similar of the words, or None when none is similar."""
+    lowered = {other.lower(): other for other in words}
+    matches = difflib.get_close_matches(word.lower()[:100], lowered, n=1, cutoff=0.6)
+    return lowered[matches[0]] if matches else None
+
+
+def plain_types(annotation: Any) -> set[type]:
+    """Return the plain types that a value of this type may have: int, tuple, NoneType, ..."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return plain_types(arguments[0])
+    if origin in (Union, types.UnionType):
+        return set().union(*map(plain_types, arguments))
+    return {origin or annotation} if isinstance(origin or annotation, type) else set()
+
+
+def literals(annotation: Any) -> tuple[str, ...]:
+    """Return the words between which a value of this type chooses; none for other types."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return tuple(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return tuple(word for part in arguments for word in literals(part))
+    return ()
+
+
+def one_of(words: tuple[str, ...]) -> Any:
+    """Return the type of a choice between words."""
+    return Literal[words]
+
+
+def item_type(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the type of a list's items and its constraints; `Any` for what is no list."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return item_type(arguments[0])
+    if origin is not tuple:
+        return Any, ()
+    return (arguments[0], ())  # the schema's lists have items of one type
+
+
+@cache
+def key_paths() -> dict[str, tuple[str, ...]]:
+    """Return for every key of the schema the dotted paths where it stands, `name` excepted."""
+    homes: dict[str, list[str]] = {}
+    for path, key in _walk(RunConfig, ""):
+        if key != "name" and path not in homes.setdefault(key, []):
+            homes[key].append(path)
+    return {key: tuple(paths) for key, paths in homes.items()}
+
+
+def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, field in section.model_fields.items():
+        yield prefix + key, key
+        for member in members(field.annotation):
+            yield from _walk(member, f"{prefix}{key}.")
+
+
+# ---------------------------------------------------------------- requirements in words
+
+
+def requirement(field: FieldInfo) -> str:
+    """Return in words what a field takes, such as "a number > 0, or null"."""
+    return describe(field.annotation, tuple(field.metadata))
+
+
+def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    """Return in words what a type with constraints takes."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe(arguments[0], (*_constraints(arguments[1:]), *metadata))
+    if found := members(annotation):
+        names = list(tagged(annotation))
+        keys = ", ".join(keys_of(found[0]))
+        text = "a section with " + (f"a name of {', '.join(names)}" if names else f"keys {keys}")
+        return f"{text}, or null" if types.NoneType in arguments else text
+    if origin in (Union, types.UnionType):
+        parts = [describe(part, metadata) for part in arguments if part is not types.NoneType]
+        return ", or ".join(parts + ["null"] * (types.NoneType in arguments))
+    if origin is Literal:
+        return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return _describe_tuple(arguments, metadata)
+    if origin is dict:
+        return "a mapping of names to values"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    if annotation not in words:
+        return "any value"
+    bounds = " and ".join(_bounds(metadata))
+    return f"{words[annotation]} {bounds}" if bounds else words[annotation]
+
+
+def _describe_tuple(arguments: tuple[Any, ...], metadata: tuple[Any, ...]) -> str:
+    item = describe(arguments[0])
+    if arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} items, each {item}"
+    least = [limit for part in metadata if (limit := getattr(part, "min_length", None))]
+    count = f" with at least {least[0]} item{'s' * (least[0] > 1)}" if least else ""
+    return f"a list{count}, each {item}"
+
+
+def _constraints(metadata: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the constraints that stand in `Annotated`, directly or inside a `Field(...)`."""
+    found: list[Any] = []
+    for part in metadata:
+        found += part.metadata if isinstance(part, FieldInfo) else [part]
+    return tuple(found)
+
+
+def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    for part in metadata:
+        for name, sign in signs.items():
+            if getattr(part, name, None) is not None:
+                yield f"{sign} {getattr(part, name)}"
+        if getattr(part, "multiple_of", None) is not None:
+            yield f"a multiple of {part.multiple_of}"
+        if getattr(part, "pattern", None) is not None:
+            yield f"that matches {part.pattern}"
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """Return a value as it would stand in YAML, cut to `limit` characters."""
+    if value is PydanticUndefined:
+        return "nothing"
+    if value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, str):
+        text = repr(value)
+    elif isinstance(value, Section):
+        name = tag(type(value))
+        text = name if name is not None else "the defaults of its fields"
+    elif isinstance(value, list | tuple):
+        text = "[" + ", ".join(shown(item) for item in value[:20]) + "]" * (len(value) <= 20)
+    elif isinstance(value, dict):
+        items = [f"{key}: {shown(item)}" for key, item in list(value.items())[:20]]
+        text = "{" + ", ".join(items) + "}" * (len(value) <= 20)
+    else:
+        text = str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,227 @@
+"""YAML text to plain values with the line of every key, and back.
+
+Scalars follow the core schema of YAML 1.2 and not PyYAML's YAML 1.1: `1e-4` and `1e5` are numbers,
+`yes`, `no`, `on` and `off` are words, `010` and `12:30` are text. Beyond the core schema integers
+may have underscores between digits (`100_000`). Duplicate keys are refused; anchors, aliases and
+merge keys (`<<`) work.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from dml_dist.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the top of a document to a value."""
+
+_MAX_DEPTH = 40  # nested collections; the schema has 5, options of custom members add their own
+_MAX_VALUES = 100_000  # after aliases are replaced: a few lines of aliases of aliases make billions
+
+_RESOLVERS: list[tuple[str, str, list[str]]] = [  # tag, pattern, first characters ("": no text)
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    (
+        "int",
+        r"^(?:[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)|0o[0-7]+|0x[0-9a-fA-F]+)$",
+        list("-+0123456789"),
+    ),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"^<<$", ["<"]),
+]
+
+
+@dataclass
+class Document:
+    """A value read from YAML, and where its parts stand."""
+
+    value: Any
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    """Line (from 1) of the key or list item of each path."""
+
+
+def read_yaml(text: str, source: str) -> Document:
+    """Read one YAML document into dicts, lists, strings, numbers, booleans and None.
+
+    Args:
+        text: The document; an empty one gives None.
+        source: What errors call it, such as the name of the file.
+
+    Raises:
+        ConfigError: If it is no YAML, holds more than one document, duplicate keys, keys that are
+            no text, an alias of itself, tags of other languages, or is absurdly large or deep.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(
+            f"required YAML, got a syntax error in {where}: {what}{_syntax_hint(what)}"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(
+            f"required YAML, got the character U+{error.character:04X} in {source}, line {line}, "
+            "which YAML forbids; remove it"
+        ) from None
+    except (ValueError, OverflowError) as error:  # PyYAML of "\U99999999" or of %YAML 1.<digits>
+        raise ConfigError(f"required YAML, got a syntax error in {source}: {error}") from None
+    return _Reader(source).read(node)
+
+
+def _syntax_hint(what: str) -> str:
+    if "cannot start any token" in what and "\\t" in what:
+        return "; use spaces, not tabs"
+    if "mapping values are not allowed" in what:
+        return "; put text that holds ': ' in quotes, or check the indentation"
+    if "found undefined alias" in what or "while scanning an alias" in what:
+        return "; put text that begins with * in quotes"
+    if "expected a single document" in what:
+        return "; give one document, without a second ---"
+    return ""
+
+
+def dump_yaml(value: Any) -> str:
+    """Write plain values as YAML that this module and any YAML 1.1 reader read back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer with the scalars of YAML 1.2 and a bound on nesting."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, Any]]] = {}  # noqa: RUF012 (PyYAML's form)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"collections nested more than {_MAX_DEPTH} levels deep",
+                problem_mark=self.peek_event().start_mark,
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or YAML 1.2 would read as something else; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+class _Reader:
+    """Turns PyYAML's nodes into values; keeps count and lines."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._lines: dict[KeyPath, int] = {}
+        self._open: set[int] = set()  # nodes that are being read: an alias to one is a cycle
+        self._count = 0
+
+    def read(self, node: yaml.Node | None) -> Document:
+        value = None if node is None else self._value(node, ())
+        return Document(value, self._lines)
+
+    def _fail(self, node: yaml.Node, problem: str) -> ConfigError:
+        line = node.start_mark.line + 1
+        return ConfigError(f"{self._source}, line {line}: {problem}")
+
+    def _value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._count += 1
+        if self._count > _MAX_VALUES:
+            raise self._fail(
+                node, f"required at most {_MAX_VALUES:,} values, got more; aliases multiply them"
+            )
+        if id(node) in self._open:
+            raise self._fail(node, "required an alias of something else, got one that holds itself")
+        if not node.tag.startswith("tag:yaml.org,2002:"):
+            raise self._fail(node, f"required plain YAML, got the tag {node.tag}; remove it")
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
+                for index, item in enumerate(node.value):
+                    self._lines.setdefault((*path, index), item.start_mark.line + 1)
+                return [self._value(item, (*path, i)) for i, item in enumerate(node.value)]
+            if isinstance(node, yaml.ScalarNode):
+                return self._scalar(node)
+        finally:
+            self._open.discard(id(node))
+        raise self._fail(
+            node, f"required plain YAML, got the tag !!{node.tag.split(':')[-1]}; remove it"
+        )
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        first: dict[str, int] = {}
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag.endswith(":merge"):
+                is_list = isinstance(value_node, yaml.SequenceNode)
+                merged += value_node.value if is_list else [value_node]
+                continue
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith(":str"):
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
+                raise self._fail(
+                    key_node, f"required a word as key, got {shown}; put it in quotes if it is one"
+                )
+            key = key_node.value
+            if key in first:
+                where = ".".join(map(str, (*path, key)))
+                raise ConfigError(
+                    f"{self._source}: required every key once, got {where} on line {first[key]} "
+                    f"and again on line {line}; remove one of them"
+                )
+            first[key] = line
+            self._lines[(*path, key)] = line
+            own[key] = self._value(value_node, (*path, key))
+        result: dict[str, Any] = {}
+        for item in reversed(merged):  # of several merged mappings the first one wins
+            value = self._value(item, path) if isinstance(item, yaml.MappingNode) else None
+            if not isinstance(value, dict):
+                raise self._fail(item, "required a mapping, or a list of mappings, after <<")
+            result.update(value)
+        for key, line in first.items():  # reading what is merged has noted its own lines
+            self._lines[(*path, key)] = line
+        return {**result, **own}
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        kind, text = node.tag.split(":")[-1], node.value
+        try:
+            if kind in ("str", "merge"):
+                return text
+            if kind == "null":
+                return None
+            if kind == "bool":
+                return {"true": True, "false": False}[text.lower()]
+            if kind == "int":
+                return int(text.replace("_", ""), 0 if text[:2] in ("0o", "0x") else 10)
+            if kind == "float":
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        except (KeyError, ValueError):  # !!int of a word, or of more digits than Python converts
+            raise self._fail(node, f"required a value of kind {kind}, got {text[:40]!r}") from None
+        raise self._fail(node, f"required plain YAML, got the tag !!{kind}; remove it")
