@@ -41,3 +41,7 @@ class RunError(DmlDistError):
     """A run failed after it had started; its last checkpoint is kept."""
 
     exit_code = 1
+
+
+class PeerLostError(RunError):
+    """A collective ended without the other ranks: one of them died, gave up or is too late."""

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dml_dist.errors import DmlDistError, RunError
+from dml_dist.errors import DmlDistError, PeerLostError, RunError
 from dml_dist.topology import Topology
 
 
@@ -222,7 +222,7 @@ class Comm:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Turn a failure of the process group inside the block into a RunError that names it.
+        """Turn a failure of the process group inside the block into a PeerLostError that names it.
 
         Also for collectives that are started elsewhere, as DDP's in a backward pass.
         """
@@ -232,7 +232,7 @@ class Comm:
         except RuntimeError as error:
             if not _is_transport_error(error):
                 raise
-            raise RunError(
+            raise PeerLostError(
                 f"rank {self.rank} of {self.world_size}: required all ranks in the collective "
                 f"{what!r} (number {self.num_collectives}) within {self.timeout_seconds:g} s, "
                 f"got none after {time.monotonic() - start:.1f} s; another rank ended, lags "
