@@ -1,0 +1,1 @@
+"""Embed a data set and measure how well its classes are retrieved."""

@@ -1,0 +1,94 @@
+"""Embeddings of the images of batches, with the network as it was found left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class EmbeddingBatch(Protocol):
+    """Images with their labels and rows (`data.loader.Batch` is one)."""
+
+    @property
+    def images(self) -> Tensor:
+        """(b, 3, H, W) float32."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(b,) int64."""
+
+    @property
+    def rows(self) -> Tensor:
+        """(b,) int64."""
+
+
+def embed(
+    model: nn.Module,
+    batches: Iterable[EmbeddingBatch],
+    *,
+    device: torch.device | str,
+    precision: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the embeddings of batches with their labels and rows, in the order of the batches.
+
+    The model computes in evaluation mode and without gradients; each of its modules is put back
+    into the mode in which it was. An embedding's bits depend on the batch it is computed in, so
+    batches that are to give the same digits must be cut the same way.
+
+    Args:
+        model: images (b, 3, H, W) -> embeddings (b, D), on `device`.
+        batches: This rank's batches.
+        device: Where the model is.
+        precision: Type of autocast, or none for the model's own.
+        progress: Called with the number of images embedded so far, after each batch.
+
+    Returns:
+        Embeddings (n, D) float32, labels (n,) int64, rows (n,) int64; (0, 0) embeddings when
+        there are no batches.
+    """
+    embeddings: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    done = 0
+    device = torch.device(device)
+    autocast = (
+        nullcontext()
+        if precision is None
+        else torch.autocast(device_type=device.type, dtype=precision)
+    )
+    with _evaluation_mode(model), torch.inference_mode(), autocast:
+        for batch in batches:
+            images = batch.images.to(device, non_blocking=True)
+            # The copy to the host waits for the device.
+            embeddings.append(model(images).to(torch.float32).cpu().numpy())
+            labels.append(batch.labels.numpy())
+            rows.append(batch.rows.numpy())
+            done += len(labels[-1])
+            if progress is not None:
+                progress(done)
+    if not embeddings:
+        return (
+            np.zeros((0, 0), dtype=np.float32),
+            np.zeros(0, dtype=np.int64),
+            np.zeros(0, dtype=np.int64),
+        )
+    return np.concatenate(embeddings), np.concatenate(labels), np.concatenate(rows)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    # Modules are put back one by one: frozen normalisation layers stay in evaluation mode while
+    # the rest of the network trains.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

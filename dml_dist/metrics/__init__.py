@@ -1,0 +1,1 @@
+"""Metrics as partial, merge and finish, on plain arrays."""

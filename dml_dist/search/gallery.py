@@ -1,0 +1,259 @@
+"""One gallery shard: exact nearest rows, nearest rows of a class, and counts of closer rows.
+
+Every answer is a partial one, about this shard's rows, in exact distances and global rows; merged
+over shards (smallest first, or added) it is the answer for the whole gallery. Float32 products
+decide only where their bound leaves no doubt; what is in doubt is decided by exact distances.
+A query never finds its own row: rows are compared, not places in a list.
+
+Legend: N gallery rows of this shard, Q queries, K places of a list, P pairs, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dml_dist.search.approximate import Approximation, Thresholds, full_precision
+from dml_dist.search.exact import pair_distances
+from dml_dist.search.neighbors import (
+    NO_ROW,
+    Neighbors,
+    empty_neighbors,
+    merge_neighbors,
+    neighbors_of_pairs,
+    sort_neighbors,
+)
+from dml_dist.search.propose import Backend, propose
+
+# Float32 products looked at while they are in a core's cache; a GPU wants large ones.
+_TILE_QUERIES = {"cpu": 256, "cuda": 4096}
+_TILE_GALLERY = {"cpu": 1024, "cuda": 16384}
+_BYTES_PER_PRODUCT = 8
+# A pair in doubt: two indices, distance, row, and their sorted copies.
+_BYTES_PER_PAIR = 96
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """Rows to search for.
+
+    Attributes:
+        vectors_QD: Stored float32 rows.
+        row_Q: Their global rows, int64; a gallery row of the same number is the query itself.
+        class_Q: Their classes, int64.
+    """
+
+    vectors_QD: Tensor
+    row_Q: Tensor
+    class_Q: Tensor
+
+    def select(self, index_S: Tensor) -> Queries:
+        """Return some of the queries."""
+        return Queries(self.vectors_QD[index_S], self.row_Q[index_S], self.class_Q[index_S])
+
+    def __len__(self) -> int:
+        """Number of queries."""
+        return self.row_Q.shape[0]
+
+
+class GalleryShard:
+    """The gallery rows that one rank holds."""
+
+    def __init__(
+        self,
+        vectors_ND: Tensor,
+        row_N: Tensor,
+        class_N: Tensor,
+        *,
+        radius: float,
+        backend: Backend,
+        memory_bytes: int,
+    ) -> None:
+        """Prepare a shard.
+
+        Args:
+            vectors_ND: Stored float32 rows, (N, D); N may be 0.
+            row_N: Their global rows, int64, rising.
+            class_N: Their classes, int64.
+            radius: A number that no stored row's norm exceeds on any rank (`norm_bound`).
+            backend: What proposes candidates.
+            memory_bytes: Bound on working memory beside the rows and their float32 copy.
+        """
+        self.vectors_ND = vectors_ND
+        self.row_N = row_N
+        self._backend: Backend = backend
+        self._memory_bytes = memory_bytes
+        self._approximation = Approximation(vectors_ND, radius)
+        # Rows grouped by class: the rows of class c are _by_class[starts of c : end of c].
+        self._sorted_class_N, self._by_class_N = class_N.sort(stable=True)
+
+    def __len__(self) -> int:
+        """Number of gallery rows of this shard."""
+        return self.row_N.shape[0]
+
+    def nearest(self, queries: Queries, num_places: int) -> Neighbors:
+        """Return the exact nearest rows of this shard, the queries' own rows left out.
+
+        Args:
+            queries: Q queries.
+            num_places: K, >= 1; places beyond the shard's rows stay free.
+        """
+        if not len(self) or not len(queries):
+            return empty_neighbors(len(queries), num_places, self.row_N.device)
+        with full_precision():
+            approximate = self._approximation.of_queries(queries.vectors_QD)
+            # One more for the query itself, some more so that rounding leaves few queries open.
+            wanted = num_places + 5 + num_places // 8
+            proposals = propose(self._approximation, approximate, wanted, self._backend)
+            found = self._decide(queries, proposals.position_QK, num_places)
+            last_Q = found.distance_QK[:, -1] * self._approximation.scale_square
+            doubt_Q = self._approximation.bound(approximate.norm_Q, last_Q)
+            open_Q = (~(proposals.farthest_Q - doubt_Q > last_Q)).nonzero()[:, 0]
+            open_Q = open_Q[proposals.farthest_Q[open_Q] < torch.inf]
+            if len(open_Q):
+                rest = self._nearest_within(
+                    queries.select(open_Q), found.distance_QK[open_Q, -1], num_places
+                )
+                found.distance_QK[open_Q] = rest.distance_QK
+                found.row_QK[open_Q] = rest.row_QK
+        return found
+
+    def nearest_of_class(self, queries: Queries) -> Neighbors:
+        """Return the nearest row of each query's own class in this shard, (Q, 1)."""
+        found = empty_neighbors(len(queries), 1, self.row_N.device)
+        low_Q = torch.searchsorted(self._sorted_class_N, queries.class_Q)
+        count_Q = torch.searchsorted(self._sorted_class_N, queries.class_Q, right=True) - low_Q
+        end_Q = count_Q.cumsum(0)
+        num_pairs = int(end_Q[-1]) if len(queries) else 0
+        step = max(1, self._memory_bytes // _BYTES_PER_PAIR)
+        for start in range(0, num_pairs, step):
+            pair_P = torch.arange(start, min(start + step, num_pairs), device=end_Q.device)
+            query_P = torch.searchsorted(end_Q, pair_P, right=True)
+            place_P = pair_P - (end_Q - count_Q)[query_P] + low_Q[query_P]
+            part = self._decide_pairs(queries, query_P, self._by_class_N[place_P], 1)
+            found = merge_neighbors([found, part], 1)
+        return found
+
+    def count_closer(self, queries: Queries, distance_Q: Tensor, row_Q: Tensor) -> Tensor:
+        """Return how many rows of this shard come before (distance, row), (Q,) int64.
+
+        Args:
+            queries: Q queries; their own rows are not counted.
+            distance_Q: Exact distances, float64.
+            row_Q: Global rows that stand at these distances.
+        """
+        closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
+        for low, high in self._query_tiles(len(queries)):
+            tile = queries.select(torch.arange(low, high, device=self.row_N.device))
+            closer_Q[low:high] = self._count_tile(tile, distance_Q[low:high], row_Q[low:high])
+        return closer_Q
+
+    def _count_tile(self, queries: Queries, distance_Q: Tensor, row_Q: Tensor) -> Tensor:
+        closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
+        approximate = self._approximation.of_queries(queries.vectors_QD)
+        lower_Q, upper_Q = self._doubtful(approximate, distance_Q)
+        for low, block_QG in self._products(queries, approximate):
+            sure_Q = (block_QG < lower_Q[:, None]).sum(dim=1)
+            closer_Q += sure_Q
+            # Few queries have a row in doubt in one block: look for pairs in their rows only.
+            some = ((block_QG <= upper_Q[:, None]).sum(dim=1) > sure_Q).nonzero()[:, 0]
+            part = block_QG[some]
+            doubt = (part <= upper_Q[some, None]) & ~(part < lower_Q[some, None])
+            for query_P, position_P in self._pairs(doubt):
+                query_P = some[query_P]
+                position_P = position_P + low
+                exact_P = pair_distances(queries.vectors_QD, query_P, self.vectors_ND, position_P)
+                before = (exact_P < distance_Q[query_P]) | (
+                    (exact_P == distance_Q[query_P]) & (self.row_N[position_P] < row_Q[query_P])
+                )
+                closer_Q += torch.bincount(query_P[before], minlength=len(queries))
+        return closer_Q
+
+    def _nearest_within(self, queries: Queries, distance_Q: Tensor, num_places: int) -> Neighbors:
+        """Return the nearest rows, given a distance within which K of them are known to lie."""
+        parts = []
+        for low, high in self._query_tiles(len(queries)):
+            tile = queries.select(torch.arange(low, high, device=self.row_N.device))
+            approximate = self._approximation.of_queries(tile.vectors_QD)
+            _, upper_Q = self._doubtful(approximate, distance_Q[low:high])
+            found = empty_neighbors(len(tile), num_places, self.row_N.device)
+            for start, block_QG in self._products(tile, approximate):
+                for query_P, position_P in self._pairs(block_QG <= upper_Q[:, None]):
+                    part = self._decide_pairs(tile, query_P, position_P + start, num_places)
+                    found = merge_neighbors([found, part], num_places)
+            parts.append(found)
+        return Neighbors(
+            torch.cat([part.distance_QK for part in parts]),
+            torch.cat([part.row_QK for part in parts]),
+        )
+
+    def _decide(self, queries: Queries, position_QM: Tensor, num_places: int) -> Neighbors:
+        """Return the first K of listed positions by exact distance."""
+        num_queries, num_listed = position_QM.shape
+        index_Q = torch.arange(num_queries, device=position_QM.device)
+        query_P = index_Q.repeat_interleave(num_listed)
+        position_P = position_QM.flatten()
+        distance_P = pair_distances(queries.vectors_QD, query_P, self.vectors_ND, position_P)
+        row_QM = self.row_N[position_P].view(num_queries, num_listed)
+        distance_QM = distance_P.view(num_queries, num_listed)
+        own_QM = row_QM == queries.row_Q[:, None]
+        distance_QM = distance_QM.masked_fill_(own_QM, torch.inf)
+        return sort_neighbors(distance_QM, row_QM.masked_fill_(own_QM, NO_ROW), num_places)
+
+    def _decide_pairs(
+        self, queries: Queries, query_P: Tensor, position_P: Tensor, num_places: int
+    ) -> Neighbors:
+        """Return the first K of loose pairs by exact distance."""
+        row_P = self.row_N[position_P]
+        other = row_P != queries.row_Q[query_P]
+        query_P, position_P, row_P = query_P[other], position_P[other], row_P[other]
+        distance_P = pair_distances(queries.vectors_QD, query_P, self.vectors_ND, position_P)
+        return neighbors_of_pairs(query_P, distance_P, row_P, len(queries), num_places)
+
+    def _doubtful(self, approximate: Thresholds, distance_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the partial distances below which a row is closer and above which farther."""
+        scaled_Q = distance_Q * self._approximation.scale_square
+        doubt_Q = self._approximation.bound(approximate.norm_Q, scaled_Q)
+        lower_Q = (scaled_Q - doubt_Q - approximate.square_Q).to(torch.float32)
+        upper_Q = (scaled_Q + doubt_Q - approximate.square_Q).to(torch.float32)
+        return lower_Q, upper_Q
+
+    def _products(self, queries: Queries, approximate: Thresholds) -> Iterator[tuple[int, Tensor]]:
+        """Yield blocks of partial distances with their first position; a query's own is inf."""
+        own_Q = torch.searchsorted(self.row_N, queries.row_Q)
+        inside = own_Q < len(self)
+        inside &= self.row_N[own_Q.clamp(max=max(len(self) - 1, 0))] == queries.row_Q
+        tile = self._gallery_tile(len(queries))
+        buffer = torch.empty(len(queries) * tile, device=self.row_N.device)
+        with full_precision():
+            for low in range(0, len(self), tile):
+                high = min(low + tile, len(self))
+                out = buffer[: len(queries) * (high - low)].view(len(queries), high - low)
+                block_QG = self._approximation.partial_distances(
+                    approximate.rows_QD, low, high, out=out
+                )
+                here = (inside & (own_Q >= low) & (own_Q < high)).nonzero()[:, 0]
+                block_QG[here, own_Q[here] - low] = torch.inf
+                yield low, block_QG
+
+    def _pairs(self, chosen_QG: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the (query, column) pairs of a mask, few enough at a time for the memory."""
+        pairs_P2 = chosen_QG.nonzero()
+        step = max(1, self._memory_bytes // 2 // _BYTES_PER_PAIR)
+        for part in pairs_P2.split(step):
+            yield part[:, 0], part[:, 1]
+
+    def _query_tiles(self, num_queries: int) -> Iterator[tuple[int, int]]:
+        step = _TILE_QUERIES.get(self.row_N.device.type, 256)
+        step = max(1, min(step, self._memory_bytes // (64 * _BYTES_PER_PRODUCT)))
+        for low in range(0, num_queries, step):
+            yield low, min(low + step, num_queries)
+
+    def _gallery_tile(self, num_queries: int) -> int:
+        step = _TILE_GALLERY.get(self.row_N.device.type, 1024)
+        # A mask's pairs take 16 bytes each, should all of a block be in doubt.
+        room = self._memory_bytes // 2 // (num_queries * (_BYTES_PER_PRODUCT + 16))
+        return max(1, min(step, room, max(1, len(self))))

@@ -1,0 +1,122 @@
+"""Candidates for the k nearest rows of a gallery shard, by Faiss or by a blocked product.
+
+Both give the rows that are smallest in some float32 evaluation of the approximate distance, and
+the largest distance among them: no row that is left out has a smaller one. Which rows they propose
+may differ between the two, with threads and with block shapes; what is made of them does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from dml_dist.errors import ConfigError
+from dml_dist.search.approximate import Approximation, Thresholds
+
+Backend = Literal["faiss", "torch"]
+
+_GALLERY_TILE = {"cpu": 2048, "cuda": 32768}
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Candidates of each query.
+
+    Attributes:
+        position_QK: Rows of the gallery shard, int64, in no particular order.
+        farthest_Q: Scaled approximate distance that every row left out reaches, float64; inf when
+            none is left out.
+    """
+
+    position_QK: Tensor
+    farthest_Q: Tensor
+
+
+def resolve_backend(name: str, device: torch.device) -> Backend:
+    """Return the backend that `name` ("auto", "faiss" or "torch") means on a device.
+
+    Raises:
+        ConfigError: If the name is unknown, or names Faiss and it is not installed.
+    """
+    if name not in ("auto", "faiss", "torch"):
+        raise ConfigError(
+            f"required evaluation.backend to be one of auto, faiss, torch, got {name!r}"
+        )
+    if name == "torch" or (name == "auto" and device.type != "cpu"):
+        return "torch"
+    try:
+        import faiss  # noqa: F401
+    except ImportError as error:
+        if name == "auto":
+            return "torch"
+        raise ConfigError(
+            "required the package faiss for evaluation.backend faiss, got an import error "
+            f"({error}); install faiss-gpu or faiss-cpu, or choose backend torch"
+        ) from error
+    return "faiss"
+
+
+def propose(
+    gallery: Approximation, queries: Thresholds, num_candidates: int, backend: Backend
+) -> Proposals:
+    """Return `num_candidates` rows near each query, or every row when there are no more.
+
+    Args:
+        gallery: The shard's float32 rows, N of them.
+        queries: The queries' float32 rows, Q of them.
+        num_candidates: K, >= 1.
+        backend: "faiss" or "torch".
+    """
+    num_rows, num_queries = gallery.rows_ND.shape[0], queries.rows_QD.shape[0]
+    if num_candidates >= num_rows:
+        every = torch.arange(num_rows, device=gallery.rows_ND.device)
+        return Proposals(
+            every.expand(num_queries, num_rows), torch.full_like(queries.norm_Q, torch.inf)
+        )
+    match backend:
+        case "faiss":
+            return _propose_faiss(gallery, queries, num_candidates)
+        case "torch":
+            return _propose_torch(gallery, queries, num_candidates)
+        case _:
+            assert_never(backend)
+
+
+def _propose_faiss(gallery: Approximation, queries: Thresholds, num_candidates: int) -> Proposals:
+    import faiss
+
+    # Faiss has a copy of OpenMP of its own, which torch.set_num_threads does not reach.
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    device = gallery.rows_ND.device
+    distance_QK, position_QK = faiss.knn(
+        queries.rows_QD.cpu().numpy(),
+        gallery.rows_ND.cpu().numpy(),
+        num_candidates,
+        metric=faiss.METRIC_L2,
+    )
+    farthest_Q = torch.from_numpy(distance_QK[:, -1].astype("float64"))
+    return Proposals(torch.from_numpy(position_QK).to(device), farthest_Q.to(device))
+
+
+def _propose_torch(gallery: Approximation, queries: Thresholds, num_candidates: int) -> Proposals:
+    num_rows, device = gallery.rows_ND.shape[0], gallery.rows_ND.device
+    tile = max(num_candidates, _GALLERY_TILE.get(device.type, 2048))
+    best: tuple[Tensor, Tensor] | None = None
+    for low in range(0, num_rows, tile):
+        high = min(low + tile, num_rows)
+        block = gallery.partial_distances(queries.rows_QD, low, high)
+        values, positions = block.topk(
+            min(num_candidates, high - low), dim=1, largest=False, sorted=False
+        )
+        positions += low
+        if best is not None:
+            values = torch.cat([best[0], values], dim=1)
+            positions = torch.cat([best[1], positions], dim=1)
+            values, kept = values.topk(num_candidates, dim=1, largest=False, sorted=False)
+            positions = positions.gather(1, kept)
+        best = values, positions
+    assert best is not None, "a shard without rows has no proposals to make"
+    return Proposals(best[1], best[0].amax(dim=1).to(torch.float64) + queries.square_Q)
