@@ -244,7 +244,7 @@ class RunFolder:
         Args:
             world_size: Number of ranks.
             launcher: "ray", "torchrun" or "inprocess".
-            device: What the ranks compute on, such as "2 x cpu".
+            device: What the ranks compute on, such as "cpu" or "NVIDIA H200".
             command: The command line.
             changes: Differences to the configuration before, "path: old -> new" each.
         """

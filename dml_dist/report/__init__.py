@@ -1,0 +1,22 @@
+"""Reports: tables, figures, retrieval galleries and one page, all from a run's folder."""
+
+from dml_dist.report.gallery import (
+    GalleryNeighbor,
+    GalleryQuery,
+    choose_queries,
+    read_gallery,
+    write_gallery,
+)
+from dml_dist.report.page import write_report
+from dml_dist.report.tables import ResultRow, result_table
+
+__all__ = [
+    "GalleryNeighbor",
+    "GalleryQuery",
+    "ResultRow",
+    "choose_queries",
+    "read_gallery",
+    "result_table",
+    "write_gallery",
+    "write_report",
+]

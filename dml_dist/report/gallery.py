@@ -1,0 +1,183 @@
+"""The retrieval gallery: a few queries with their nearest images, kept as thumbnails.
+
+report/retrieval.json    queries and neighbors: row, class, distance, hit, file of the image
+report/images/           one thumbnail an image, named after its row
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from dml_dist.errors import DataError
+from dml_dist.files import read_json, write_json_atomic
+from dml_dist.runs import RunFolder
+
+THUMBNAIL_SIZE = 160  # pixels of the longer side: sharp at 80 CSS pixels on a phone
+_SMALL = 64  # up to this side an image is kept without loss
+_KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg"}
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryNeighbor:
+    """An image that a query found.
+
+    Attributes:
+        row: Its row of the index.
+        class_name: Its class.
+        distance: Its distance from the query.
+        hit: Whether it counts as of the query's class.
+        image: An encoded image, or uint8 pixels (H, W) or (H, W, 3).
+    """
+
+    row: int
+    class_name: str
+    distance: float
+    hit: bool
+    image: bytes | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryQuery:
+    """A query with its nearest images, the nearest first; `image` as in GalleryNeighbor."""
+
+    row: int
+    class_name: str
+    image: bytes | np.ndarray
+    neighbors: tuple[GalleryNeighbor, ...]
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether the nearest image is a hit."""
+        return bool(self.neighbors) and self.neighbors[0].hit
+
+
+def choose_queries(first_hit: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Draw the queries of a gallery: misses and hits in equal numbers as far as there are any.
+
+    Args:
+        first_hit: (Q,) bool, whether each query's nearest image is a hit.
+        count: Number of queries wanted.
+        seed: Seed of the draw.
+
+    Returns:
+        (min(count, Q),) int64 positions, misses first, in rising order each.
+    """
+    generator = np.random.default_rng(seed)
+    misses, hits = (generator.permutation(np.flatnonzero(first_hit == hit)) for hit in (0, 1))
+    num_misses = min(len(misses), max(count // 2, count - len(hits)))
+    chosen = np.sort(misses[:num_misses]), np.sort(hits[: count - num_misses])
+    return np.concatenate(chosen).astype(np.int64)
+
+
+def write_gallery(run_dir: Path, queries: Sequence[GalleryQuery]) -> None:
+    """Keep queries and their neighbors with thumbnails in a run's folder.
+
+    Raises:
+        DataError: If an image cannot be decoded.
+        ValueError: If pixels are not uint8 of shape (H, W) or (H, W, 3).
+    """
+    report_dir = RunFolder(run_dir).report_dir
+    images = report_dir / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    written: dict[int, str] = {}
+
+    def entry(item: GalleryQuery | GalleryNeighbor) -> dict[str, Any]:
+        if item.row not in written:
+            data, extension = _thumbnail(item.image, item.row)
+            written[item.row] = f"{item.row}.{extension}"
+            (images / written[item.row]).write_bytes(data)
+        return {
+            "row": item.row,
+            "class": item.class_name,
+            "image": f"images/{written[item.row]}",
+        }
+
+    content = [
+        {
+            "query": entry(query),
+            "neighbors": [
+                {**entry(neighbor), "distance": neighbor.distance, "hit": neighbor.hit}
+                for neighbor in query.neighbors
+            ],
+        }
+        for query in queries
+    ]
+    write_json_atomic(report_dir / "retrieval.json", {"queries": content})
+    for path in images.iterdir():  # of an earlier gallery
+        if path.name not in written.values():
+            path.unlink()
+
+
+def read_gallery(run_dir: Path) -> list[GalleryQuery] | None:
+    """Return the gallery that `write_gallery` kept, None when there is none.
+
+    A thumbnail that is missing reads as empty bytes.
+
+    Raises:
+        DataError: If retrieval.json is damaged.
+    """
+    report_dir = RunFolder(run_dir).report_dir
+    path = report_dir / "retrieval.json"
+    if not path.is_file():
+        return None
+
+    def image(entry: dict[str, Any]) -> bytes:
+        # Only the name counts: nothing outside of the folder of thumbnails gets into the page.
+        file = report_dir / "images" / Path(entry["image"]).name
+        return file.read_bytes() if file.is_file() else b""
+
+    def neighbor(entry: dict[str, Any]) -> GalleryNeighbor:
+        distance, hit = float(entry["distance"]), bool(entry["hit"])
+        return GalleryNeighbor(int(entry["row"]), entry["class"], distance, hit, image(entry))
+
+    try:
+        return [
+            GalleryQuery(
+                int(entry["query"]["row"]),
+                entry["query"]["class"],
+                image(entry["query"]),
+                tuple(neighbor(found) for found in entry["neighbors"]),
+            )
+            for entry in read_json(path)["queries"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"required a retrieval gallery, got {path}, which is damaged ({error!r}); "
+            "evaluate the run again to write it anew"
+        ) from None
+
+
+def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
+    """Return an image of THUMBNAIL_SIZE at most, encoded, and its file extension."""
+    if isinstance(image, np.ndarray):
+        shape = image.shape
+        if image.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)):
+            raise ValueError(
+                f"required uint8 pixels of shape (H, W) or (H, W, 3), got {image.dtype} {shape} "
+                f"for row {row}"
+            )
+        picture: Image.Image = Image.fromarray(image)
+    else:
+        try:
+            picture = Image.open(io.BytesIO(image))
+            picture.load()
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(
+                f"required an image for row {row} of the retrieval gallery, got {len(image)} bytes "
+                f"that cannot be decoded ({error}); run `dml-dist data verify` on the data set"
+            ) from None
+        if max(picture.size) <= THUMBNAIL_SIZE and picture.format in _KEPT_FORMATS:
+            return image, _KEPT_FORMATS[picture.format]
+    picture = picture.convert("RGB")
+    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    kind = "PNG" if max(picture.size) <= _SMALL else "JPEG"
+    file = io.BytesIO()
+    picture.save(file, kind, quality=85)
+    return file.getvalue(), _KEPT_FORMATS[kind]

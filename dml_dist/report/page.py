@@ -1,0 +1,233 @@
+"""The report of a run: one HTML page that needs no network, and its figures as PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from PIL import Image
+
+from dml_dist.files import write_bytes_atomic, write_text_atomic
+from dml_dist.report.curves import draw_curves
+from dml_dist.report.gallery import GalleryNeighbor, GalleryQuery
+from dml_dist.report.summary import RunSummary, read_summary
+from dml_dist.report.tables import (
+    format_count,
+    format_metric,
+    format_seconds,
+    group,
+    metric_label,
+    number,
+    recall_key,
+)
+from dml_dist.runs import Attempt, RunFolder
+
+_FOLDER = Path(__file__).parent
+_PIXELATED = 64  # pixels; smaller images are shown with their pixels, not blurred
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A headline number: the value, what it is, and where it started."""
+
+    label: str
+    value: str
+    before: str | None = None
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """An image of the gallery: `source` is a data URL, empty when the image is missing."""
+
+    source: str
+    pixelated: bool
+    class_name: str
+    row: int
+    distance: str = ""
+    hit: bool | None = None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report/index.html and the figures of a run, finished or not.
+
+    Args:
+        run_dir: The run's folder; nothing else is read.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ConfigError: If the folder is no run.
+        DataError: If run.json is damaged.
+    """
+    summary = read_summary(run_dir)
+    curves = draw_curves(summary)
+    report_dir = RunFolder(run_dir).report_dir
+    report_dir.mkdir(exist_ok=True)
+    for curve in curves:
+        write_bytes_atomic(report_dir / f"{curve.name}.png", curve.png)
+    queries = summary.gallery or []
+    page = _template().render(
+        summary=summary,
+        info=summary.info,
+        style=Markup((_FOLDER / "page.css").read_text("utf-8")),
+        figures=_figures(summary),
+        warnings=_warnings(summary),
+        missing=_missing(summary),
+        table=summary.table(),
+        best=summary.best_validation,
+        curves=[(curve, Markup(curve.svg)) for curve in curves],
+        gallery=_gallery(queries),
+        num_queries=len(queries),
+        num_misses=sum(not query.is_hit for query in queries),
+        overall=_overall(summary),
+        facts=_facts(summary),
+        when=_when,
+    )
+    path = report_dir / "index.html"
+    write_text_atomic(path, page)
+    return path
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _figures(summary: RunSummary) -> list[_Figure]:
+    """Return the headline: two scores before and after training, duration, speed."""
+    untrained, trained = summary.result("untrained"), summary.result("trained")
+    figures = []
+    for key in (recall_key(trained), "map_at_r"):
+        if key in trained:
+            before = format_metric(key, untrained[key]) if key in untrained else None
+            label = f"{metric_label(key)} on test classes"
+            figures.append(_Figure(label, format_metric(key, trained[key]), before))
+    if summary.total_seconds is not None:
+        figures.append(_Figure("total time", format_seconds(summary.total_seconds)))
+    if summary.images_per_second is not None:
+        speed = format_count(round(summary.images_per_second))
+        figures.append(_Figure("training images per second", speed))
+    return figures
+
+
+def _overall(summary: RunSummary) -> str | None:
+    """Return what share of all queries hit, as half a sentence."""
+    trained = summary.result("trained")
+    key = recall_key(trained)
+    if key is None:
+        return None
+    return f"{metric_label(key)} over all queries is {format_metric(key, trained[key])}"
+
+
+def _warnings(summary: RunSummary) -> list[str]:
+    """Return what a reader should know before trusting or repeating the numbers."""
+    warnings = list(summary.damaged)
+    attempts = summary.info.attempts
+    dirty = [attempt for attempt in attempts if attempt.git.dirty]
+    if dirty:
+        warnings.append(
+            "The source tree had changes that are not committed"
+            f"{_of_attempts(dirty, attempts)}: the git revision alone does not give this code."
+        )
+    if len(attempts) > 1:
+        changed = sum(bool(attempt.changes) for attempt in attempts)
+        detail = f", {changed} with a changed configuration" if changed else ""
+        warnings.append(
+            f"The run was resumed or restarted: {len(attempts)} attempts{detail}. "
+            "Curves show the last attempt of each step."
+        )
+    if len({tuple(sorted(attempt.versions.items())) for attempt in attempts}) > 1:
+        warnings.append("Attempts ran with different versions of packages.")
+    if summary.metrics and not summary.info.finished:
+        warnings.append("The run went on after its results were written: they are older.")
+    return warnings
+
+
+def _of_attempts(some: Sequence[Attempt], every: Sequence[Attempt]) -> str:
+    """Return which attempts are meant, nothing when it is all of them."""
+    if len(some) == len(every):
+        return ""
+    numbers = ", ".join(str(attempt.attempt) for attempt in some)
+    return f" in attempt{'s' if len(some) > 1 else ''} {numbers}"
+
+
+def _missing(summary: RunSummary) -> list[str]:
+    """Return what the folder does not hold yet, one sentence each."""
+    missing = []
+    last = summary.steps[-1] if summary.steps else None
+    if not summary.info.finished:
+        text = "The run has not finished: it is still at work, or it ended early."
+        if last is not None:
+            text += f" Its last training record is of step {last['step']:,}."
+        missing.append(text)
+    if last is None:
+        missing.append("There are no training records, so no loss curve.")
+    if not any(record.get("protocol") == "validation" for record in summary.evaluations):
+        missing.append("There are no validation records.")
+    if not summary.result("trained"):
+        missing.append("There is no result on the test classes yet.")
+    if summary.gallery is None:
+        missing.append("There is no retrieval gallery; the final evaluation writes it.")
+    if summary.config is None:
+        missing.append("config.yaml is missing.")
+    return missing
+
+
+def _facts(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return labels and values about data, plan and time."""
+    facts = [("seed", str(summary.info.seed))]
+    for label, value in summary.info.facts.items():
+        amount = number(value)
+        facts.append((label, str(value) if amount is None else format_count(amount)))
+    for name, seconds in group(summary.metrics, "seconds").items():
+        facts.append((f"time: {name.replace('_', ' ')}", format_seconds(float(seconds))))
+    return facts
+
+
+def _gallery(queries: Sequence[GalleryQuery]) -> list[tuple[str, list[tuple[_Tile, list[_Tile]]]]]:
+    """Return the gallery in two groups, misses first, each query with its neighbors."""
+    groups = []
+    for title, hit in (
+        ("Misses: the nearest image is of another class", False),
+        ("Hits: the nearest image is of the same class", True),
+    ):
+        rows = [
+            (_tile(query), [_tile(neighbor) for neighbor in query.neighbors])
+            for query in queries
+            if query.is_hit == hit
+        ]
+        if rows:
+            groups.append((title, rows))
+    return groups
+
+
+def _tile(item: GalleryQuery | GalleryNeighbor) -> _Tile:
+    source, pixelated = "", False
+    if isinstance(item.image, bytes) and item.image:
+        with Image.open(io.BytesIO(item.image)) as picture:
+            kind, pixelated = str(picture.format).lower(), max(picture.size) <= _PIXELATED
+        source = f"data:image/{kind};base64,{base64.b64encode(item.image).decode()}"
+    if isinstance(item, GalleryQuery):
+        return _Tile(source, pixelated, item.class_name, item.row)
+    distance = f"{item.distance:.3f}"
+    return _Tile(source, pixelated, item.class_name, item.row, distance, item.hit)
+
+
+def _when(time: str) -> str:
+    """Return a UTC time of ISO 8601 to the minute."""
+    return datetime.fromisoformat(time).strftime("%Y-%m-%d %H:%M UTC")

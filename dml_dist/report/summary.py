@@ -1,0 +1,168 @@
+"""What a run's folder says, read once: records, metrics, attempts, and what is not there yet."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dml_dist.errors import DataError
+from dml_dist.files import read_json
+from dml_dist.records import read_records
+from dml_dist.report.gallery import GalleryQuery, read_gallery
+from dml_dist.report.tables import ResultRow, group, is_metric, number, result_table
+from dml_dist.runs import RunFolder, RunInfo
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values of one quantity against the step.
+
+    Attributes:
+        steps: (n,) float64, rising.
+        values: (n,) float64; what is not finite is NaN.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def num_non_finite(self) -> int:
+        """Number of values that are not finite."""
+        return int(np.count_nonzero(np.isnan(self.values)))
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as its folder shows it, finished or not.
+
+    Attributes:
+        folder: The run's folder.
+        info: Its identity and attempts.
+        config: Text of its configuration; None when missing.
+        steps: Training records in order of steps.
+        evaluations: Evaluation records in order of steps.
+        metrics: Content of metrics.json; empty when missing.
+        gallery: Queries of the retrieval gallery; None when missing.
+        damaged: What could not be read, one sentence each.
+    """
+
+    folder: Path
+    info: RunInfo
+    config: str | None
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    metrics: Mapping[str, Any]
+    gallery: list[GalleryQuery] | None
+    damaged: tuple[str, ...]
+
+    def training(self, key: str) -> Series:
+        """Return a quantity of the training records against the step."""
+        return _series(self.steps, key)
+
+    def evaluation(self, key: str, split: str, protocol: str) -> Series:
+        """Return a metric of the evaluations of a split under a protocol against the step."""
+        return _series(
+            [
+                record
+                for record in self.evaluations
+                if record.get("split") == split and record.get("protocol") == protocol
+            ],
+            key,
+        )
+
+    def result(self, name: Literal["untrained", "trained"]) -> dict[str, Any]:
+        """Return the metrics on the test split: of metrics.json, else of the last such record."""
+        protocol = "untrained" if name == "untrained" else "final"
+        records = [record for record in self.evaluations if record.get("protocol") == protocol]
+        recorded = records[-1] if records else {}
+        return group(self.metrics, name) or {
+            key: value for key, value in recorded.items() if is_metric(key)
+        }
+
+    @property
+    def best_validation(self) -> dict[str, Any] | None:
+        """The validation record with the highest MAP@R, the first of equals."""
+        records = [
+            record
+            for record in self.evaluations
+            if record.get("protocol") == "validation" and math.isfinite(_value(record, "map_at_r"))
+        ]
+        return max(records, key=lambda record: _value(record, "map_at_r"), default=None)
+
+    def table(self) -> list[ResultRow]:
+        """Return the table of results."""
+        results = {"untrained": self.result("untrained"), "trained": self.result("trained")}
+        return result_table(results, self.best_validation)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Training speed: of metrics.json, else the median of the records."""
+        speed = number(self.metrics.get("images_per_second"))
+        if speed is not None:
+            return speed
+        speeds = self.training("images_per_second").values
+        finite = speeds[np.isfinite(speeds)]
+        return statistics.median(finite.tolist()) if len(finite) else None
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Duration of the run: seconds.total of metrics.json, else the sum of its parts."""
+        seconds = group(self.metrics, "seconds")
+        if not seconds:
+            return None
+        total = number(seconds.get("total"))
+        return total if total is not None else sum(float(part) for part in seconds.values())
+
+
+def read_summary(run_dir: Path) -> RunSummary:
+    """Read a run's folder.
+
+    Files that are missing or damaged leave their part empty; only run.json must be there.
+
+    Raises:
+        ConfigError: If the folder is no run.
+        DataError: If run.json is damaged.
+    """
+    run = RunFolder.open(run_dir)
+    damaged: list[str] = []
+    metrics: Any = {}
+    gallery = None
+    try:
+        metrics = read_json(run.metrics_path) if run.metrics_path.is_file() else {}
+    except DataError as error:
+        damaged.append(str(error))
+    try:
+        gallery = read_gallery(run.path)
+    except DataError as error:
+        damaged.append(str(error))
+    return RunSummary(
+        folder=run.path,
+        info=run.info(),
+        config=run.config_path.read_text("utf-8") if run.config_path.is_file() else None,
+        steps=read_records(run.records("steps")),
+        evaluations=read_records(run.records("evaluations")),
+        metrics=metrics if isinstance(metrics, Mapping) else {},
+        gallery=gallery,
+        damaged=tuple(damaged),
+    )
+
+
+def _value(record: Mapping[str, Any], key: str) -> float:
+    """Return a number of a record, NaN when it is missing, no number or not finite."""
+    value = number(record.get(key))
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _series(records: list[dict[str, Any]], key: str) -> Series:
+    kept = [record for record in records if key in record]
+    steps = np.array([record["step"] for record in kept], dtype=np.float64)
+    return Series(steps, np.array([_value(record, key) for record in kept], dtype=np.float64))

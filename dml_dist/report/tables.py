@@ -1,0 +1,148 @@
+"""Numbers as people read them: names of metrics, percent, durations, and the table of results."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"  # noqa: RUF001 - a dash, for a value that there is not
+
+_LABELS = {
+    "map_at_r": "MAP@R",
+    "r_precision": "R-precision",
+    "nmi": "NMI",
+    "ami": "AMI",
+    "num_queries": "Queries",
+    "num_gallery": "Gallery images",
+    "num_lone_queries": "Images alone in their class",
+}
+_SHARES = ("map_at_r", "r_precision", "nmi", "ami")
+_RECALL = re.compile(r"recall_at_(\d+)")
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One metric of the table of results, ready to be shown.
+
+    Attributes:
+        key: Name of the metric, such as "recall_at_1".
+        label: Its name for people, such as "R@1".
+        untrained: Value on the test split before training, or a dash.
+        trained: Value on the test split after training, or a dash.
+        validation: Value of the best validation, or a dash.
+    """
+
+    key: str
+    label: str
+    untrained: str
+    trained: str
+    validation: str
+
+
+def number(value: Any) -> float | None:
+    """Return a value of a record as a float; None when it is no number.
+
+    JSON has no word for non-finite floats; they are stored as "nan", "inf" and "-inf".
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
+
+
+def is_metric(key: str) -> bool:
+    """Whether a key of a record names a metric; a record also has its step, time and so on."""
+    return key in _LABELS or _recall(key) is not None
+
+
+def metric_label(key: str) -> str:
+    """Return a metric's name for people: recall_at_1 is R@1."""
+    if match := _RECALL.fullmatch(key):
+        return f"R@{match[1]}"
+    return _LABELS.get(key, key.replace("_", " ").capitalize())
+
+
+def format_metric(key: str, value: Any) -> str:
+    """Return a metric's value for people: shares in percent with two decimals, counts grouped."""
+    amount = number(value)
+    if amount is None:
+        return MISSING
+    if not math.isfinite(amount):
+        return "not a number" if math.isnan(amount) else "infinite"
+    if key in _SHARES or _RECALL.fullmatch(key):
+        return f"{100 * amount:.2f} %"
+    return format_count(amount)
+
+
+def format_count(value: float) -> str:
+    """Return a number with thousands set apart: whole as it is, else four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration for people: 0.42 s, 31 s, 4 min 12 s, 2 h 05 min."""
+    if not math.isfinite(seconds):
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    if minutes < 60:
+        return f"{minutes} min {whole % 60:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def recall_key(*groups: Mapping[str, Any]) -> str | None:
+    """Return the recall metric with the smallest K that any of the groups holds."""
+    found = {int(match[1]) for group in groups for key in group if (match := _recall(key))}
+    return f"recall_at_{min(found)}" if found else None
+
+
+def result_table(
+    metrics: Mapping[str, Any], validation: Mapping[str, Any] | None = None
+) -> list[ResultRow]:
+    """Return the table of results: recalls in rising K, other scores, then counts.
+
+    Args:
+        metrics: Content of metrics.json; its groups "untrained" and "trained" are read.
+        validation: Record of the best validation, if there is one.
+    """
+    untrained = group(metrics, "untrained")
+    trained = group(metrics, "trained")
+    held_out = dict(validation or {})
+    known = [key for key in held_out if is_metric(key)]
+    return [
+        ResultRow(
+            key,
+            metric_label(key),
+            *(format_metric(key, values.get(key)) for values in (untrained, trained, held_out)),
+        )
+        for key in _in_order([*untrained, *trained, *known])
+    ]
+
+
+def group(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the numbers of one group of metrics.json, none when it is missing."""
+    values = metrics.get(name)
+    if not isinstance(values, Mapping):
+        return {}
+    return {key: value for key, value in values.items() if number(value) is not None}
+
+
+def _recall(key: str) -> re.Match[str] | None:
+    return _RECALL.fullmatch(key)
+
+
+def _in_order(keys: Iterable[str]) -> list[str]:
+    def place(key: str) -> tuple[int, int, str]:
+        if match := _recall(key):
+            return 0, int(match[1]), key
+        if key in _LABELS:
+            return 1, list(_LABELS).index(key), key
+        return 2, 0, key
+
+    return sorted(set(keys), key=place)
