@@ -1,0 +1,98 @@
+"""The two forms of a loss, which also hold for losses of one's own (config `loss.name: custom`).
+
+Row form: one statistic per row of the global batch and proxy shard, `partial -> merge -> finish`.
+Proxies are sharded over ranks; only the statistics cross ranks. Dense is "one shard".
+
+Pair form: a function of the embeddings and labels of the global batch, without proxies.
+
+Shape legend: G rows of the global batch, D embedding size, L proxies of this shard,
+K proxies a class, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dml_dist.losses.numerics import Merge, Statistics
+
+
+@dataclass(frozen=True)
+class ProxyShard:
+    """Which rows of the class table a proxy shard holds: whole classes, K rows each.
+
+    Row `(c - low_class) K + k` of the shard is proxy k of class c.
+
+    Attributes:
+        num_classes: C, classes of the whole table.
+        low_class: First class of this shard.
+        high_class: One past its last class.
+        proxies_per_class: K.
+    """
+
+    num_classes: int
+    low_class: int
+    high_class: int
+    proxies_per_class: int = 1
+
+    @property
+    def row_low(self) -> int:
+        """The whole table's row that is row 0 of this shard."""
+        return self.low_class * self.proxies_per_class
+
+    @property
+    def row_high(self) -> int:
+        """One past the whole table's last row of this shard."""
+        return self.high_class * self.proxies_per_class
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole table, C K."""
+        return self.num_classes * self.proxies_per_class
+
+
+@runtime_checkable
+class RowLoss(Protocol):
+    """A loss over sharded proxies.
+
+    The methods are pure, do not look up ranks, and are differentiable. Embeddings and proxies
+    come as they are, not normalised, in float32 or float64.
+    """
+
+    @property
+    def proxies_per_class(self) -> int:
+        """K, rows of each class in the table."""
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """The statistics by name, each with its merge: `logsumexp`, `max` or `sum`."""
+
+    def partial(
+        self, embeddings_GD: Tensor, labels_G: Tensor, proxies_LD: Tensor, shard: ProxyShard
+    ) -> Statistics:
+        """Return the statistics over one proxy shard.
+
+        Their shapes depend on the batch only. A value that this shard has nothing for is the
+        neutral element of its merge: 0 for `sum`, -inf for the others.
+        """
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the loss, a 0-d tensor, of statistics over all shards."""
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
+
+
+@runtime_checkable
+class PairLoss(Protocol):
+    """A loss over the embeddings of the global batch: pairs, triplets, or anything without proxies.
+
+    Called with embeddings (G, D), not normalised, in float32 or float64, and labels (G,) int64;
+    returns a 0-d tensor.
+    """
+
+    def __call__(self, embeddings_GD: Tensor, labels_G: Tensor, /) -> Tensor:
+        """Return the loss of the global batch."""

@@ -1,0 +1,60 @@
+"""Arithmetic that the losses share: row normalisation, merging of partial statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+Merge = Literal["logsumexp", "max", "sum"]
+"""How one statistic of two proxy shards becomes that of both together."""
+
+Statistics = dict[str, Tensor]
+"""Statistics of a batch over some proxy shards: name -> tensor; equal shapes on every shard."""
+
+MIN_NORM = 1e-12
+"""Rows shorter than this are divided by it and not by their norm, so that they stay finite."""
+
+
+def accurate_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float64 when a tensor has it, else float32: losses never run in half precision."""
+    found = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if found else torch.float32
+
+
+def normalize_rows(x_ND: Tensor) -> Tensor:
+    """Return x / max(|x|, 1e-12) row by row, (N, D); a zero row stays zero, with finite gradient."""
+    return torch.nn.functional.normalize(x_ND, dim=1, eps=MIN_NORM)
+
+
+def safe_exp_difference(x: Tensor, reference: Tensor) -> Tensor:
+    """Return exp(x - reference), and 0 where x is -inf, even if the reference is -inf as well."""
+    return (x - reference.masked_fill(reference == -torch.inf, 0.0)).exp()
+
+
+def merge_statistics(a: Statistics, b: Statistics, merges: Mapping[str, Merge]) -> Statistics:
+    """Return the statistics over the proxy shards of `a` and `b` together.
+
+    Associative, and commutative but for the gradient of equal maxima, which goes to `a`: the
+    shard of the lower rows comes first.
+
+    Args:
+        a: Statistics over some shards.
+        b: Statistics over other shards, with the same names and shapes.
+        merges: The merge of each statistic.
+    """
+    return {name: _merge(a[name], b[name], how) for name, how in merges.items()}
+
+
+def _merge(a: Tensor, b: Tensor, how: Merge) -> Tensor:
+    match how:
+        case "logsumexp":
+            return torch.logaddexp(a, b)
+        case "max":
+            return torch.where(a >= b, a, b)
+        case "sum":
+            return a + b
+        case _:
+            assert_never(how)

@@ -1,0 +1,182 @@
+"""Proxy-NCA (Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017).
+
+Embeddings are normalised to length s_x and proxies to s_p; with squared Euclidean distances the
+logit of sample i and proxy c is, up to a constant that cancels,
+
+    l_ic = 2 s_x s_p cos(x_i, p_c)
+
+The positive is the nearest of the K proxies of the sample's class (static assignment), negatives
+are all proxies of other classes; the other proxies of the own class count nowhere.
+
+    denominator negatives (the paper):  mean_i [ logsumexp_neg(l_i) - l_i+ ]
+    denominator all:                    mean_i softplus( logsumexp_neg(l_i) - l_i+ )
+
+The second is the softmax cross-entropy over positive and negatives, in a form that keeps float32
+gradients when the loss is tiny and when the positive's softmax underflows. Label smoothing e
+(denominator all) takes the target 1 - e on the positive and e spread evenly over the (C - 1) K
+negatives, and adds e (l_i+ - mean_neg(l_i)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from dml_dist.losses.forms import ProxyShard
+from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normalize_rows
+from dml_dist.losses.proxy_logits import negative_statistics
+
+# Beyond this softplus(x) = x, which is exact in float64: exp(-50) is far below its resolution.
+_SOFTPLUS_LINEAR = 50.0
+
+
+@dataclass(frozen=True)
+class ProxyNCA:
+    """Proxy-NCA as a loss of row form (`losses/forms.py`).
+
+    Attributes:
+        num_classes: C >= 2.
+        denominator: `all`, or `negatives` as in the paper.
+        embedding_scale: s_x > 0.
+        proxy_scale: s_p > 0.
+        proxies_per_class: K >= 1.
+        label_smoothing: Share e of the target on negatives, 0 <= e < 1; needs `all`.
+        logit_memory_mb: Bound on the memory for logits in MiB, > 0.
+    """
+
+    num_classes: int
+    denominator: Literal["all", "negatives"] = "all"
+    embedding_scale: float = 3.0
+    proxy_scale: float = 3.0
+    proxies_per_class: int = 1
+    label_smoothing: float = 0.0
+    logit_memory_mb: float = 64.0
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise ValueError(
+                f"Proxy-NCA required at least 2 classes, got {self.num_classes}: "
+                "a single class has no negatives"
+            )
+        if self.label_smoothing > 0 and self.denominator == "negatives":
+            raise ValueError("label_smoothing > 0 required denominator 'all', got 'negatives'")
+
+    @property
+    def logit_scale(self) -> float:
+        """2 s_x s_p, the logit of a cosine of 1."""
+        return 2.0 * self.embedding_scale * self.proxy_scale
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """The statistics of one row: two, and a third with label smoothing."""
+        merges: dict[str, Merge] = {"lse_negatives": "logsumexp", "positive": "sum"}
+        if self.label_smoothing > 0:
+            merges["sum_negatives"] = "sum"
+        return merges
+
+    def partial(
+        self, embeddings_GD: Tensor, labels_G: Tensor, proxies_LD: Tensor, shard: ProxyShard
+    ) -> Statistics:
+        """Return the statistics of each row over one proxy shard, each (G,)."""
+        dtype = accurate_dtype(embeddings_GD, proxies_LD)
+        queries_GD = normalize_rows(embeddings_GD.to(dtype)) * self.logit_scale
+        found = negative_statistics(
+            queries_GD, proxies_LD.to(dtype), labels_G, shard, memory_mb=self.logit_memory_mb
+        )
+        return {name: getattr(found, name) for name in self.merges}
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the mean over the rows of the global batch."""
+        gap_G = total["lse_negatives"] - total["positive"]
+        if self.denominator == "negatives":
+            return gap_G.mean()
+        loss_G = softplus(gap_G, threshold=_SOFTPLUS_LINEAR)
+        if self.label_smoothing > 0:
+            num_negatives = (self.num_classes - 1) * self.proxies_per_class
+            mean_negative_G = total["sum_negatives"] / num_negatives
+            loss_G = loss_G + self.label_smoothing * (total["positive"] - mean_negative_G)
+        return loss_G.mean()
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return the mean cosine to the positive, and the share of rows it does not dominate."""
+        violated_G = total["lse_negatives"] > total["positive"]
+        return {
+            "positive_cosine": total["positive"].mean() / self.logit_scale,
+            "violation_rate": violated_G.to(total["positive"].dtype).mean(),
+        }
+
+
+def proxy_nca_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    proxies: Tensor,
+    *,
+    denominator: Literal["all", "negatives"] = "all",
+    embedding_scale: float = 3.0,
+    proxy_scale: float = 3.0,
+    proxies_per_class: int = 1,
+    label_smoothing: float = 0.0,
+    logit_memory_mb: float = 64.0,
+) -> Tensor:
+    """Return Proxy-NCA of one process, a 0-d tensor: one shard through the same formula.
+
+    Args:
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        labels_B: Classes, (B,) int64, 0 .. C - 1.
+        proxies: Proxies, (C K, D), of any length; row c K + k is proxy k of class c.
+        denominator: `all`, or `negatives` as in the paper.
+        embedding_scale: s_x, the length that normalised embeddings are given, > 0.
+        proxy_scale: s_p, the length that normalised proxies are given, > 0.
+        proxies_per_class: K, >= 1.
+        label_smoothing: Share of the target on the negatives, 0 <= e < 1.
+        logit_memory_mb: Bound on the memory for logits in MiB, > 0.
+
+    Raises:
+        ValueError: If shapes, labels or options do not fit.
+    """
+    if embeddings_BD.ndim != 2 or proxies.ndim != 2 or embeddings_BD.shape[1] != proxies.shape[1]:
+        raise ValueError(
+            "required embeddings (B, D) and proxies (C K, D), got shapes "
+            f"{tuple(embeddings_BD.shape)} and {tuple(proxies.shape)}"
+        )
+    num_classes, rest = divmod(proxies.shape[0], proxies_per_class)
+    if rest:
+        raise ValueError(
+            f"required whole classes of {proxies_per_class} proxies, got {proxies.shape[0]} rows"
+        )
+    check_labels(labels_B, embeddings_BD.shape[0], num_classes)
+    loss = ProxyNCA(
+        num_classes,
+        denominator,
+        embedding_scale,
+        proxy_scale,
+        proxies_per_class,
+        label_smoothing,
+        logit_memory_mb,
+    )
+    shard = ProxyShard(num_classes, 0, num_classes, proxies_per_class)
+    return loss.finish(loss.partial(embeddings_BD, labels_B, proxies, shard))
+
+
+def check_labels(labels: Tensor, num_rows: int, num_classes: int | None) -> None:
+    """Raise ValueError unless labels are (num_rows,) int64 in 0 .. num_classes - 1.
+
+    The range is looked at on the CPU only: on a GPU the look would wait for the device.
+    """
+    if labels.shape != (num_rows,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"required labels of shape ({num_rows},) and dtype int64, "
+            f"got {tuple(labels.shape)} and {labels.dtype}"
+        )
+    if num_classes is not None and labels.device.type == "cpu" and num_rows:
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"required class ids 0 .. {num_classes - 1}, got {low} .. {high}: "
+                "labels are class ids of the training split, not labels of the data set"
+            )
