@@ -96,18 +96,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file in the order of their steps; none when there is no file.
 
     Of the records of one step, the last one of the last attempt counts. Records with different
-    values of `split` (validation and test, at the same step) are told apart. Lines that are not
-    whole records are skipped: a crash tears a line, which the next attempt closes.
+    values of `split` or `protocol` (validation and test, final and literature, at the same step)
+    are told apart. Lines that are not whole records are skipped: a crash tears a line, which the
+    next attempt closes.
     """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
         return []
-    latest: dict[tuple[int, str], dict[str, Any]] = {}
+    latest: dict[tuple[int, str, str], dict[str, Any]] = {}
     for line in data.split(b"\n"):
         record = _decode_line(line)
         if record is not None:
-            key = (record["step"], str(record.get("split", "")))
+            kinds = str(record.get("split", "")), str(record.get("protocol", ""))
+            key = (record["step"], *kinds)
             if key not in latest or latest[key]["attempt"] <= record["attempt"]:
                 latest[key] = record
     return sorted(latest.values(), key=lambda record: record["step"])
