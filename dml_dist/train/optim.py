@@ -1,0 +1,183 @@
+"""The optimiser: groups of parameters with their learning rates, and clipping over all ranks.
+
+One optimiser holds the replicated parameters (backbone, head) and this rank's rows of the
+objective's tables (proxies). Each group carries `name`, `base_lr` and `names` (of its parameters)
+beside torch's own keys; `base_lr` times the schedule's factor is its learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from dml_dist.config.custom import load_target
+from dml_dist.config.objective import (
+    AdamConfig,
+    AdamWConfig,
+    CustomOptimizerConfig,
+    OptimizerConfig,
+    RMSpropConfig,
+    SGDConfig,
+)
+from dml_dist.errors import ConfigError
+from dml_dist.models.embedding import EmbeddingModel, ParameterKind, parameter_kinds
+from dml_dist.parallel.comm import Comm
+
+OWNED_PREFIX = "objective."
+
+
+def parameter_groups(
+    config: OptimizerConfig, model: EmbeddingModel, owned: Mapping[str, Parameter]
+) -> list[dict[str, Any]]:
+    """Return the groups: parameters of equal part, kind and decay together, in a fixed order.
+
+    Args:
+        config: The optimiser section.
+        model: The embedding network; every rank holds all of it.
+        owned: This rank's rows of the objective's tables, by name.
+
+    Returns:
+        Dictionaries with params, names, name, base_lr, lr and weight_decay.
+    """
+    kinds = parameter_kinds(model)
+    groups: dict[str, dict[str, Any]] = {}
+
+    def add(group: str, name: str, parameter: Parameter, lr: float, decays: bool) -> None:
+        entry = groups.setdefault(
+            group + ("" if decays or not config.weight_decay else ", no decay"),
+            {
+                "params": [],
+                "names": [],
+                "lr": lr,
+                "base_lr": lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            },
+        )
+        entry["params"].append(parameter)
+        entry["names"].append(name)
+
+    for name, parameter in model.named_parameters():
+        kind = kinds[name]
+        group = kind.part + (" biases" if kind.bias else "")
+        add(group, name, parameter, _learning_rate(config, kind), _decays(config, kind))
+    proxy_lr = config.lr if config.proxy_lr is None else config.proxy_lr
+    for name, parameter in owned.items():
+        decays = "proxies" not in config.no_weight_decay
+        add("proxies", OWNED_PREFIX + name, parameter, proxy_lr, decays)
+    return [{"name": name, **entry} for name, entry in groups.items()]
+
+
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return the optimiser over the groups.
+
+    Adam, AdamW and SGD are torch's fused forms on CPU and GPU. Measured on one core against the
+    loop over parameters: Adam on conv4 0.16 ms against 0.56 ms, on 100,000 proxies of 512
+    numbers 27 ms against 309 ms.
+
+    Raises:
+        ConfigError: If a custom target gives no torch optimiser, or refuses its options.
+    """
+    match config:
+        case AdamConfig():
+            return Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        case AdamWConfig():
+            return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        case SGDConfig():
+            return SGD(
+                groups,
+                lr=config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                fused=True,
+            )
+        case RMSpropConfig():
+            return RMSprop(
+                groups,
+                lr=config.lr,
+                alpha=config.alpha,
+                momentum=config.momentum,
+                eps=config.eps,
+            )
+        case CustomOptimizerConfig():
+            return _build_custom(config, groups)
+        case _:
+            assert_never(config)
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's learning rate to its base times the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def clip_gradients(
+    replicated: Iterable[Tensor], owned: Iterable[Tensor], max_norm: float, comm: Comm
+) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm`; every rank calls this.
+
+    The norm runs over the replicated parameters once and over the owned rows of all ranks: it is
+    that of one process that holds everything, for any number of ranks.
+
+    Args:
+        replicated: Parameters whose gradients are equal on every rank.
+        owned: Parameters whose gradients only this rank has.
+        max_norm: Bound on the norm, > 0.
+        comm: The ranks.
+
+    Returns:
+        The norm before clipping, 0-d float64.
+    """
+    shared = [parameter.grad for parameter in replicated if parameter.grad is not None]
+    own = [parameter.grad for parameter in owned if parameter.grad is not None]
+    squares = comm.all_reduce_sum(_squared_norm(own, comm.device), what="gradient norm")
+    norm = (squares + _squared_norm(shared, comm.device)).sqrt()
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    for gradient in shared + own:
+        gradient.mul_(scale)
+    return norm
+
+
+def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares, 0-d float64."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+
+def _learning_rate(config: OptimizerConfig, kind: ParameterKind) -> float:
+    if kind.bias and config.bias_lr is not None:
+        return config.bias_lr
+    if kind.part == "head" and config.head_lr is not None:
+        return config.head_lr
+    return config.lr
+
+
+def _decays(config: OptimizerConfig, kind: ParameterKind) -> bool:
+    excluded = config.no_weight_decay
+    return not (
+        kind.part in excluded
+        or (kind.bias and "biases" in excluded)
+        or (kind.norm and "norms" in excluded)
+    )
+
+
+def _build_custom(config: CustomOptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    where = f"optim.target {config.target}"
+    try:
+        optimizer = load_target(config.target)(groups, **config.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"{where}: required a callable that takes parameter groups and the options "
+            f"{sorted(config.options)}, got TypeError: {error}; change optim.options"
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"{where}: required a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+            "let it return the optimiser"
+        )
+    return optimizer

@@ -1,0 +1,85 @@
+"""Optimiser state by the names of parameters, and in rows for the objective's tables.
+
+torch numbers parameters; names survive another order of groups, and rows another number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from dml_dist.errors import CheckpointError
+
+State = dict[str, Any]
+"""Optimiser state of one parameter: tensors and numbers by key."""
+
+
+def named_states(optimizer: Optimizer) -> dict[str, State]:
+    """Return the state of every parameter that has any, by name."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in _named_parameters(optimizer)
+        if optimizer.state.get(parameter)
+    }
+
+
+def load_named_states(optimizer: Optimizer, states: Mapping[str, State]) -> None:
+    """Replace the optimiser's state; parameters without an entry have none afterwards.
+
+    Learning rates and other settings of groups stay as they are.
+
+    Raises:
+        CheckpointError: If a state belongs to no parameter.
+    """
+    packed = optimizer.state_dict()
+    numbers = {
+        name: number
+        for group in packed["param_groups"]
+        for name, number in zip(group["names"], group["params"], strict=True)
+    }
+    unknown = sorted(set(states) - set(numbers))
+    if unknown:
+        raise CheckpointError(
+            f"required optimiser state of this network's parameters, got state of {unknown[:5]}; "
+            "use the configuration the checkpoint was saved with"
+        )
+    packed["state"] = {numbers[name]: state for name, state in states.items()}
+    optimizer.load_state_dict(packed)
+
+
+def split_rows(parameter: Parameter, state: State) -> tuple[dict[str, Tensor], State]:
+    """Divide the state of a table's rows into what is kept per row and what all ranks share.
+
+    Raises:
+        CheckpointError: If a tensor is neither: such an optimiser cannot be resharded.
+    """
+    rows, shared = {}, {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            shared[key] = value
+        elif value.shape[0] == parameter.shape[0]:
+            rows[key] = value
+        else:
+            raise CheckpointError(
+                f"required optimiser state with one row for each of {parameter.shape[0]} proxies, "
+                f"got {key!r} of shape {tuple(value.shape)}; use an optimiser whose state is per "
+                "element"
+            )
+    return rows, shared
+
+
+def join_rows(parts: list[tuple[dict[str, Tensor], State]]) -> State:
+    """Return the state of rows that follow each other: the inverse of `split_rows`."""
+    rows, shared = parts[0]
+    joined = {key: torch.cat([part[0][key] for part in parts]) for key in rows}
+    return {**joined, **shared}
+
+
+def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["names"], group["params"], strict=True)
