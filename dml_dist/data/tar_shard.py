@@ -77,9 +77,10 @@ def _write_members(task: ShardTask, file: BinaryIO) -> list[dict[str, Any]]:
             except (DataError, OSError) as error:
                 problems.append(f"{sample.source}: {error}")
                 continue
-            # The image stands behind a header of one block: keys are short enough for that.
-            offset = tar.tarstream.offset + _BLOCK_BYTES
             tar.write({"__key__": sample.key, extension: data})
+            # Headers differ in length (a key that is not ASCII needs a longer one), but the image
+            # is the last thing written, filled up to whole blocks.
+            offset = tar.tarstream.offset - -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
             facts = {
                 "label": label,
                 "class": sample.class_name,

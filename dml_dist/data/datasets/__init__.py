@@ -1,0 +1,33 @@
+"""Importers: raw data sets in the layout in which people have them."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from dml_dist.config.data import (
+    CustomDatasetConfig,
+    DatasetConfig,
+    FolderConfig,
+    GlyphsConfig,
+    TableConfig,
+)
+from dml_dist.data.datasets.custom import CustomImporter
+from dml_dist.data.datasets.folder import FolderImporter
+from dml_dist.data.datasets.glyphs import GlyphsImporter
+from dml_dist.data.datasets.table import TableImporter
+from dml_dist.data.sample import Importer
+
+
+def build_importer(config: DatasetConfig) -> Importer:
+    """Return the importer of a data set; nothing is read yet."""
+    match config:
+        case GlyphsConfig():
+            return GlyphsImporter(config)
+        case FolderConfig():
+            return FolderImporter(config)
+        case TableConfig():
+            return TableImporter(config)
+        case CustomDatasetConfig():
+            return CustomImporter(config)
+        case _:
+            assert_never(config)

@@ -1,0 +1,147 @@
+"""Importer of a folder of class folders, or of train/ and test/ folders that hold them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dml_dist.config.data import FolderConfig, SplitConfig
+from dml_dist.data.sample import (
+    IMAGE_EXTENSIONS,
+    DatasetFacts,
+    FileSource,
+    Sample,
+    facts_of,
+    make_keys,
+)
+from dml_dist.data.split import assign_splits
+from dml_dist.errors import DataError
+
+SPLIT_FOLDERS = ("train", "test", "val")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FolderImporter:
+    """Images of a folder; a class is the name of the folder that an image stands in."""
+
+    config: FolderConfig
+
+    def samples(self) -> list[Sample]:
+        """List all images, sorted by path.
+
+        Raises:
+            DataError: If the source does not exist, has no images or an empty class folder, or
+                the split does not fit.
+        """
+        return self._samples
+
+    def facts(self) -> DatasetFacts:
+        """Count the images of each class."""
+        return facts_of(self._samples)
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        root = Path(os.path.abspath(self.config.source))
+        if not root.is_dir():
+            raise DataError(
+                f"source must be a folder with images, {self.config.source} "
+                f"{'is a file' if root.exists() else 'does not exist'}"
+            )
+        folders, files = _visible(root)
+        if not folders:
+            raise DataError(
+                f"{root} must hold one folder for each class, it holds no folder "
+                f"({len(files)} files); use a table for images without class folders"
+            )
+        if set(folders) <= set(SPLIT_FOLDERS) and all(_visible(root / f)[0] for f in folders):
+            return self._of_split_folders(root, folders)
+        found, skipped = _images(root, "", folders)
+        _report_skipped(root, skipped + Counter(_kind(name) for name in files))
+        paths = [path for path, _ in found]
+        splits = assign_splits(paths, [name for _, name in found], self.config.split)
+        return _make_samples(root, found, splits)
+
+    def _of_split_folders(self, root: Path, folders: list[str]) -> list[Sample]:
+        if self.config.split != SplitConfig():
+            _log.warning("%s: the split setting is not used, %s/ decide", root, "/, ".join(folders))
+        found: list[tuple[str, str]] = []
+        splits: list[str] = []
+        all_skipped: Counter[str] = Counter()
+        for split in folders:
+            class_folders, files = _visible(root / split)
+            images, skipped = _images(root, f"{split}/", class_folders)
+            all_skipped += skipped + Counter(_kind(name) for name in files)
+            found += images
+            splits += [split] * len(images)
+        _report_skipped(root, all_skipped)
+        split_count = Counter(
+            name for name, _ in {(name, s) for (_, name), s in zip(found, splits, strict=True)}
+        )
+        shared = sorted(name for name, count in split_count.items() if count > 1)
+        if shared:
+            _log.warning(
+                "%s: %d of %d classes are in more than one of %s/ (%s); they are no unseen classes",
+                root, len(shared), len(split_count), "/, ".join(folders), ", ".join(shared[:5]),
+            )  # fmt: skip
+        return _make_samples(root, found, splits)
+
+
+def _make_samples(root: Path, found: list[tuple[str, str]], splits: list[str]) -> list[Sample]:
+    keys = make_keys([path for path, _ in found])
+    return [
+        Sample(key, class_name, split, FileSource(os.path.join(root, path)))
+        for key, (path, class_name), split in zip(keys, found, splits, strict=True)
+    ]
+
+
+def _images(
+    root: Path, prefix: str, folders: list[str]
+) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """Return (path relative to root, class name) of all images, and the kinds of other files."""
+    found: list[tuple[str, str]] = []
+    skipped: Counter[str] = Counter()
+    for folder in folders:
+        where = root / prefix / folder
+        inner, names = _visible(where)
+        images = [name for name in names if _kind(name)[1:] in IMAGE_EXTENSIONS]
+        if inner:
+            raise DataError(
+                f"{where} must hold images only, as a class folder, and it holds the folder "
+                f"{inner[0]}; give {where} as the source if its folders are the classes"
+            )
+        if not images:
+            raise DataError(
+                f"{where} must hold at least one image "
+                f"({', '.join(sorted(IMAGE_EXTENSIONS))}), as a class folder, and holds "
+                f"{len(names)} other files; remove it or put its images there"
+            )
+        skipped.update(_kind(name) for name in names if _kind(name)[1:] not in IMAGE_EXTENSIONS)
+        found += [(f"{prefix}{folder}/{name}", folder) for name in images]
+    return found, skipped
+
+
+def _visible(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the folders and files that are not hidden."""
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # ._* are what macOS leaves beside files in archives.
+            if not entry.name.startswith(".") and entry.name != "__MACOSX":
+                (folders if entry.is_dir() else files).append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _report_skipped(root: Path, skipped: Counter[str]) -> None:
+    if skipped:
+        kinds = ", ".join(f"{kind or 'none'} ({count})" for kind, count in sorted(skipped.items()))
+        _log.warning("%s: files without an image extension are left out: %s", root, kinds)

@@ -1,0 +1,98 @@
+"""Importer of a CSV or parquet table with the columns path, label, split[, super_class, role]."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dml_dist.config.data import TableConfig
+from dml_dist.data.sample import ROLES, DatasetFacts, FileSource, Sample, facts_of, make_keys
+from dml_dist.data.tables import read_table
+from dml_dist.errors import DataError
+
+REQUIRED = ("path", "label", "split")
+OPTIONAL = ("super_class", "role")
+_SHOWN = 5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TableImporter:
+    """Images listed in a table; rows are counted from 1, without the header, in messages."""
+
+    config: TableConfig
+
+    def samples(self) -> list[Sample]:
+        """List the images in the order of the table.
+
+        Raises:
+            DataError: If a column, a value or an image file is missing, a role is unknown, or a
+                path is listed twice.
+        """
+        return self._samples
+
+    def facts(self) -> DatasetFacts:
+        """Count the images of each class."""
+        return facts_of(self._samples)
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        file = Path(os.path.abspath(self.config.source))
+        table = read_table(file)
+        missing = [name for name in REQUIRED if name not in table.column_names]
+        unknown = [name for name in table.column_names if name not in REQUIRED + OPTIONAL]
+        if missing:
+            raise DataError(
+                f"{file}: a table needs the columns {', '.join(REQUIRED)} and may have "
+                f"{', '.join(OPTIONAL)}, got {', '.join(table.column_names)}; "
+                f"add {', '.join(missing)}"
+            )
+        if unknown:
+            _log.warning("%s: the columns %s are not used", file, ", ".join(unknown))
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+        empty = [""] * table.num_rows
+        super_classes = columns.get("super_class", empty)
+        roles = [role or "both" for role in columns.get("role", empty)]
+        for name in REQUIRED:
+            bad = [row for row, value in enumerate(columns[name], 1) if not value.strip()]
+            _refuse(file, f"every row must have a {name}, these have none", bad, columns["path"])
+        bad = [row for row, role in enumerate(roles, 1) if role not in ROLES]
+        _refuse(file, f"role must be one of {', '.join(ROLES)}", bad, roles)
+        _refuse_repeated(file, columns["path"])
+        full = [os.path.join(file.parent, path) for path in columns["path"]]
+        bad = [row for row, path in enumerate(full, 1) if not os.path.isfile(path)]
+        _refuse(file, "every path must be an image file, these do not exist", bad, full)
+        return [
+            Sample(key, label, split, FileSource(path), super_class or None, role)
+            for key, label, split, path, super_class, role in zip(
+                make_keys(columns["path"]),
+                columns["label"],
+                columns["split"],
+                full,
+                super_classes,
+                roles,
+                strict=True,
+            )
+        ]
+
+
+def _refuse(file: Path, rule: str, rows: list[int], values: Sequence[str]) -> None:
+    """Raise a DataError that names the first of the wrong rows, if there are any."""
+    if rows:
+        shown = "; ".join(f"row {row}: {values[row - 1]!r}" for row in rows[:_SHOWN])
+        more = f"; and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        raise DataError(f"{file}: {rule}: {shown}{more}")
+
+
+def _refuse_repeated(file: Path, paths: Sequence[str]) -> None:
+    first: dict[str, int] = {}
+    for row, path in enumerate(paths, start=1):
+        if first.setdefault(path, row) != row:
+            raise DataError(
+                f"{file}: an image may be listed once, {path!r} is in row {first[path]} and in row "
+                f"{row}; remove one (for retrieval with both uses, role is `both`)"
+            )

@@ -1,0 +1,104 @@
+"""Which images train and which test: by a rule, or by a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dml_dist.config.data import SplitConfig
+from dml_dist.data.sample import class_order
+from dml_dist.data.tables import read_table
+from dml_dist.errors import DataError
+
+_SHOWN = 5
+
+
+def assign_splits(
+    paths: Sequence[str], class_names: Sequence[str], config: SplitConfig
+) -> list[str]:
+    """Return the split of every image: "train" or "test" by the rule, or what the file says.
+
+    Args:
+        paths: Path of each image relative to the source, `/` between folders, in sorted order.
+        class_names: Class of each image.
+        config: The rule, or the file that decides instead.
+
+    Raises:
+        DataError: If there is too little to divide, or the file does not fit the images.
+    """
+    if config.file is not None:
+        return _by_file(paths, class_names, Path(config.file))
+    names = class_order(class_names)
+    rank = {name: label for label, name in enumerate(names)}
+    labels = np.array([rank[name] for name in class_names], dtype=np.int64)
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed])))
+    seeded = config.order == "seeded"
+    if config.by == "class":
+        if len(names) < 2:
+            raise DataError(
+                f"a split by class needs at least 2 classes, got {len(names)} ({names[0]!r}); "
+                "give the folder that holds the class folders, or split by image"
+            )
+        order = generator.permutation(len(names)) if seeded else np.arange(len(names))
+        trains_class = np.zeros(len(names), dtype=bool)
+        trains_class[order[: num_train(len(names), config.train)]] = True
+        trains = trains_class[labels]
+    else:
+        draws = generator.random(len(labels)) if seeded else np.arange(len(labels))
+        trains = _first_of_each(labels, draws, config.train)
+    return np.where(trains, "train", "test").tolist()
+
+
+def num_train(total: int, share: float) -> int:
+    """Return how many of `total` (>= 2) things train: the nearest number that leaves both some."""
+    return min(max(math.floor(share * total + 0.5), 1), total - 1)
+
+
+def _first_of_each(labels: np.ndarray, draws: np.ndarray, share: float) -> np.ndarray:
+    """Tell for each image whether it is among its class's first by `draws`, (N,) bool.
+
+    A class with a single image trains.
+    """
+    order = np.lexsort((draws, labels))
+    sizes = np.bincount(labels)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    position = np.empty(len(labels), dtype=np.int64)
+    position[order] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    quota = np.array([num_train(size, share) if size > 1 else 1 for size in sizes.tolist()])
+    return position < quota[labels]
+
+
+def _by_file(paths: Sequence[str], class_names: Sequence[str], file: Path) -> list[str]:
+    table = read_table(file)
+    column = next((name for name in ("path", "class") if name in table.column_names), None)
+    if column is None or "split" not in table.column_names:
+        raise DataError(
+            f"{file}: a split file needs the columns `path,split` or `class,split`, "
+            f"got {', '.join(table.column_names)}"
+        )
+    given, splits = table[column].to_pylist(), table["split"].to_pylist()
+    split_of: dict[str, str] = {}
+    for row, (name, split) in enumerate(zip(given, splits, strict=True), start=1):
+        if not name or not split:
+            raise DataError(f"{file}: row {row} must have a {column} and a split, one is empty")
+        if split_of.setdefault(name, split) != split:
+            raise DataError(f"{file}: {column} {name!r} is in two splits, row {row} is the second")
+    wanted = paths if column == "path" else class_names
+    _refuse(
+        sorted(set(wanted) - split_of.keys()),
+        f"{file}: every {column} of the source must have a split, these have none",
+    )
+    _refuse(
+        sorted(split_of.keys() - set(wanted)),
+        f"{file}: every {column} must be in the source, these are not",
+    )
+    return [split_of[name] for name in wanted]
+
+
+def _refuse(names: list[str], rule: str) -> None:
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise DataError(f"{rule}: {', '.join(names[:_SHOWN])}{more}")

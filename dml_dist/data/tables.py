@@ -1,0 +1,51 @@
+"""Tables that users write: CSV or parquet, every column read as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from dml_dist.errors import DataError
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a table with a header; all columns become strings, empty fields "".
+
+    A label such as 007 stays what it is.
+
+    Raises:
+        DataError: If the file is missing, of another kind, damaged, or without rows.
+    """
+    if not path.is_file():
+        raise DataError(f"a table {path} is required and does not exist; check the path")
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".parquet"):
+        raise DataError(f"a table must be a .csv or .parquet file, got {path}")
+    try:
+        table = _read_csv(path) if kind == ".csv" else pq.read_table(path, partitioning=None)
+        columns = [_as_text(column) for column in table.columns]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as {kind[1:]}: {error}") from error
+    if not table.num_rows:
+        raise DataError(f"{path} has a header and no rows; a table needs at least one")
+    return pa.table(columns, names=[name.strip() for name in table.column_names])
+
+
+def _read_csv(path: Path) -> pa.Table:
+    with pa_csv.open_csv(path) as reader:
+        names = reader.schema.names
+    return pa_csv.read_csv(
+        path,
+        convert_options=pa_csv.ConvertOptions(
+            column_types={name: pa.string() for name in names}, strings_can_be_null=False
+        ),
+    )
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.string()).fill_null("")
