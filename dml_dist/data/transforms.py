@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from dml_dist.config.custom import load_target
 from dml_dist.config.data import (
     CustomTransformConfig,
     StandardTransformConfig,
@@ -130,8 +131,6 @@ def build_transform(config: TransformConfig) -> Transform:
 
 
 def _build_custom(config: CustomTransformConfig) -> Transform:
-    from dml_dist.config.custom import load_target
-
     try:
         transform = load_target(config.target)(**config.options)
     except TypeError as error:

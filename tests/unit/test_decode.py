@@ -1,0 +1,132 @@
+"""Decoding: the pixels that PIL gives, for every kind of image, and messages for damage."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dml_dist.data import decode
+from dml_dist.data.decode import decode_image
+from dml_dist.errors import DataError
+
+HEIGHT, WIDTH = 37, 50
+_Y, _X = np.mgrid[:HEIGHT, :WIDTH]
+PIXELS = np.stack([_X * 5, _Y * 6, (_X + _Y) * 2], axis=-1).astype(np.uint8)
+
+
+def picture(mode: str) -> Image.Image:
+    image = Image.fromarray(PIXELS)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray((_X * 5).astype(np.uint8)))
+    if mode == "P":
+        return image.quantize(16)
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, file_format, **options)
+    return out.getvalue()
+
+
+def by_pil(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+KINDS = [
+    ("RGB", "JPEG", {}),
+    ("RGB", "JPEG", {"subsampling": 0, "quality": 95}),
+    ("RGB", "JPEG", {"progressive": True}),
+    ("L", "JPEG", {}),
+    ("CMYK", "JPEG", {}),
+    ("RGB", "PNG", {}),
+    ("RGBA", "PNG", {}),
+    ("LA", "PNG", {}),
+    ("L", "PNG", {}),
+    ("1", "PNG", {}),
+    ("P", "PNG", {}),
+    ("P", "PNG", {"transparency": 3}),
+    ("P", "PNG", {"bits": 4}),
+    ("RGB", "WEBP", {"lossless": True}),
+    ("RGB", "BMP", {}),
+    ("RGB", "TIFF", {}),
+    ("P", "GIF", {}),
+]
+
+
+@pytest.mark.parametrize("torchvision", [True, False])
+@pytest.mark.parametrize(("mode", "file_format", "options"), KINDS)
+def test_pixels_are_those_of_pil(
+    mode: str,
+    file_format: str,
+    options: dict[str, Any],
+    torchvision: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not torchvision:
+        monkeypatch.setattr(decode, "_decode_torchvision", None)
+    data = encoded(picture(mode), file_format, **options)
+    image = decode_image(data, "here")
+    assert image.shape == (3, HEIGHT, WIDTH)
+    assert image.dtype == torch.uint8
+    expected = by_pil(data)
+    # Two builds of libjpeg may round differently.
+    tolerance = 1 if file_format == "JPEG" else 0
+    assert (image.int() - expected.int()).abs().max() <= tolerance
+
+
+def test_torchvision_decodes_where_it_is_installed() -> None:
+    assert decode._decode_torchvision is not None
+
+
+@pytest.mark.parametrize("torchvision", [True, False])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_of_16_bits_the_high_byte_is_kept(
+    file_format: str, torchvision: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torchvision:
+        monkeypatch.setattr(decode, "_decode_torchvision", None)
+    levels = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 35).astype(np.uint16)
+    image = decode_image(encoded(Image.fromarray(levels), file_format), "here")
+    expected = torch.from_numpy((levels >> 8).astype(np.uint8))
+    assert torch.equal(image, expected.expand(3, -1, -1))
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    first, second = picture("P"), picture("P").rotate(180)
+    data = encoded(first, "GIF", save_all=True, append_images=[second])
+    assert torch.equal(decode_image(data, "here"), by_pil(data))
+
+
+def test_pil_takes_over_what_torchvision_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr(decode, "_decode_torchvision", refuse)
+    data = encoded(picture("RGB"), "PNG")
+    assert torch.equal(decode_image(data, "here"), by_pil(data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello world",
+        encoded(picture("RGB"), "JPEG")[:-100],
+        encoded(picture("RGB"), "PNG")[:-100],
+        encoded(picture("RGB"), "BMP")[:-100],
+    ],
+)
+def test_damage_names_the_sample(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^sample 'a' of b.tar is not an image.*\d+ bytes"):
+        decode_image(data, "sample 'a' of b.tar")
+
+
+def test_no_warning_reaches_the_user(recwarn: pytest.WarningsRecorder) -> None:
+    decode_image(encoded(picture("RGB"), "PNG"), "here")
+    assert not recwarn.list
