@@ -15,47 +15,18 @@ resumption or restart. Only rank 0 writes; all files here are replaced as a whol
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.files import read_json, sync_folder, write_json_atomic, write_text_atomic
-
-_PACKAGES = (
-    "dml-dist",
-    "torch",
-    "torchvision",
-    "ray",
-    "faiss-gpu",
-    "faiss-cpu",
-    "webdataset",
-    "pyarrow",
-    "numpy",
-    "pydantic",
-    "zuko",
-)
-
-
-@dataclass(frozen=True)
-class GitState:
-    """The source checkout that the package was imported from.
-
-    Attributes:
-        revision: Full hash of the commit; None when the package is not in a checkout.
-        dirty: Whether the package's files differ from that commit; None without a revision.
-    """
-
-    revision: str | None = None
-    dirty: bool | None = None
+from dml_dist.provenance import GitState, git_revision, installed_versions
 
 
 @dataclass(frozen=True)
@@ -82,11 +53,11 @@ class Attempt:
     launcher: str
     device: str
     command: str
-    changes: tuple[str, ...] = ()
-    git: GitState = GitState()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    platform: str = ""
-    host: str = ""
+    changes: tuple[str, ...]
+    git: GitState
+    versions: Mapping[str, str]
+    platform: str
+    host: str
 
 
 @dataclass(frozen=True)
@@ -304,48 +275,6 @@ class RunFolder:
             f"({state}, {checkpoint}); continue it with --resume, or give another --run-dir "
             "or another name"
         )
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # an optional one, or one of several that give the same module
-    return versions
-
-
-def git_revision(folder: Path) -> GitState:
-    """Return the git commit that the sources in a folder are checked out from.
-
-    Without git, or where the folder is not part of a checkout (a wheel installed into a virtual
-    environment inside someone's repository is not), there is none.
-    """
-    # Inside a hook, git's variables point to another repository; status must not take locks.
-    environment = {key: text for key, text in os.environ.items() if not key.startswith("GIT_")}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    revision = git("rev-parse", "--verify", "HEAD")
-    if revision is None or not git("ls-files", "--", "*.py"):
-        return GitState()
-    status = git("status", "--porcelain", "--", ".")
-    return GitState(revision, dirty=None if status is None else bool(status))
 
 
 def _now() -> str:

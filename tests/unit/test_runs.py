@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import dml_dist
-from dml_dist import runs
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.runs import GitState, RunFolder, git_revision
+from dml_dist.provenance import GitState
+from dml_dist.runs import RunFolder
 
 ATTEMPT = {"world_size": 2, "launcher": "ray", "device": "2 x cpu", "command": "dml-dist train"}
 
@@ -131,56 +130,7 @@ def test_damaged_run_json_is_named(tmp_path: Path, text: str) -> None:
         run.info()
 
 
-def git(folder: Path, *arguments: str) -> str:
-    # A repository of its own: neither the user's settings nor the variables of a running hook.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    return subprocess.run(
-        ["git", *identity, *arguments],
-        cwd=folder,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-
-
-def test_git_revision_follows_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert git_revision(tmp_path) == GitState(None, None)
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "a.py").write_text("x = 1\n")
-    git(tmp_path, "init", "-q")
-    assert git_revision(package) == GitState(None, None)  # no commit yet
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-q", "-m", "One")
-    revision = git(tmp_path, "rev-parse", "HEAD")
-    assert git_revision(package) == GitState(revision, dirty=False)
-    (tmp_path / "notes.txt").write_text("outside of the package\n")
-    assert git_revision(package) == GitState(revision, dirty=False)
-    (package / "b.py").write_text("")
-    assert git_revision(package) == GitState(revision, dirty=True)
-    (package / "b.py").unlink()
-    (package / "a.py").write_text("x = 2\n")
-    assert git_revision(package) == GitState(revision, dirty=True)
-    monkeypatch.setenv("GIT_DIR", "/nonexistent")
-    assert git_revision(package) == GitState(revision, dirty=True)
-    # Installed into a virtual environment that lies, ignored, inside someone else's repository.
-    installed = tmp_path / "venv" / "package"
-    installed.mkdir(parents=True)
-    (installed / "a.py").write_text("")
-    assert git_revision(installed) == GitState(None, None)
-    monkeypatch.setenv("PATH", "")
-    assert git_revision(package) == GitState(None, None)
-
-
 def test_the_run_folder_needs_no_torch() -> None:
     program = "import sys, dml_dist.runs; sys.exit('torch' in sys.modules)"
     folder = Path(dml_dist.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0
-
-
-def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_PACKAGES", ("no-such-package", "torch"))
-    assert sorted(runs.installed_versions()) == ["python", "torch"]
