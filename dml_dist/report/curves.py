@@ -27,6 +27,7 @@ _LIGHT = {
 # In SVG these stand for the page's custom properties and are replaced after drawing.
 _MARKS = {name: f"#00fe{number:02x}" for number, name in enumerate(_LIGHT)}
 _SIZE = (4.6, 2.9)  # inches; 331 units of the SVG: about the width of a phone
+_MARKS_UP_TO = 30  # evaluations of a line that are marked one by one
 _SMOOTH_FROM = 40  # records from which a running mean says more than the records
 
 
@@ -86,9 +87,9 @@ def _retrieval_lines(summary: RunSummary) -> list[_Line]:
 def _loss_caption(loss: Series) -> str:
     text = "Training loss against the step"
     if len(loss) >= _SMOOTH_FROM:
-        text += f"; the heavy line is the mean over {_window(len(loss))} records"
+        text += f"; the heavy line is the mean over {_window(len(loss)):,} records"
     if loss.num_non_finite:
-        text += f"; {loss.num_non_finite} records have no finite loss"
+        text += f"; {loss.num_non_finite:,} records have no finite loss"
     return text + "."
 
 
@@ -156,6 +157,7 @@ def _draw_loss(loss: Series, colors: Mapping[str, str]) -> Figure:
 
 def _draw_retrieval(lines: list[_Line], colors: Mapping[str, str]) -> Figure:
     figure, axes = _axes(colors, "score (%)")
+    crowded = max(len(line.series) for line in lines) > _MARKS_UP_TO
     for line in lines:
         axes.plot(
             line.series.steps,
@@ -163,7 +165,7 @@ def _draw_retrieval(lines: list[_Line], colors: Mapping[str, str]) -> Figure:
             color=colors[line.color],
             linewidth=1.6,
             linestyle="--" if line.dashed else "-",
-            marker="o" if line.color == "recall" else "s",
+            marker=None if crowded else "o" if line.color == "recall" else "s",
             markersize=3.5,
             # Open marks say test where the dashes between two points are too few to be seen.
             markerfacecolor="none" if line.dashed else colors[line.color],

@@ -30,7 +30,7 @@ from dml_dist.report.tables import (
 from dml_dist.runs import Attempt, RunFolder
 
 _FOLDER = Path(__file__).parent
-_PIXELATED = 64  # pixels; smaller images are shown with their pixels, not blurred
+_PIXELATED = 48  # pixels; images up to this side are shown with their pixels, not blurred
 
 
 @dataclass(frozen=True)
