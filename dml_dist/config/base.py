@@ -25,10 +25,19 @@ def resumable(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"resumable": True}, **constraints)
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+TARGET = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+PATTERNS_IN_WORDS = {
+    RUN_NAME: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
+    TARGET: "text of the form package.module:name",
+}
+"""What messages say instead of a regular expression."""
+
+
 class CustomSection(Section):
     """A member of a family that the user wrote."""
 
-    target: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    target: Annotated[str, Field(pattern=TARGET)]
     """Where the object lives, as `package.module:name`."""
 
     options: dict[str, Any] = {}

@@ -10,10 +10,9 @@ import traceback
 from types import ModuleType
 from typing import Any
 
+from dml_dist.config.base import TARGET
 from dml_dist.config.shape import nearest
 from dml_dist.errors import ConfigError
-
-_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def load_target(target: str) -> Any:
@@ -29,7 +28,7 @@ def load_target(target: str) -> Any:
         ConfigError: If the module cannot be imported (with the reason and the line), or does not
             define the name (with the nearest name and the file).
     """
-    if not _TARGET.fullmatch(target):
+    if not re.search(TARGET, target):
         raise ConfigError(
             f"target {target!r}: required package.module:name, such as my_project.losses:MyLoss"
         )

@@ -34,7 +34,7 @@ class SplitConfig(Section):
     seed: NonNegativeInt = 0
     """Seed of a seeded order."""
 
-    file: str | None = None
+    file: str | None = resumable(None)
     """CSV with columns `path,split` or `class,split`, which decides instead of the rule."""
 
 
@@ -61,7 +61,7 @@ class FolderConfig(Section):
 
     name: Literal["folder"] = "folder"
 
-    source: str
+    source: str = resumable()
     """The folder with the images."""
 
     split: SplitConfig = SplitConfig()
@@ -73,7 +73,7 @@ class TableConfig(Section):
 
     name: Literal["table"] = "table"
 
-    source: str
+    source: str = resumable()
     """The table; image paths in it are absolute or relative to its folder."""
 
 

@@ -127,8 +127,13 @@ def _differences(
             left = one if isinstance(one, Section) else None
             right = two if isinstance(two, Section) else None
             yield from _differences(left, right, f"{prefix}{key}.", allowed)
-        elif one != two or type(one) is not type(two):
+        elif _canonical(one) != _canonical(two):
             yield Difference(f"{prefix}{key}", _list(one), _list(two), allowed)
+
+
+def _canonical(value: Any) -> str:
+    """Return what two values of a field are compared by: in options 1 is neither true nor 1.0."""
+    return json.dumps(value, sort_keys=True, default=repr)
 
 
 def _list(value: Any) -> Any:
@@ -175,7 +180,7 @@ def _parse(
         config = RunConfig.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         refused = {problem.path for problem in problems}
-        found = [from_pydantic(details) for details in error.errors(include_url=False)]
+        found = from_pydantic(error.errors(include_url=False))
         problems += [problem for problem in found if not _is_below(problem.path, refused)]
     if problems:
         origins = _Origins(lines, changes)
@@ -208,7 +213,7 @@ def _fill_names(plain: dict[str, Any], section: type[Section]) -> None:
 class _Origins:
     """Where the values of a configuration come from: lines of the file, or overrides."""
 
-    def __init__(self, lines: dict[KeyPath, int], overrides: Sequence[Override]) -> None:
+    def __init__(self, lines: Mapping[KeyPath, int], overrides: Sequence[Override]) -> None:
         self._overrides = {override.path: override.text for override in overrides}
         changed = set(self._overrides)
         self._lines = {path: line for path, line in lines.items() if not _is_below(path, changed)}
@@ -220,7 +225,8 @@ class _Origins:
                 return f"--set {self._overrides[path[:length]]}"
             if path[:length] in self._lines:
                 return f"line {self._lines[path[:length]]}"
-        return ""
+        below = [text for other, text in self._overrides.items() if other[: len(path)] == path]
+        return f"--set {below[0]}" if below and path else ""
 
     def order(self, path: KeyPath) -> int:
         """Return what problems are sorted by: lines, then what no line stands for."""

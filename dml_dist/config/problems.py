@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,9 @@ class Problem:
 
 def dotted(path: KeyPath) -> str:
     """Return a path as it is written in messages and on the command line."""
-    return ".".join(map(str, path))
+    plain = re.compile(r"[\w-]{1,60}")
+    parts = [str(part) for part in path]
+    return ".".join(part if plain.fullmatch(part) else shape.shown(part) for part in parts)
 
 
 def config_error(
@@ -52,8 +55,19 @@ def config_error(
     )
 
 
-def from_pydantic(error: ErrorDetails) -> Problem:
-    """Return an error of pydantic's about a RunConfig as a problem of ours."""
+def from_pydantic(errors: list[ErrorDetails]) -> list[Problem]:
+    """Return pydantic's errors about a RunConfig as problems of ours."""
+    problems = []
+    for error in errors:
+        place = error["loc"]
+        # A list is also called too short when its items are faulty: those problems say enough.
+        items = [other for other in errors if other["loc"][:-1] == place and other is not error]
+        if error["type"] not in ("too_short", "too_long") or not items:
+            problems.append(_problem(error))
+    return list(dict.fromkeys(problems))
+
+
+def _problem(error: ErrorDetails) -> Problem:
     kind, location, given = error["type"], error["loc"], error["input"]
     if kind == "missing" and isinstance(location[-1], int):  # a list that is too short: all of it
         kind, location = "too_short", location[:-1]
@@ -130,24 +144,26 @@ def _unknown_key(place: _Place) -> str:
     siblings = place.siblings or {}
     others = [other for other in siblings if key in siblings[other].model_fields]
     if others:
-        text = f"unknown key for name: {name}; it is a key for name: {' or '.join(others)}"
-    elif "." in key and key.split(".")[0] in known:
-        text = "unknown key; write what follows each dot indented below what precedes it"
-    else:
-        close = shape.nearest(key, known)
-        meant = [f"{above}.{close}" if above else close] if close else []
-        meant += shape.key_paths().get(key, ())[:3]
-        if not meant and (far := shape.nearest(key, shape.key_paths())):
-            meant += shape.key_paths()[far][:3]
-        text = "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+        return f"unknown key with name: {name}; it is a key with name: {' or '.join(others)}"
+    if "." in key and key.split(".")[0] in known:
+        return "unknown key; write what follows each dot indented below what precedes it"
+    close = shape.nearest(key, known)
+    meant = [f"{above}.{close}" if above else close] if close else []
+    meant += shape.key_paths().get(key, ())[:3]
+    if not meant and (far := shape.nearest(key, shape.key_paths())):
+        meant += shape.key_paths()[far][:3]
+    text = "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else ";")
     section = (above or "the top level") + (f" (name: {name})" if name else "")
-    return f"{text}{'' if text.endswith('?') else ';'} keys of {section}: {', '.join(known)}"
+    return f"{text} keys of {section}: {', '.join(known)}"
 
 
 def _advice(place: _Place, given: Any) -> str:
     """Return what to write instead, where that can be guessed; begins with "; "."""
     kinds = shape.plain_types(place.annotation)
     choices = shape.literals(place.annotation)
+    if isinstance(given, bool):
+        word = "yes" if given else "no"
+        return f"; write {word}" if word in choices else ""
     if isinstance(given, str):
         if given in shape.tagged(place.annotation):
             return f"; write {{name: {given}}}"
@@ -158,7 +174,7 @@ def _advice(place: _Place, given: Any) -> str:
             return "; write null"
         if kinds & {int, float} and _is_number(given):
             return "; remove the quotes"
-    elif isinstance(given, int | float) and not isinstance(given, bool):
+    elif isinstance(given, int | float):
         if isinstance(given, float) and int in kinds and given.is_integer() and abs(given) < 1e15:
             return f"; write {int(given)}"
         if str in kinds:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dml_dist.config.base import (
+    RUN_NAME,
     Fraction,
     NonNegativeInt,
     PositiveFloat,
@@ -184,7 +185,7 @@ class LaunchConfig(Section):
 class RunConfig(Section):
     """One training execution."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=RUN_NAME)]
     """Name of the run; its folder is `runs/<name>` unless --run-dir says otherwise."""
 
     seed: NonNegativeInt = 0
@@ -192,11 +193,21 @@ class RunConfig(Section):
 
     data: DataConfig
     model: ModelConfig = ModelConfig()
+
     loss: LossConfig = ProxyNCAConfig()
+    """What training minimises."""
+
     optim: OptimizerConfig = AdamConfig()
+    """How a gradient changes the parameters."""
+
     schedule: ScheduleConfig = ConstantScheduleConfig()
+    """How the learning rates change over the steps."""
+
     train: TrainConfig
+
     validation: ValidationConfig = FractionValidationConfig()
+    """Which training classes are held out to select the best checkpoint."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()

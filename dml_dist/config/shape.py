@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from dml_dist.config.base import Section
+from dml_dist.config.base import PATTERNS_IN_WORDS, Section
 from dml_dist.config.schema import RunConfig
 
 
@@ -155,6 +155,9 @@ def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     if annotation not in words:
         return "any value"
+    for part in metadata:
+        if getattr(part, "pattern", None) is not None:
+            return PATTERNS_IN_WORDS.get(part.pattern, f"text that matches {part.pattern}")
     bounds = " and ".join(_bounds(metadata))
     return f"{words[annotation]} {bounds}" if bounds else words[annotation]
 
@@ -184,8 +187,6 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
                 yield f"{sign} {getattr(part, name)}"
         if getattr(part, "multiple_of", None) is not None:
             yield f"a multiple of {part.multiple_of}"
-        if getattr(part, "pattern", None) is not None:
-            yield f"that matches {part.pattern}"
 
 
 def shown(value: Any, limit: int = 60) -> str:

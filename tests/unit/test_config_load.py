@@ -1,0 +1,520 @@
+"""Reading, validating, changing and writing run configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dml_dist.config.data import BalancedBatchesConfig, FolderConfig
+from dml_dist.config.load import (
+    ABSENT,
+    Difference,
+    config_digest,
+    differing_paths,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from dml_dist.config.model import ResNet18Config
+from dml_dist.config.objective import AdamConfig, CosineScheduleConfig, SGDConfig
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import ConfigError
+
+SMALL: dict[str, Any] = {"name": "demo", "data": {"path": "shards"}, "train": {"steps": 10}}
+SMALL_YAML = "name: demo\ndata:\n  path: shards\ntrain:\n  steps: 10\n"
+
+
+def config_of(*overrides: str, **sections: Any) -> RunConfig:
+    return parse_config({**SMALL, **sections}, overrides)
+
+
+def message(*overrides: str, **sections: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_of(*overrides, **sections)
+    return str(caught.value)
+
+
+def load_text(folder: Path, text: str | bytes, *overrides: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(path, overrides)
+
+
+def text_message(folder: Path, text: str | bytes, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_text(folder, text, *overrides)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        ("1e5", 1e5),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("+2", 2),
+        ("-0.0", -0.0),
+        ("100_000", 100_000),
+        ("0x1f", 31),
+        ("0o17", 15),
+        ("0", 0),
+        ("010", "010"),
+        ("1_", "1_"),
+        ("12:30", "12:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("", None),
+        ("'1e-4'", "1e-4"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
+    config = load_text(
+        tmp_path,
+        SMALL_YAML + f"loss:\n  name: custom\n  target: a:b\n  options: {{key: {text}}}\n",
+    )
+    read = config.loss.model_dump()["options"]["key"]
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_numbers_of_fields(tmp_path: Path) -> None:
+    config = load_text(tmp_path, SMALL_YAML + "optim: {name: adam, lr: 1e-4, eps: 1}\n")
+    assert config.optim == AdamConfig(lr=1e-4, eps=1.0)
+    assert isinstance(config.optim, AdamConfig)
+    assert type(config.optim.eps) is float
+
+
+def test_words_that_other_yaml_reads_as_booleans(tmp_path: Path) -> None:
+    assert load_text(tmp_path, SMALL_YAML + "launch: {use_gpu: no}\n").launch.use_gpu == "no"
+
+
+def test_duplicate_keys_name_both_lines(tmp_path: Path) -> None:
+    text = text_message(tmp_path, SMALL_YAML + "  epochs: 1\n\n  steps: 20\n")
+    assert "train.steps on line 5 and again on line 8" in text
+    assert str(tmp_path / "run.yaml") in text
+
+
+def test_anchors_and_merge_keys(tmp_path: Path) -> None:
+    config = load_text(
+        tmp_path,
+        SMALL_YAML.replace("path: shards", "path: &where shards\n  train_split: *where")
+        + "evaluation: &often {every_steps: 5}\ncheckpoint:\n  <<: *often\n  keep: 3\n",
+    )
+    assert config.data.train_split == "shards"
+    assert (config.checkpoint.every_steps, config.checkpoint.keep) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "empty file"),
+        ("# only a comment\n", "empty file"),
+        ("- a\n- b\n", "a mapping of sections"),
+        ("just words\n", "a mapping of sections"),
+        ("name: [\n", "line 2"),
+        ("name: a: b\n", "in quotes"),
+        ("a:\n\tb: 1\n", "use spaces, not tabs"),
+        ("name: *missing\n", "undefined alias 'missing'"),
+        ("name: &a [*a]\n", "holds itself"),
+        ("name: a\n---\nname: b\n", "a single document"),
+        ("name: !!python/object/apply:os.system [ls]\n", "remove it"),
+        ("name: !!binary aGk=\n", "!!binary"),
+        ("1: 2\n", "a word as key, got 1"),
+        ("? [a]\n: 1\n", "a word as key, got a collection"),
+        ("name: a\0b\n", "U+0000"),
+        ('name: "\\U99999999"\n', "syntax error"),
+        ("name: !!int word\n", "of kind int, got 'word'"),
+        ("seed: " + "9" * 5000 + "\n", "of kind int"),
+        ("<<: 1\n", "after <<"),
+        ("[" * 5000, "nested more than"),
+        ("{a: " * 5000, "nested more than"),
+        ("\ufeffname: é\n", "required a name of letters"),
+    ],
+)
+def test_text_that_is_no_configuration(tmp_path: Path, text: str, expected: str) -> None:
+    found = text_message(tmp_path, text)
+    assert expected in found
+    assert "run.yaml" in found
+
+
+def test_aliases_do_not_multiply_without_bound(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for level in range(1, 12):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    assert "aliases multiply" in text_message(tmp_path, "\n".join(lines))
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    found = text_message(tmp_path, SMALL_YAML.encode() + b"# caf\xe9\n")
+    assert "line 6 holds the byte 0xe9" in found
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train_cub.yaml").write_text(SMALL_YAML)
+    (tmp_path / "other.yaml").write_text(SMALL_YAML)
+    with pytest.raises(
+        ConfigError, match=r"does not exist; in .* there are train_cub.yaml, other.yaml$"
+    ):
+        load_config(tmp_path / "train_cubs.yaml")
+    with pytest.raises(ConfigError, match=r"got the folder .* other.yaml, train_cub.yaml"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        load_config(tmp_path / "missing" / "a.yaml")
+    with pytest.raises(ConfigError, match="not readable"):
+        load_config(Path("a\0b"))
+    (tmp_path / "big.yaml").write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(ConfigError, match="at most 1 MiB"):
+        load_config(tmp_path / "big.yaml")
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_defaults_and_lists() -> None:
+    config = config_of(
+        evaluation={"recall_at": [1, 10]},
+        data={"path": "p", "dataset": {"name": "folder", "source": "images"}},
+    )
+    assert config.evaluation.recall_at == (1, 10)
+    assert config.data.dataset == FolderConfig(source="images")
+    assert config.schedule.name == "constant"
+
+
+def test_a_section_without_name_is_its_default() -> None:
+    assert config_of(optim={"lr": 0.5}).optim == AdamConfig(lr=0.5)
+    assert config_of(model={"backbone": {"width": 32}}).model.backbone.name == "conv4"
+
+
+def test_the_mapping_is_not_changed() -> None:
+    mapping = {**SMALL, "optim": {"lr": 0.5}}
+    parse_config(mapping, ["optim.name=sgd", "data.path=elsewhere"])
+    assert mapping == {**SMALL, "optim": {"lr": 0.5}}
+    assert SMALL["data"] == {"path": "shards"}
+
+
+def test_all_problems_are_listed_with_lines(tmp_path: Path) -> None:
+    found = text_message(
+        tmp_path,
+        "name: demo\ndata:\n  path: 12\noptim:\n  lr: -1\n  momentun: 0.9\n"
+        "train:\n  steps: true\nloss:\n  name: proxy_nka\n",
+    )
+    assert "got 5 problems in" in found
+    lines = [line.strip() for line in found.splitlines()]
+    assert lines[1] == "data.path (line 3): required text, got 12; put it in quotes"
+    assert lines[2] == "optim.lr (line 5): required a number > 0, got -1"
+    assert lines[3].startswith("optim.momentun (line 6): unknown key; did you mean optim.momentum?")
+    assert lines[4] == "train.steps (line 8): required an integer >= 1, or null, got true"
+    assert lines[5] == (
+        "loss.name (line 10): required one of proxy_nca, custom, got 'proxy_nka'; "
+        "did you mean proxy_nca?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        # unknown keys
+        ({"lr": 1}, "lr: unknown key; did you mean optim.lr? keys of the top level: name, seed"),
+        ({"optimm": {}}, "optimm: unknown key; did you mean optim?"),
+        ({"loss": {"embeding_scale": 1}}, "did you mean loss.embedding_scale? keys of loss (name:"),
+        ({"model": {"width": 8}}, "model.width: unknown key; did you mean model.backbone.width?"),
+        ({"loss": {"nmae": "custom"}}, "did you mean loss.name?"),
+        ({"optim": {"name": "sgd", "eps": 1}}, "a key with name: adam or adamw or rmsprop"),
+        ({"optim.lr": 1}, "'optim.lr': unknown key; write what follows each dot indented"),
+        ({"wombat": 1}, "wombat: unknown key; keys of the top level: name, seed, data"),
+        ({"Optim": {}}, "did you mean optim?"),
+        # wrong names
+        ({"schedule": {"name": "cosin"}}, "one of constant, step, cosine, got 'cosin'; did you"),
+        ({"schedule": {"name": 3}}, "schedule.name: required one of constant, step, cosine, got 3"),
+        ({"schedule": {"name": ["step"]}}, "schedule.name: required one of"),
+        ({"schedule": "cosine"}, "got 'cosine'; write {name: cosine}"),
+        ({"schedule": None}, "schedule: required a section with a name of constant"),
+        ({"model": [1]}, "model: required a section with keys backbone, pooling"),
+        (
+            {"data": {"path": "p", "dataset": {"source": "x"}}},
+            "data.dataset.name: required one of glyphs, folder, table, custom, got nothing",
+        ),
+        # wrong types
+        ({"seed": True}, "seed: required an integer >= 0, got true"),
+        ({"seed": 1.0}, "seed: required an integer >= 0, got 1.0; write 1"),
+        ({"seed": "1"}, "got '1'; remove the quotes"),
+        ({"seed": 2**63}, "seed: required an integer of at most 64 bits"),
+        ({"optim": {"lr": False}}, "optim.lr: required a number > 0, got false"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: required a finite number, got nan"),
+        ({"train": {"steps": 1, "max_grad_norm": "None"}}, "got 'None'; write null"),
+        ({"train": {"steps": 1, "precision": "bf-16"}}, "got 'bf-16'; did you mean bf16?"),
+        ({"model": {"layer_norm": 1}}, "model.layer_norm: required true or false, got 1"),
+        ({"launch": {"use_gpu": True}}, "got true; write yes"),
+        ({"evaluation": {"recall_at": 5}}, "each an integer >= 1, got 5; write [5]"),
+        ({"evaluation": {"recall_at": []}}, "a list with at least 1 item"),
+        ({"evaluation": {"recall_at": [1, "x"]}}, "recall_at.1: required an integer >= 1, got 'x'"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas: required a list of 2 items"),
+        ({"optim": {"betas": [0.9, 0.9, 0.9]}}, "optim.betas: required a list of 2 items"),
+        ({"name": "../x"}, "name: required a name of letters, digits"),
+        ({"name": "a\0b"}, "name: required text, got the character NUL"),
+        ({"name": "\ud800"}, "name: required Unicode text"),
+        ({"name": object()}, "name: required a plain value"),
+        ({"name": b"bytes"}, "got an object of builtins.bytes"),
+        ({"loss": {"name": "custom", "target": "x.y"}}, "of the form package.module:name, got"),
+        ({"loss": {"name": "custom", "target": "x..y:z"}}, "of the form package.module:name, got"),
+        ({"loss": {"name": "custom", "target": "x:y", "options": [1]}}, "a mapping of names"),
+        ({"loss": {1: 2}}, "required a word as key, got 1"),
+        # fields that are missing or do not fit together
+        ({"train": {}}, "train: give exactly one of steps and epochs, got steps=None"),
+        ({"train": None}, "train: required a section with keys global_batch_size"),
+        ({"data": {}}, "data.path: required text, got nothing"),
+        (
+            {"data": {"path": "p", "batches": {"name": "balanced", "samples_per_class": 1}}},
+            "data.batches.classes_per_batch: required an integer >= 2, got nothing",
+        ),
+        (
+            {"train": {"steps": 1, "global_batch_size": 99}, "data": {"path": "p", "batches": {
+                "name": "balanced", "classes_per_batch": 16, "samples_per_class": 4}}},
+            "classes_per_batch 16 x samples_per_class 4 = 64 must equal train.global_batch_size 99",
+        ),
+        (
+            {"launch": {"launcher": "ray", "num_workers": 100}},
+            "train.global_batch_size 64 must be at least launch.num_workers 100",
+        ),
+    ],
+)  # fmt: skip
+def test_problems(sections: dict[str, Any], expected: str) -> None:
+    found = message(**sections)
+    assert expected in found
+    assert found.startswith("required a valid configuration, got a problem in the configuration:")
+    assert "config --explain" in found
+
+
+def test_faulty_items_are_reported_once() -> None:
+    found = message(validation={"name": "classes", "classes": [1, 2]})
+    assert "got 2 problems" in found
+    assert "validation.classes.0: required text, got 1; put it in quotes" in found
+
+
+def test_a_value_that_is_no_plain_one_is_reported_once() -> None:
+    found = message(optim={"lr": object(), "eps": -1})
+    assert "got 2 problems" in found
+
+
+def test_values_that_hold_themselves() -> None:
+    loop: dict[str, Any] = {}
+    loop["again"] = {"once": loop}
+    found = message(loss={"name": "custom", "target": "a:b", "options": loop})
+    assert "loss.options.again.once: required a tree of values" in found
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert "at most 60 levels" in message(model=deep)
+
+
+def test_the_configuration_must_be_a_mapping() -> None:
+    with pytest.raises(ConfigError, match="a mapping of sections in here"):
+        parse_config([1], source="here")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def test_overrides_are_yaml() -> None:
+    config = config_of(
+        "optim.lr=1e-5",
+        "evaluation.recall_at=[1, 3]",
+        "optim.head_lr=",
+        "name=a=b".replace("=b", ""),
+    )
+    assert config.optim == AdamConfig(lr=1e-5)
+    assert config.evaluation.recall_at == (1, 3)
+    assert config.name == "a"
+
+
+def test_an_override_of_a_section_that_is_not_there_takes_its_default() -> None:
+    config = config_of("model.backbone.width=16", "validation.fraction=0.2")
+    assert (config.model.backbone.name, config.validation.name) == ("conv4", "fraction")
+
+
+def test_another_name_clears_the_old_keys() -> None:
+    backbone = {"name": "resnet18", "norm": "group"}
+    config = config_of(
+        "model.backbone.name=conv4",
+        "optim.name=sgd",
+        optim={"eps": 1.0},
+        model={"backbone": backbone},
+    )
+    assert config.model.backbone.name == "conv4"
+    assert config.optim == SGDConfig()
+
+
+def test_the_same_name_keeps_the_keys() -> None:
+    assert config_of("optim.name=adam", optim={"eps": 1.0}).optim == AdamConfig(eps=1.0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_overrides_hold_in_any_order(order: int) -> None:
+    overrides = ["schedule.name=cosine", "schedule.final=0.5", "optim={name: sgd}", "optim.lr=2"]
+    config = config_of(*overrides[::order], schedule={"name": "step", "milestones": [1]})
+    assert config.schedule == CosineScheduleConfig(final=0.5)
+    assert config.optim == SGDConfig(lr=2.0)
+
+
+def test_of_two_overrides_of_a_path_the_last_holds() -> None:
+    assert config_of("seed=1", "seed=2").seed == 2
+
+
+def test_the_value_of_an_override_may_hold_an_equals_sign() -> None:
+    assert config_of("data.path=a=b").data.path == "a=b"
+
+
+def test_overrides_of_list_items() -> None:
+    assert config_of("evaluation.recall_at.3=16").evaluation.recall_at == (1, 2, 4, 16)
+    config = config_of("evaluation.recall_at.0=3", evaluation={"recall_at": [1, 5]})
+    assert config.evaluation.recall_at == (3, 5)
+
+
+def test_overrides_of_options() -> None:
+    config = config_of("loss.name=custom", "loss.target=a:b", "loss.options.deep.key=1e-3")
+    assert config.loss.model_dump()["options"] == {"deep": {"key": 1e-3}}
+
+
+def test_overrides_of_nested_families() -> None:
+    config = config_of(
+        "data.batches.name=balanced", "data.batches.classes_per_batch=8",
+        "data.batches.samples_per_class=8", "model.backbone.norm=group",
+        "model.backbone.name=resnet18",
+    )  # fmt: skip
+    assert config.data.batches == BalancedBatchesConfig(classes_per_batch=8, samples_per_class=8)
+    assert config.model.backbone == ResNet18Config(norm="group")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr", "required path=value, such as optim.lr=1e-3, got 'optim.lr'"),
+        ("=1", "required path=value"),
+        ("optim..lr=1", "required path=value"),
+        ("optim. lr=1", "required path=value"),
+        ("name=a: b: c", "syntax error in --set name=a: b: c"),
+        ("seed.x=1", "--set seed.x=1: required the path of a field, but seed is a plain value"),
+        ("name.x=1", "name is a plain value, with nothing below: 'demo'"),
+        ("data.path.x.y=1", "data.path is a plain value"),
+        ("evaluation.recall_at.4=1", "an index from 0 to 3 below evaluation.recall_at"),
+        ("evaluation.recall_at.x=1", "an index from 0 to 3 below evaluation.recall_at"),
+        ("model.0=1", "model, which is no list, got the index 0"),
+        ("optm.lr=1", "optm (--set optm.lr=1): unknown key; did you mean optim?"),
+        ("optim.lrr=1", "optim.lrr (--set optim.lrr=1): unknown key; did you mean optim.lr?"),
+        ("optim={name: sgd, lr: x}", "optim.lr (--set optim={name: sgd, lr: x}): required"),
+        ("optim.lr=fast", "optim.lr (--set optim.lr=fast): required a number > 0, got 'fast'"),
+        ("optim.lr=1e999", "optim.lr (--set optim.lr=1e999): required a finite number, got inf"),
+        ("data=null", "data (--set data=null): required a section with keys path"),
+        ("loss.name=arc", "loss.name (--set loss.name=arc): required one of proxy_nca, custom"),
+    ],
+)
+def test_faulty_overrides(override: str, expected: str) -> None:
+    assert expected in message(override)
+
+
+def test_an_override_hides_the_line_of_what_it_replaces(tmp_path: Path) -> None:
+    found = text_message(tmp_path, SMALL_YAML + "optim:\n  lr: 1\n", "optim={name: sgd, lr: x}")
+    assert "optim.lr (--set optim={name: sgd, lr: x}): required a number > 0" in found
+
+
+# ---------------------------------------------------------------- writing
+
+
+def everything() -> RunConfig:
+    return config_of(
+        "optim.eps=1e-08",
+        "optim.lr=1e+16",
+        "data.path='1e-4'",
+        "data.train_split='yes'",
+        "data.test_split='010'",
+        "launch.use_gpu=no",
+        "launch.address='a: b\n # \x85é😀'",
+        "loss={name: custom, target: 'a.b:c', options: {x: [{y: 1e-5}], 'on': '', z: -0.0}}",
+        validation={"name": "classes", "classes": ["~", "12:30"]},
+    )
+
+
+def test_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = everything()
+    text = dump_config(config)
+    assert load_text(tmp_path, text) == config
+    assert parse_config(yaml.safe_load(text)) == config
+    assert dump_config(load_text(tmp_path, text)) == text
+
+
+def test_dump_writes_every_field_and_the_name_first() -> None:
+    text = dump_config(config_of("model.backbone={name: resnet18, norm: group}"))
+    assert "  backbone:\n    name: resnet18\n    weights: none\n" in text
+    assert "recall_at: [1, 2, 4, 8]\n" in text
+    assert "  head_lr: null\n" in text
+
+
+def test_options_that_yaml_has_no_word_for_are_not_written() -> None:
+    config = config_of("loss={name: custom, target: 'a:b'}")
+    options = {"key": object()}
+    loss = config.loss.model_copy(update={"options": options})
+    with pytest.raises(ConfigError, match=r"loss\.options\.key: required a plain value"):
+        dump_config(config.model_copy(update={"loss": loss}))
+
+
+# ---------------------------------------------------------------- differences
+
+
+def test_equal_configurations_do_not_differ() -> None:
+    assert differing_paths(everything(), everything()) == []
+    assert config_digest(everything()) == config_digest(everything())
+
+
+def test_differences_name_path_values_and_resumability() -> None:
+    old, new = config_of(), config_of("optim.lr=0.5", "launch.num_workers=3", "train.steps=20")
+    assert differing_paths(old, new) == [
+        Difference("optim.lr", 0.001, 0.5, False),
+        Difference("train.steps", 10, 20, True),
+        Difference("launch.num_workers", 1, 3, True),
+    ]
+    assert str(differing_paths(old, new)[0]) == "optim.lr: 0.001 -> 0.5"
+
+
+def test_another_member_differs_in_its_name_and_its_own_fields() -> None:
+    found = differing_paths(config_of(), config_of("optim.name=sgd"))
+    assert found == [
+        Difference("optim.name", "adam", "sgd", False),
+        Difference("optim.betas", [0.9, 0.999], ABSENT, False),
+        Difference("optim.eps", 1e-8, ABSENT, False),
+        Difference("optim.momentum", ABSENT, 0.9, False),
+        Difference("optim.nesterov", ABSENT, False, False),
+    ]
+    assert str(found[2]) == "optim.eps: 1e-08 -> (absent)"
+
+
+def test_a_section_that_was_null() -> None:
+    found = differing_paths(config_of(), config_of("data.dataset={name: table, source: t.csv}"))
+    assert found == [
+        Difference("data.dataset.name", ABSENT, "table", False),
+        Difference("data.dataset.source", ABSENT, "t.csv", True),
+    ]
+
+
+def test_an_integer_is_no_boolean_in_options() -> None:
+    custom = "loss={name: custom, target: 'a:b', options: {x: %s}}"
+    assert len(differing_paths(config_of(custom % "1"), config_of(custom % "true"))) == 1
+
+
+def test_the_digest_is_that_of_what_a_resumption_must_not_change() -> None:
+    digest = config_digest(config_of())
+    assert (
+        config_digest(config_of("launch.num_workers=7", "data.path=x", "train.steps=99")) == digest
+    )
+    assert config_digest(config_of("optim.lr=0.5")) != digest
+    assert config_digest(config_of("optim.name=adamw")) != digest
