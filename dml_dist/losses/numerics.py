@@ -25,7 +25,7 @@ def accurate_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def normalize_rows(x_ND: Tensor) -> Tensor:
-    """Return x / max(|x|, 1e-12) row by row, (N, D); a zero row stays zero, with finite gradient."""
+    """Return x / max(|x|, 1e-12) row by row, (N, D); zero rows stay zero."""
     return torch.nn.functional.normalize(x_ND, dim=1, eps=MIN_NORM)
 
 

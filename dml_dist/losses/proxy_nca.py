@@ -1,4 +1,6 @@
-"""Proxy-NCA (Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017).
+"""Proxy-NCA: proxies of classes take the place of the other images.
+
+Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017.
 
 Embeddings are normalised to length s_x and proxies to s_p; with squared Euclidean distances the
 logit of sample i and proxy c is, up to a constant that cancels,

@@ -149,9 +149,7 @@ def main() -> None:
         )
     if arguments.million:
         found = memory_in_own_process(CONTENDERS[0], arguments, 1_000_000)
-        print(
-            f"dml_dist, C=1000000: {found['seconds']:.2f} s, extra {found['extra_mib']:.1f} MiB"
-        )
+        print(f"dml_dist, C=1000000: {found['seconds']:.2f} s, extra {found['extra_mib']:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""From a loss section of the configuration to the loss."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from torch import nn
+
+from dml_dist.config.custom import load_target
+from dml_dist.config.objective import CustomLossConfig, LossConfig, ProxyNCAConfig
+from dml_dist.errors import ConfigError
+from dml_dist.losses.forms import PairLoss, RowLoss
+from dml_dist.losses.proxy_nca import ProxyNCA
+
+
+def build_loss(config: LossConfig, num_classes: int) -> RowLoss | PairLoss:
+    """Return the loss of a configuration.
+
+    Args:
+        config: The loss section.
+        num_classes: Training classes, C.
+
+    Raises:
+        ConfigError: If there are fewer than two classes, or a custom loss is not what it must be.
+    """
+    if num_classes < 2:
+        raise ConfigError(
+            f"loss {config.name}: required at least 2 training classes, got {num_classes}: "
+            "a single class has no negatives; add classes, or hold out fewer for validation"
+        )
+    match config:
+        case ProxyNCAConfig():
+            options = config.model_dump(exclude={"name"})
+            return ProxyNCA(num_classes, **options)
+        case CustomLossConfig():
+            return _custom_loss(config)
+        case _:
+            assert_never(config)
+
+
+def _custom_loss(config: CustomLossConfig) -> RowLoss | PairLoss:
+    """Call the user's target with its options, and look at what came of it."""
+    where = f"loss.target {config.target}"
+    target = load_target(config.target)
+    try:
+        loss = target(**config.options)
+    except Exception as error:  # User code: whatever it raises is told as a message.
+        raise ConfigError(
+            f"{where}: required a class or function that takes the options "
+            f"{sorted(config.options)} and returns a loss, got {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise ConfigError(
+            f"{where}: required a loss without parameters, got a module with "
+            f"{[name for name, _ in loss.named_parameters()]}: nothing would optimize them; "
+            "use the row form, whose proxies are optimized"
+        )
+    if isinstance(loss, RowLoss) or (not hasattr(loss, "partial") and callable(loss)):
+        return loss
+    members = ("proxies_per_class", "merges", "partial", "finish", "statistics")
+    missing = [name for name in members if not hasattr(loss, name)]
+    raise ConfigError(
+        f"{where}: required a loss of row form (with {', '.join(members)}) or a callable of pair "
+        f"form (embeddings, labels -> 0-d tensor), got {type(loss).__name__} without "
+        f"{', '.join(missing)}; see dml_dist/losses/forms.py"
+    )

@@ -1,0 +1,97 @@
+"""From a loss section of the configuration to the objective, and to what it costs in traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dml_dist.config.objective import LossConfig
+from dml_dist.errors import TopologyError
+from dml_dist.losses.build import build_loss
+from dml_dist.losses.forms import RowLoss
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.proxies import Objective, PairObjective, ProxyObjective
+
+
+def build_objective(
+    config: LossConfig,
+    *,
+    num_classes: int,
+    embedding_size: int,
+    seed: int,
+    comm: Comm,
+    dtype: torch.dtype = torch.float32,
+) -> Objective:
+    """Return the objective on this rank's device, with this rank's part of the class table.
+
+    Args:
+        config: The loss section.
+        num_classes: Training classes, C >= 2.
+        embedding_size: D.
+        seed: Seed of the initial proxies, which do not depend on the number of ranks.
+        comm: The ranks.
+        dtype: float32, or float64, of proxies and loss.
+
+    Raises:
+        ConfigError: If the loss cannot be built, or there are fewer than two classes.
+        TopologyError: If there are more ranks than classes.
+    """
+    loss = build_loss(config, num_classes)
+    if not isinstance(loss, RowLoss):
+        return PairObjective(loss, num_classes=num_classes, comm=comm)
+    if comm.world_size > num_classes:
+        raise TopologyError(
+            f"loss {config.name}: required at least one class for each rank, got {num_classes} "
+            f"training classes and {comm.world_size} ranks; start fewer ranks"
+        )
+    return ProxyObjective(
+        loss,
+        num_classes=num_classes,
+        embedding_size=embedding_size,
+        seed=seed,
+        comm=comm,
+        dtype=dtype,
+    )
+
+
+def proxies_per_class(config: LossConfig) -> int:
+    """Return K, the rows of each class in the class table; 0 for a loss without proxies."""
+    loss = build_loss(config, num_classes=2)
+    return loss.proxies_per_class if isinstance(loss, RowLoss) else 0
+
+
+def bytes_per_step(
+    config: LossConfig,
+    *,
+    embedding_size: int,
+    batch_sizes: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Return what the objective makes each rank send in one step, as `Comm.bytes_sent` counts.
+
+    It is O(B D) and does not depend on the number of classes.
+
+    Args:
+        config: The loss section.
+        embedding_size: D.
+        batch_sizes: Rows of each rank.
+        dtype: float32 or float64, of proxies and loss. For a loss of one's own of row form, each
+            statistic is taken to be one number a row.
+    """
+    world_size, total, largest = len(batch_sizes), sum(batch_sizes), max(batch_sizes)
+    others, item = world_size - 1, dtype.itemsize
+    # Parts of unequal size travel padded to the largest.
+    sent = others * largest * torch.int64.itemsize + others * largest * embedding_size * item
+    loss = build_loss(config, num_classes=2)
+    if not isinstance(loss, RowLoss):
+        return sent
+    hows = list(loss.merges.values())
+
+    def all_reduced(numbers_per_row: int, number_bytes: int) -> int:
+        return 2 * others * numbers_per_row * total * number_bytes // world_size
+
+    sent += all_reduced(len(hows) - hows.count("sum"), item)
+    sent += all_reduced(hows.count("max"), torch.int32.itemsize)
+    sent += all_reduced(len(hows), item)
+    return sent + others * largest * embedding_size * item

@@ -1,0 +1,149 @@
+"""Collectives with gradients; their factors are the gradient contract of `parallel/proxies.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dml_dist.losses.numerics import Merge, Statistics, safe_exp_difference
+from dml_dist.parallel.comm import Comm
+
+
+def gather_rows_of_parts(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: str) -> Tensor:
+    """Return all ranks' rows, for a loss of which each rank computes one part.
+
+    The gradient is the sum of the ranks' parts, times W for DDP's mean: one reduce-scatter.
+
+    Args:
+        x: This rank's rows, (sizes[rank], D).
+        sizes: Rows of each rank.
+        comm: The ranks.
+        what: Name of the collective in errors.
+    """
+    return _GatherRowsOfParts.apply(x, tuple(sizes), comm, what)
+
+
+def gather_rows_of_whole(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: str) -> Tensor:
+    """Return all ranks' rows, for a loss that each rank computes as a whole.
+
+    Every rank has the whole gradient then: it keeps its own rows, times W for DDP's mean.
+
+    Args:
+        x: This rank's rows, (sizes[rank], D).
+        sizes: Rows of each rank.
+        comm: The ranks.
+        what: Name of the collective in errors.
+    """
+    return _GatherRowsOfWhole.apply(x, tuple(sizes), comm, what)
+
+
+def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Comm) -> Statistics:
+    """Return the statistics over all ranks' proxy shards, on every rank.
+
+    One all-reduce of maxima and one of sums, whatever the number of statistics (and a second one
+    of maxima when a statistic is merged by `max`, to find whose it is: the lowest rank's among
+    equals). The backward pass moves nothing: what flows back is the derivative of the whole loss
+    by this rank's statistics.
+
+    Args:
+        partial: This rank's statistics; the same shapes on every rank.
+        merges: The merge of each statistic.
+        comm: The ranks.
+    """
+    peaks = _peaks_over_ranks(partial, [n for n, how in merges.items() if how != "sum"], comm)
+    winners = _winners(partial, peaks, [n for n, how in merges.items() if how == "max"], comm)
+    addends: Statistics = {}
+    for name, how in merges.items():
+        match how:
+            case "logsumexp":
+                addends[name] = safe_exp_difference(partial[name], peaks[name])
+            case "max":
+                addends[name] = torch.where(winners[name], partial[name], 0.0)
+            case "sum":
+                addends[name] = partial[name]
+            case _:
+                assert_never(how)
+    packed = _SumOverRanks.apply(_pack(addends), comm, "sums of loss statistics")
+    total = _unpack(packed, addends)
+    for name, how in merges.items():
+        if how == "logsumexp":
+            # At least 1 but where no rank has anything: -inf then, with a gradient of 0.
+            positive = total[name].clamp_min(torch.finfo(total[name].dtype).tiny)
+            total[name] = peaks[name] + positive.log()
+    return total
+
+
+@torch.no_grad()
+def _peaks_over_ranks(partial: Statistics, names: list[str], comm: Comm) -> Statistics:
+    """Return the maxima over ranks of the named statistics."""
+    if not names:
+        return {}
+    chosen = {name: partial[name] for name in names}
+    return _unpack(comm.all_reduce_max(_pack(chosen), what="maxima of loss statistics"), chosen)
+
+
+@torch.no_grad()
+def _winners(partial: Statistics, peaks: Statistics, names: list[str], comm: Comm) -> Statistics:
+    """Return where this rank is the lowest one that has the maximum, as booleans."""
+    if not names:
+        return {}
+    bids = {
+        name: (partial[name] == peaks[name]).to(torch.int32) * (comm.world_size - comm.rank)
+        for name in names
+    }
+    best = _unpack(comm.all_reduce_max(_pack(bids), what="owners of maxima"), bids)
+    return {name: best[name] == comm.world_size - comm.rank for name in names}
+
+
+def _pack(values: Statistics) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in values.values()])
+
+
+def _unpack(packed: Tensor, like: Statistics) -> Statistics:
+    parts = packed.split([value.numel() for value in like.values()])
+    return {
+        name: part.reshape(value.shape)
+        for part, (name, value) in zip(parts, like.items(), strict=True)
+    }
+
+
+class _SumOverRanks(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm, what: str) -> Tensor:
+        return comm.all_reduce_sum(x, what=what)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Every rank computes the whole loss of the sum, so its gradient is whole already.
+        return grad, None, None
+
+
+class _GatherRowsOfParts(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], comm: Comm, what: str) -> Tensor:
+        ctx.sizes, ctx.comm, ctx.what = sizes, comm, what
+        return comm.all_gather_rows(x, sizes, what=what)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        own = ctx.comm.reduce_scatter_rows(grad, ctx.sizes, what=f"gradient of {ctx.what}")
+        return own * ctx.comm.world_size, None, None, None
+
+
+class _GatherRowsOfWhole(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], comm: Comm, what: str) -> Tensor:
+        ctx.sizes, ctx.comm = sizes, comm
+        return comm.all_gather_rows(x, sizes, what=what)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        own = grad.split(ctx.sizes)[ctx.comm.rank]
+        return own * ctx.comm.world_size, None, None, None

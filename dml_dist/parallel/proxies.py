@@ -1,0 +1,176 @@
+"""Losses over the global batch, with class proxies sharded over ranks.
+
+The gradient contract. Ranks r = 0 .. W - 1 hold rows of the batch and the network f (replicated,
+inside DDP); rank r alone owns the proxies P_r of its class range (outside DDP). The loss l is the
+formula of METHODS over the GLOBAL batch, and every rank returns its value. Written out for a row
+form, with S_r the statistics of all rows over P_r:
+
+    X   = gather(x_0 .. x_{W-1})                 all rows on every rank
+    S_r = partial(X, P_r)                        nothing crosses ranks
+    l   = finish(merge(S_0 .. S_{W-1}))          the same value on every rank
+
+The backward pass of rank r computes dl/dS_r from the whole l, without communication, then
+
+    dl/dP_r           plain, no factor: P_r has one owner, and all terms of l that see P_r are here
+    dl/dX through P_r a part of dl/dX: the parts are summed over ranks and cut to rank r's own rows
+                      (reduce-scatter), and multiplied by W, because DDP averages what they become:
+                      (1 / W) sum_r J_r^T (W dl/dx_r) = sum_r J_r^T dl/dx_r = dl/dtheta
+
+A pair form has no proxies: every rank computes the whole l from X, keeps dl/dx_r and multiplies it
+by W for the same reason. So all gradients equal those of one process on the concatenated batch,
+for any W, any cut of the batch and of the classes. Nobody else multiplies or divides by W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dml_dist.losses.forms import PairLoss, ProxyShard, RowLoss
+from dml_dist.losses.numerics import accurate_dtype
+from dml_dist.losses.proxy_nca import check_labels
+from dml_dist.parallel.collectives import (
+    gather_rows_of_parts,
+    gather_rows_of_whole,
+    merge_over_ranks,
+)
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.initial_proxies import fill_initial_proxies
+from dml_dist.partition import part_bounds
+
+_EMBEDDINGS = "embeddings of the global batch"
+_LABELS = "labels of the global batch"
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveOutput:
+    """What an objective returns for one step.
+
+    Attributes:
+        loss: The loss of the global batch, 0-d, the same value on every rank; its backward pass
+            gives gradients by the contract above.
+        statistics: Detached 0-d tensors to be recorded, the same on every rank; with `loss`.
+    """
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+
+
+class OwnedRows(NamedTuple):
+    """Rows of a table that this rank alone owns: optimised and saved here, not seen by DDP."""
+
+    parameter: nn.Parameter
+    row_low: int
+    row_high: int
+    num_rows_total: int
+
+
+class Objective(nn.Module):
+    """The loss of the global batch as a function of this rank's rows. Never wrapped in DDP."""
+
+    def __init__(self, num_classes: int, comm: Comm) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.comm = comm
+
+    def forward(
+        self, embeddings_BD: Tensor, labels_B: Tensor, batch_sizes: Sequence[int]
+    ) -> ObjectiveOutput:
+        """Return the loss of the global batch; a collective, called by every rank.
+
+        Args:
+            embeddings_BD: This rank's embeddings, (B, D), not normalised, of any float dtype;
+                the loss runs in float32, or float64 with float64 proxies.
+            labels_B: Their class ids, (B,) int64, 0 .. num_classes - 1.
+            batch_sizes: Rows of each rank, the same on every rank; batch_sizes[rank] = B.
+
+        Raises:
+            ValueError: If shapes or class ids do not fit; class ids on every rank alike.
+        """
+        check_labels(labels_B, embeddings_BD.shape[0], None)
+        with torch.autocast(embeddings_BD.device.type, enabled=False):
+            labels_G = self.comm.all_gather_rows(labels_B, batch_sizes, what=_LABELS)
+            # After the gather, so that one rank's bad label ends all ranks alike.
+            check_labels(labels_G, sum(batch_sizes), self.num_classes)
+            output = self._output(embeddings_BD, labels_G, batch_sizes)
+        # A device is not waited for to look at its labels: a wrong one makes the loss NaN.
+        valid = ((labels_G >= 0) & (labels_G < self.num_classes)).all()
+        loss = output.loss.where(valid, torch.nan)
+        return ObjectiveOutput(loss, {"loss": loss.detach(), **output.statistics})
+
+    def owned_parameters(self) -> dict[str, OwnedRows]:
+        """Return the parameters that this rank owns, by name, each with its rows of the table."""
+        return {}
+
+    def _output(
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
+    ) -> ObjectiveOutput:
+        raise NotImplementedError
+
+
+class ProxyObjective(Objective):
+    """A loss of row form over a class table of proxies, of which this rank owns a class range.
+
+    Attributes:
+        proxies: This rank's rows, (L, D), of any length.
+        shard: Which classes they are of.
+    """
+
+    def __init__(
+        self,
+        loss: RowLoss,
+        *,
+        num_classes: int,
+        embedding_size: int,
+        seed: int,
+        comm: Comm,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_classes, comm)
+        self.loss = loss
+        low, high = part_bounds(num_classes, comm.world_size, comm.rank)
+        self.shard = ProxyShard(num_classes, low, high, loss.proxies_per_class)
+        initial = torch.empty(self.shard.row_high - self.shard.row_low, embedding_size, dtype=dtype)
+        fill_initial_proxies(initial, self.shard.row_low, seed)
+        self.proxies = nn.Parameter(initial.to(comm.device))
+
+    def owned_parameters(self) -> dict[str, OwnedRows]:
+        """Return this rank's rows of the proxies."""
+        shard = self.shard
+        rows = OwnedRows(self.proxies, shard.row_low, shard.row_high, shard.num_rows)
+        return {"proxies": rows}
+
+    def _output(
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
+    ) -> ObjectiveOutput:
+        embeddings_GD = gather_rows_of_parts(
+            embeddings_BD.to(self.proxies.dtype), batch_sizes, self.comm, what=_EMBEDDINGS
+        )
+        partial = self.loss.partial(embeddings_GD, labels_G, self.proxies, self.shard)
+        total = merge_over_ranks(partial, self.loss.merges, self.comm)
+        with torch.no_grad():
+            statistics = self.loss.statistics(total)
+        return ObjectiveOutput(self.loss.finish(total), statistics)
+
+
+class PairObjective(Objective):
+    """A loss of pair form, computed as a whole by every rank from the gathered embeddings."""
+
+    def __init__(self, loss: PairLoss, *, num_classes: int, comm: Comm) -> None:
+        super().__init__(num_classes, comm)
+        self.loss = loss
+
+    def _output(
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
+    ) -> ObjectiveOutput:
+        embeddings_GD = gather_rows_of_whole(
+            embeddings_BD.to(accurate_dtype(embeddings_BD)),
+            batch_sizes,
+            self.comm,
+            what=_EMBEDDINGS,
+        )
+        return ObjectiveOutput(self.loss(embeddings_GD, labels_G), {})
