@@ -8,6 +8,8 @@ so nothing has to parse tar files after this.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dml_dist.data import index_table
+from dml_dist.data import index_table, scanned
+from dml_dist.data.pool import run_tasks
 from dml_dist.data.sample import ROLES
+from dml_dist.data.shard_scan import ScannedImage, ScanTask, list_tar_shards, scan_tar_shard
 from dml_dist.errors import DataError
 from dml_dist.files import open_atomic
 
 INDEX_NAME = "index.parquet"
 _DIGEST = b"dml_dist.import"
+_SHOWN = 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +163,85 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
     if check_shards:
         _check_shards(index)
     return index
+
+
+def build_index(
+    root: Path,
+    split: str = "train",
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    processes: int | None = None,
+) -> Index:
+    """Read all tar shards below a folder and write their index.parquet.
+
+    A sample is an image with `<key>.cls` or `<key>.json` (label, class, super_class, split, role)
+    beside it. Whole-number labels keep their order and become dense; texts become class names.
+    Tar shards sorted by class are accepted with a warning in the log.
+
+    Args:
+        root: The folder.
+        split: Split of the images whose .json does not name one.
+        progress: Called with (tar shards read, all tar shards).
+        processes: Number of reading processes; None takes one for each CPU core.
+
+    Raises:
+        DataError: If there are no tar shards, or a sample cannot be used; tar file and key named.
+    """
+    if not root.is_dir():
+        raise DataError(f"a folder with tar shards is required, {root} is none")
+    names = list_tar_shards(root)
+    if not names:
+        raise DataError(f"{root} must hold tar shards (*.tar), it holds none")
+    tasks = [ScanTask(root, name, measure=True) for name in names]
+    found: dict[int, tuple[ScannedImage, ...]] = {}
+    problems: list[str] = []
+    for at, shard in run_tasks(scan_tar_shard, tasks, processes):
+        found[at] = shard.images
+        problems += [str(problem) for problem in shard.problems]
+        if progress is not None:
+            progress(len(found), len(tasks))
+    images = [(at, image) for at in range(len(names)) for image in found[at]]
+    problems += scanned.repeated_keys(images, names)
+    if not images and not problems:
+        raise DataError(f"{root}: the tar shards hold no image with a known extension")
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(
+            f"{root}: the tar shards cannot be indexed:\n  "
+            + "\n  ".join(sorted(problems)[:_SHOWN])
+            + more
+        )
+    used, columns, class_names = scanned.columns(images, names, root)
+    index = Index(
+        root=root,
+        tar_shards=used,
+        class_names=class_names,
+        split=np.array([image.split or split for _, image in images], dtype=object),
+        **columns,
+    )
+    write_index(index)
+    for line in class_sorted_warnings(index):
+        _log.warning("%s", line)
+    return index
+
+
+def class_sorted_warnings(index: Index) -> list[str]:
+    """Return what to say of tar shards whose images are not mixed over classes, a line a split.
+
+    A shuffled epoch reads a few tar shards at a time, so its batches see only their classes.
+    """
+    lines = []
+    for split in sorted(set(index.split.tolist())):
+        rows = index.rows(split)
+        typical, mixed = scanned.classes_per_shard(index.tar_shard[rows], index.label[rows])
+        if typical < mixed / 2:
+            lines.append(
+                f"{index.root}: the tar shards of the split {split!r} are sorted by class: "
+                f"{typical:.0f} classes in a tar shard (median), mixed ones would have "
+                f"{mixed:.0f}; batches of a shuffled epoch see the classes of its window of tar "
+                "shards only. Write them anew in shuffled order, or choose balanced batches"
+            )
+    return lines
 
 
 def import_digest(root: Path) -> str | None:

@@ -38,6 +38,13 @@ FAMILIES = {
     "STIX": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
 }
 _CATEGORIES = {"Lu", "Ll", "Lt", "Lo", "Nd", "Nl", "Sc", "Sm"}
+# First word of a Unicode name -> script, where they differ.
+_SCRIPTS = {
+    "DIGIT": "LATIN",
+    "OLD": "OLD ITALIC",
+    "ARABIC-INDIC": "ARABIC",
+    "EXTENDED": "ARABIC",
+}
 _RENDER_PIXELS = 48
 _THUMBNAIL_PIXELS = 24
 # Squared difference of two thumbnails over the larger one's squared ink. Pairs below it that were
@@ -154,4 +161,9 @@ def _script(codepoint: int) -> str:
     if 0x2100 <= codepoint <= 0x218F:
         return "LETTERLIKE"
     word = unicodedata.name(character).split()[0]
-    return {"DIGIT": "LATIN", "OLD": "OLD ITALIC", "ARABIC-INDIC": "ARABIC"}.get(word, word)
+    return {
+        "DIGIT": "LATIN",
+        "OLD": "OLD ITALIC",
+        "ARABIC-INDIC": "ARABIC",
+        "EXTENDED": "ARABIC",
+    }.get(word, word)
