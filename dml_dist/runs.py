@@ -136,7 +136,7 @@ class RunFolder:
             ConfigError: If there is a run already, or anything else; nothing is written.
         """
         run = cls(path)
-        run._refuse_existing()
+        run.require_new()
         run.path.mkdir(parents=True, exist_ok=True)
         try:
             # Of two commands that start at once, one makes this folder.
@@ -256,7 +256,7 @@ class RunFolder:
     def _write(self, info: RunInfo) -> None:
         write_json_atomic(self.info_path, asdict(info))
 
-    def _refuse_existing(self) -> None:
+    def require_new(self) -> None:
         """Raise ConfigError unless the folder is missing or empty."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return

@@ -72,7 +72,7 @@ def test_other_folders_and_files_are_refused_untouched(tmp_path: Path) -> None:
 def test_a_run_that_another_command_is_starting_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RunFolder, "_refuse_existing", lambda self: None)  # both looked before
+    monkeypatch.setattr(RunFolder, "require_new", lambda self: None)  # both looked before
     make(tmp_path / "demo")
     with pytest.raises(ConfigError, match="another command is starting"):
         make(tmp_path / "demo")
