@@ -152,6 +152,30 @@ class RunFolder:
         sync_folder(run.path.parent)
         return run
 
+    def require_new(self) -> None:
+        """Check that the folder is missing or empty; `create` does so too.
+
+        Raises:
+            ConfigError: If it is not, with what it holds and what to do.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not self.info_path.is_file():
+            what = "is not empty and holds no run" if self.path.is_dir() else "is a file"
+            raise ConfigError(
+                f"required a new or empty folder for the run, got {self.path}, which {what}; "
+                "give another --run-dir or name, or remove it"
+            )
+        info = self.info()
+        step = self.last_checkpoint_step()
+        checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
+        state = f"finished {info.finished}" if info.finished else "unfinished"
+        raise ConfigError(
+            f"required a new run, got {self.path}, which holds the run {info.name!r} "
+            f"({state}, {checkpoint}); continue it with --resume, or give another --run-dir "
+            "or another name"
+        )
+
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Return the run in an existing folder.
@@ -215,7 +239,7 @@ class RunFolder:
         Args:
             world_size: Number of ranks.
             launcher: "ray", "torchrun" or "inprocess".
-            device: What the ranks compute on, such as "cpu" or "NVIDIA H200".
+            device: What the ranks compute on, such as "2 x cpu".
             command: The command line.
             changes: Differences to the configuration before, "path: old -> new" each.
         """
@@ -255,26 +279,6 @@ class RunFolder:
 
     def _write(self, info: RunInfo) -> None:
         write_json_atomic(self.info_path, asdict(info))
-
-    def require_new(self) -> None:
-        """Raise ConfigError unless the folder is missing or empty."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return
-        if not self.info_path.is_file():
-            what = "is not empty and holds no run" if self.path.is_dir() else "is a file"
-            raise ConfigError(
-                f"required a new or empty folder for the run, got {self.path}, which {what}; "
-                "give another --run-dir or name, or remove it"
-            )
-        info = self.info()
-        step = self.last_checkpoint_step()
-        checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
-        state = f"finished {info.finished}" if info.finished else "unfinished"
-        raise ConfigError(
-            f"required a new run, got {self.path}, which holds the run {info.name!r} "
-            f"({state}, {checkpoint}); continue it with --resume, or give another --run-dir "
-            "or another name"
-        )
 
 
 def _now() -> str:

@@ -32,7 +32,12 @@ def scores(recall: float, num_queries: int = 600) -> dict[str, Any]:
 
 def begin(run: RunFolder, **values: Any) -> int:
     return run.begin_attempt(
-        **{"world_size": 2, "launcher": "ray", "device": "cpu", "command": "dml-dist train x.yaml"}
+        **{
+            "world_size": 2,
+            "launcher": "ray",
+            "device": "2 x cpu",
+            "command": "dml-dist train x.yaml",
+        }
         | values
     )
 
@@ -45,7 +50,7 @@ def add_records(run: RunFolder, attempt: int = 1, num_steps: int = 500) -> None:
         evaluations.write(0, split="test", protocol="untrained", **scores(0.05))
         for step in range(100, num_steps + 1, 100):
             held_out = scores(0.9 - 0.001 * abs(step - 300), 60)
-            evaluations.write(step, split="validation", protocol="validation", **held_out)
+            evaluations.write(step, split="validation", **held_out)
             evaluations.write(step, split="test", protocol="literature", **scores(step / 1000))
         evaluations.write(num_steps, split="test", protocol="final", **scores(0.8734))
 

@@ -75,9 +75,9 @@ def _retrieval_lines(summary: RunSummary) -> list[_Line]:
     if recall is not None:
         keys.insert(0, (recall, "recall"))
     lines = []
-    for split, protocol, dashed in (("validation",) * 2 + (False,), ("test", "literature", True)):
+    for protocol, dashed in (("validation", False), ("literature", True)):
         for key, color in keys:
-            series = summary.evaluation(key, split, protocol)
+            series = summary.evaluation(key, protocol)
             if len(series):
                 where = "test, literature protocol" if dashed else "validation"
                 lines.append(_Line(series, f"{metric_label(key)} {where}", color, dashed))
@@ -95,7 +95,7 @@ def _loss_caption(loss: Series) -> str:
 
 def _retrieval_caption(summary: RunSummary) -> str:
     text = "Retrieval among held-out classes against the step."
-    if len(summary.evaluation("map_at_r", "test", "literature")):
+    if len(summary.evaluation("map_at_r", "literature")):
         text = (
             "Retrieval against the step. Dashed: test classes watched during training, as much of "
             "the literature does (“literature protocol”); nothing was selected by it."

@@ -177,7 +177,7 @@ def _missing(summary: RunSummary) -> list[str]:
         missing.append(text)
     if last is None:
         missing.append("There are no training records, so no loss curve.")
-    if not any(record.get("protocol") == "validation" for record in summary.evaluations):
+    if not summary.under("validation"):
         missing.append("There are no validation records.")
     if not summary.result("trained"):
         missing.append("There is no result on the test classes yet.")

@@ -68,21 +68,25 @@ class RunSummary:
         """Return a quantity of the training records against the step."""
         return _series(self.steps, key)
 
-    def evaluation(self, key: str, split: str, protocol: str) -> Series:
-        """Return a metric of the evaluations of a split under a protocol against the step."""
-        return _series(
-            [
-                record
-                for record in self.evaluations
-                if record.get("split") == split and record.get("protocol") == protocol
-            ],
-            key,
-        )
+    def under(self, protocol: str) -> list[dict[str, Any]]:
+        """Return the evaluations under a protocol; a record without one is named by its split.
+
+        Protocols are "validation" (held-out training classes), and on the test split "untrained",
+        "final", and "literature" (watched during training, never selected on).
+        """
+        return [
+            record
+            for record in self.evaluations
+            if record.get("protocol", record.get("split")) == protocol
+        ]
+
+    def evaluation(self, key: str, protocol: str) -> Series:
+        """Return a metric of the evaluations under a protocol against the step."""
+        return _series(self.under(protocol), key)
 
     def result(self, name: Literal["untrained", "trained"]) -> dict[str, Any]:
         """Return the metrics on the test split: of metrics.json, else of the last such record."""
-        protocol = "untrained" if name == "untrained" else "final"
-        records = [record for record in self.evaluations if record.get("protocol") == protocol]
+        records = self.under("untrained" if name == "untrained" else "final")
         recorded = records[-1] if records else {}
         return group(self.metrics, name) or {
             key: value for key, value in recorded.items() if is_metric(key)
@@ -93,8 +97,8 @@ class RunSummary:
         """The validation record with the highest MAP@R, the first of equals."""
         records = [
             record
-            for record in self.evaluations
-            if record.get("protocol") == "validation" and math.isfinite(_value(record, "map_at_r"))
+            for record in self.under("validation")
+            if math.isfinite(_value(record, "map_at_r"))
         ]
         return max(records, key=lambda record: _value(record, "map_at_r"), default=None)
 

@@ -40,7 +40,7 @@ def page(full: Path) -> Page:
 
 def test_the_page_shows_the_run(page: Page) -> None:
     for text in (
-        "demo", "finished", "2 ranks on cpu", "87.34 % R@1 on test classes 5.00 % untrained",
+        "demo", "finished", "2 ranks: 2 x cpu", "87.34 % R@1 on test classes 5.00 % untrained",
         "43.67 % MAP@R on test classes 2.50 % untrained", "1 min 42 s", "2,093",
         "best validation", "at step 300, chosen by MAP@R", "11,318", "32 + 32",
         "time: training 31 s", "seed 7", "name: demo", "python 3.", "dml-dist train x.yaml",
@@ -95,7 +95,7 @@ def test_hits_and_misses_have_a_symbol_and_misses_come_first(page: Page) -> None
 def test_the_literature_protocol_is_dashed(full: Path, page: Page) -> None:
     dashed = re.findall(r"stroke-dasharray: [\d.]+,", page.raw)
     assert len(dashed) == 4  # two lines and their two entries in the legend
-    literature = read_summary(full).evaluation("recall_at_1", "test", "literature")
+    literature = read_summary(full).evaluation("recall_at_1", "literature")
     # At step 500 the final evaluation of the same split stands beside it.
     np.testing.assert_array_equal(literature.steps, [100, 200, 300, 400, 500])
     np.testing.assert_allclose(literature.values, [0.1, 0.2, 0.3, 0.4, 0.5])
@@ -227,6 +227,6 @@ def test_uncommitted_changes_and_resumption_are_warned_of(
         "launch.num_workers: 2 -> 3",
         "aaaaaaaaaaaa",
         "with uncommitted changes",
-        "3 ranks on cpu",
+        "3 ranks: 2 x cpu",
     ):
         assert text in page.text, text
