@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -34,6 +34,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.pt"
 OPTIMIZER = "optim.pt"
+BEST = "best.json"
+"""Beside the checkpoints: which of them is the best."""
+
 _NAME = re.compile(r"step_(\d+)-a(\d+)")
 _BLOCK_BYTES = 1 << 22
 
@@ -165,7 +168,7 @@ def write_part(
     with open(folder / name, "xb") as file:
         counted = _Counted(file)
         try:
-            torch.save(value, counted)
+            torch.save(value, cast(BinaryIO, counted))
         except Exception:
             if counted.error is not None:
                 raise counted.error from None

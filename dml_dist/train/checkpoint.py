@@ -1,0 +1,227 @@
+"""Saving the state of all ranks as one checkpoint, and reading it on any number of ranks.
+
+Every rank calls these functions. A failure on one rank (a full disk) ends all ranks with its
+message, leaves no half checkpoint behind and the earlier ones as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dml_dist.errors import CheckpointError, RunError
+from dml_dist.files import sync_folder, write_json_atomic
+from dml_dist.parallel.comm import Comm
+from dml_dist.train.checkpoint_files import (
+    BEST,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    Manifest,
+    PartFile,
+    checkpoint_folders,
+    read_part,
+    write_part,
+)
+from dml_dist.train.optim import OWNED_PREFIX
+from dml_dist.train.optim_state import (
+    State,
+    join_rows,
+    load_named_states,
+    named_states,
+    split_rows,
+)
+from dml_dist.train.state import TrainState
+
+
+def save_checkpoint(checkpoints: Path, state: TrainState, manifest: Manifest, *, keep: int) -> Path:
+    """Write a checkpoint, then delete old ones.
+
+    Args:
+        checkpoints: Folder of the run's checkpoints.
+        state: What is saved.
+        manifest: What it is; its files and world size are filled in here.
+        keep: Number of newest checkpoints that are kept, beside `manifest.best`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        RunError: If a rank could not write, or weights are not finite.
+    """
+    comm = state.comm
+    final = checkpoints / manifest.folder
+    temporary = checkpoints / f".{manifest.folder}.tmp"
+    main = comm.topology.is_main
+    _all_or_none(comm, lambda: _prepare(temporary) if main else None, temporary, final)
+    parts: list[PartFile] = []
+    _all_or_none(comm, lambda: parts.extend(_write_parts(temporary, state)), temporary, final)
+    files = tuple(file for own in comm.gather_objects(parts, what="parts") for file in own)
+    manifest = replace(manifest, files=files, world_size=comm.world_size)
+
+    def publish() -> None:
+        write_json_atomic(temporary / MANIFEST, manifest.to_json())
+        _take_name(temporary, final)
+        if manifest.best is not None:
+            write_json_atomic(checkpoints / BEST, asdict(manifest.best))
+        _delete_old(checkpoints, manifest, keep)
+
+    _all_or_none(comm, lambda: publish() if main else None, temporary, final)
+    return final
+
+
+def load_checkpoint(folder: Path, manifest: Manifest, state: TrainState) -> None:
+    """Put a checkpoint's weights, proxies, optimiser state and step into `state`.
+
+    Each rank reads what it owns, whatever number of ranks wrote it.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the state, or cannot be read.
+    """
+    error: Exception | None = None
+    try:
+        _load(folder, manifest, state)
+    except CheckpointError as caught:
+        error = caught
+    except (OSError, RuntimeError, KeyError) as caught:
+        error = CheckpointError(
+            f"required the state of this network and objective in {folder}, got {caught}; "
+            "use the configuration and data the checkpoint was saved with"
+        )
+    state.comm.agree(error, what="loading a checkpoint")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _all_or_none(comm: Comm, action: Callable[[], object], temporary: Path, final: Path) -> None:
+    """Do something on every rank; if one rank fails, all raise and nothing half is left."""
+    error: Exception | None = None
+    try:
+        action()
+    except RunError as caught:
+        error = caught
+    except Exception as caught:  # Handed to all ranks by agree.
+        error = RunError(
+            f"required to write the checkpoint {final}, got {type(caught).__name__}: {caught}; "
+            "see to the disk and continue from the checkpoint before it with --resume"
+        )
+    try:
+        comm.agree(error, what="writing a checkpoint")
+    except Exception:
+        if comm.topology.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _prepare(temporary: Path) -> None:
+    """Make the folder, and remove what interrupted writers left behind."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for stale in temporary.parent.glob(".step_*.tmp"):
+        shutil.rmtree(stale)
+    temporary.mkdir()
+
+
+def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
+    """Write this rank's files."""
+    _check_finite(state)
+    states = named_states(state.optimizer)
+    parts = []
+    if state.comm.topology.is_main:
+        parts.append(write_part(folder, MODEL, state.model.state_dict()))
+        shared = {k: v for k, v in states.items() if not k.startswith(OWNED_PREFIX)}
+        parts.append(write_part(folder, OPTIMIZER, shared))
+    for name, (parameter, low, high, _) in state.objective.owned_parameters().items():
+        rows, scalars = split_rows(parameter, states.get(OWNED_PREFIX + name, {}))
+        value = {"values": parameter.detach(), "rows": rows, "shared": scalars}
+        file = f"{name}-{low}-{high}.pt"
+        parts.append(write_part(folder, file, value, table=name, low=low, high=high))
+    return parts
+
+
+def _check_finite(state: TrainState) -> None:
+    """Refuse to save weights that are not finite."""
+    named: Mapping[str, Tensor] = {**state.model.state_dict(), **state.owned}
+    for name, value in named.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise RunError(
+                f"required finite weights, got non-finite ones in {name} at step {state.step}; "
+                "lower the learning rate or set train.max_grad_norm; the checkpoint before it "
+                "is kept"
+            )
+
+
+def _take_name(temporary: Path, final: Path) -> None:
+    """Rename the whole folder; an older one of the same name (a damaged one) goes."""
+    sync_folder(temporary)
+    if final.exists():
+        _delete(final)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+
+
+def _delete_old(checkpoints: Path, manifest: Manifest, keep: int) -> None:
+    """Keep the newest checkpoints and the best one."""
+    best = manifest.best.folder if manifest.best else None
+    for folder in checkpoint_folders(checkpoints)[keep:]:
+        if folder.name != best:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint; interrupted, it leaves no folder that has a checkpoint's name."""
+    hidden = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
+    state.model.load_state_dict(read_part(folder, MODEL))
+    states: dict[str, State] = read_part(folder, OPTIMIZER)
+    for name, (parameter, low, high, num_rows) in state.objective.owned_parameters().items():
+        values, states[OWNED_PREFIX + name] = _read_rows(folder, manifest, name, low, high)
+        saved = max((file.high for file in manifest.files if file.table == name), default=0)
+        if values.shape != parameter.shape or saved != num_rows:
+            raise CheckpointError(
+                f"required {num_rows} rows of {name} and of them shape {tuple(parameter.shape)} "
+                f"here, got {saved} rows and shape {tuple(values.shape)} in {folder}; "
+                "use the data and the loss the checkpoint was saved with"
+            )
+        with torch.no_grad():
+            parameter.copy_(values)
+    load_named_states(state.optimizer, {name: value for name, value in states.items() if value})
+    state.step = manifest.step
+
+
+def _read_rows(
+    folder: Path, manifest: Manifest, table: str, low: int, high: int
+) -> tuple[Tensor, State]:
+    """Return rows `low` .. `high - 1` of a table with their optimiser state, from any cut."""
+    values: list[Tensor] = []
+    states: list[tuple[dict[str, Tensor], State]] = []
+    files = [file for file in manifest.files if file.table == table]
+    for file in sorted(files, key=lambda file: file.low):
+        first, end = max(low, file.low), min(high, file.high)
+        if first >= end:
+            continue
+        part: dict[str, Any] = read_part(folder, file.name, mmap=True)
+        cut = slice(first - file.low, end - file.low)
+        values.append(part["values"][cut])
+        states.append(({key: rows[cut] for key, rows in part["rows"].items()}, part["shared"]))
+    if not values:
+        raise CheckpointError(
+            f"required rows {low} to {high - 1} of {table}, got none of them in {folder}; "
+            "use the loss the checkpoint was saved with"
+        )
+    return torch.cat(values), join_rows(states)

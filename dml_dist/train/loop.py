@@ -1,0 +1,327 @@
+"""The training loop, one for all launchers: steps, records, validations, checkpoints.
+
+Every rank calls `train`. What happens at a step depends on the plan and the configuration alone,
+so all ranks meet in the same collectives. `evaluate` and `report` come from outside.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dml_dist.config.load import Difference
+from dml_dist.config.schema import RunConfig
+from dml_dist.data.loader import Batch, worker_death
+from dml_dist.errors import RunError
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.parallel.comm import Comm
+from dml_dist.records import RecordWriter
+from dml_dist.train.checkpoint import load_checkpoint, save_checkpoint
+from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
+from dml_dist.train.checkpoint_files import Best, Manifest
+from dml_dist.train.meter import Meter
+from dml_dist.train.plan import RunPlan
+from dml_dist.train.resume import check_plan, check_resume
+from dml_dist.train.schedule import learning_rate_factor
+from dml_dist.train.state import TrainState, build_state, share_buffers
+from dml_dist.train.step import train_step
+
+# Keeps the stream of what a network draws (dropout) apart from other streams of the same seed.
+_STREAM = 0x44524F50
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """What a progress bar shows.
+
+    Attributes:
+        step: Updates made.
+        total_steps: Updates of the whole run.
+        loss: Mean loss since the last event; None at the start.
+        images_per_second: Images of all ranks per second of training since the last event.
+    """
+
+    step: int
+    total_steps: int
+    loss: float | None
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a run writes and whom it asks; the same on every rank but for the writers.
+
+    Attributes:
+        checkpoints: Folder of the run's checkpoints, shared by all ranks.
+        attempt: Number of this start of the training processes.
+        batches: From first step and step after the last to this rank's batches.
+        class_ids: From index labels to class ids.
+        evaluate: From model, split and step to metrics, equal on every rank; every rank calls it.
+        report: Takes progress events; called on rank 0 only.
+        step_records: Writes training records; None on other ranks than 0.
+        evaluation_records: Writes validation records; None on other ranks than 0.
+    """
+
+    checkpoints: Path
+    attempt: int
+    batches: Callable[[int, int], Iterable[Batch]]
+    class_ids: Callable[[np.ndarray], np.ndarray]
+    evaluate: Callable[[EmbeddingModel, Literal["validation", "test"], int], dict[str, float]]
+    report: Callable[[ProgressEvent], None]
+    step_records: RecordWriter | None = None
+    evaluation_records: RecordWriter | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended, the same on every rank.
+
+    Attributes:
+        state: Weights, proxies and optimiser state after the last step.
+        start_step: Updates that an earlier attempt had made.
+        best: The best checkpoint by validation MAP@R, or None without validation.
+        last: Folder of the newest checkpoint.
+        changes: What differed from the configuration of the checkpoint that was resumed.
+        seconds: Time of this attempt.
+    """
+
+    state: TrainState
+    start_step: int
+    best: Best | None
+    last: Path
+    changes: tuple[Difference, ...]
+    seconds: float
+
+
+def train(
+    config: RunConfig, plan: RunPlan, comm: Comm, around: Surroundings, *, resume: bool = False
+) -> TrainResult:
+    """Train until the plan's last step; every rank calls this.
+
+    Args:
+        config: The run's configuration.
+        plan: Its resolved course.
+        comm: The ranks.
+        around: Where to write and whom to ask.
+        resume: Go on from the newest whole checkpoint, if there is any.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be gone on with.
+        RunError: If the loss is not finite, or a rank or loader worker was lost.
+    """
+    start = time.monotonic()
+    found = find_checkpoint(around.checkpoints, comm) if resume else None
+    changes = check_resume(*found, config) if found else []
+    state = build_state(config, num_classes=plan.num_classes, comm=comm, pretrained=found is None)
+    loop = _Loop(config, plan, state, around)
+    if found:
+        check_plan(*found, config, plan)
+        loop.go_on_from(*found)
+    start_step = state.step
+    loop.run()
+    assert loop.last is not None
+    return TrainResult(
+        state=state,
+        start_step=start_step,
+        best=loop.best,
+        last=loop.last,
+        changes=tuple(changes),
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Loop:
+    """The state of the loop beside the TrainState: what was best, what was saved, what to log."""
+
+    def __init__(
+        self, config: RunConfig, plan: RunPlan, state: TrainState, around: Surroundings
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.state = state
+        self.around = around
+        self.best: Best | None = None
+        self.last: Path | None = None
+        self.meter = Meter()
+
+    def go_on_from(self, folder: Path, manifest: Manifest) -> None:
+        """Load a checkpoint."""
+        load_checkpoint(folder, manifest, self.state)
+        best = manifest.best
+        if self.state.comm.topology.is_main:
+            best = restore_best(self.around.checkpoints, best)
+        self.best = self.state.comm.broadcast_object(best, what="best checkpoint")
+        self.last = folder
+
+    def run(self) -> None:
+        """Make all steps that are left."""
+        state, plan = self.state, self.plan
+        self._report(None, 0.0)
+        self.meter.restart()
+        batches = iter(self._batches())
+        while state.step < plan.total_steps:
+            waiting = time.perf_counter()
+            try:
+                batch = next(batches)
+                self._step(batch, time.perf_counter() - waiting)
+            except RuntimeError as error:
+                if (death := worker_death(error)) is None:
+                    raise
+                raise death from error
+            self._after_step()
+        if self.last is None:  # A run of no step at all cannot be: plans have at least one.
+            raise RunError(f"required a run of at least 1 step, got {plan.total_steps}")
+
+    # ------------------------------------------------------------ one step
+
+    def _batches(self) -> Iterator[Batch]:
+        if self.state.step < self.plan.total_steps:
+            yield from self.around.batches(self.state.step, self.plan.total_steps)
+
+    def _step(self, batch: Batch, data_seconds: float) -> None:
+        state, config = self.state, self.config
+        step = state.step
+        sizes = self.plan.batch_sizes(step)
+        if batch.step != step or len(batch.labels) != sizes[state.comm.rank]:
+            raise RunError(
+                f"required batch {step} with {sizes[state.comm.rank]} images on rank "
+                f"{state.comm.rank}, got batch {batch.step} with {len(batch.labels)}; "
+                "the loader and the plan must be made from the same data and configuration"
+            )
+        # Whatever a network draws depends on seed, step and rank, so that a resumed run repeats it.
+        words = np.random.SeedSequence([config.seed, _STREAM, step, state.comm.rank])
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
+        device = state.comm.device
+        labels = torch.from_numpy(self.around.class_ids(batch.labels.numpy()))
+        output = train_step(
+            state,
+            batch.images.to(device, state.precision.dtype, non_blocking=True),
+            labels.to(device, non_blocking=True),
+            sizes,
+            learning_rate_factor=self._factor(step),
+            max_grad_norm=config.train.max_grad_norm,
+            update_backbone=step >= config.train.backbone_warmup_epochs * self.plan.steps_per_epoch,
+        )
+        values = {"loss": output.loss, **output.statistics}
+        if output.gradient_norm is not None:
+            values["gradient_norm"] = output.gradient_norm
+        self.meter.add(values, sum(sizes), data_seconds)
+
+    def _factor(self, step: int) -> float:
+        return learning_rate_factor(
+            self.config.schedule,
+            step,
+            total_steps=self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+        )
+
+    # ------------------------------------------------------------ between steps
+
+    def _after_step(self) -> None:
+        """Log, validate and save where it is due; all ranks decide alike."""
+        step = self.state.step
+        validates, saves = self._validates(step), self._saves(step)
+        # A record at every checkpoint, too: the means of a resumed run then run over the same
+        # steps as those of an uninterrupted one.
+        if saves or validates or step % self.config.train.log_every == 0:
+            self._log(step)
+        if not (saves or validates or self._tests(step)):
+            return
+        share_buffers(self.state.model, self.state.comm)
+        improved = self._validate(step) if validates else False
+        if self._tests(step):
+            metrics = self._measure("test", step)
+            self._write_evaluation(step, "test", metrics, protocol="literature")
+        if saves or improved:
+            self._save()
+        self.meter.restart()
+
+    def _validates(self, step: int) -> bool:
+        if not self.plan.num_validation_classes:
+            return False
+        every = self.config.evaluation.every_steps or self.plan.steps_per_epoch
+        return step % every == 0 or step == self.plan.total_steps
+
+    def _saves(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        if every is None and self.plan.num_validation_classes:
+            return self._validates(step)
+        every = every or self.plan.steps_per_epoch
+        return step % every == 0 or step == self.plan.total_steps
+
+    def _tests(self, step: int) -> bool:
+        every = self.config.evaluation.evaluate_test_every
+        return every is not None and step % every == 0
+
+    def _log(self, step: int) -> None:
+        values = self.meter.read()
+        bad = int(self.state.first_bad_step)
+        if self.around.step_records is not None:
+            lr = self.config.optim.lr * self._factor(step - 1)
+            epoch = step / self.plan.steps_per_epoch
+            self.around.step_records.write(step, epoch=epoch, lr=lr, **values)
+        self._report(values["loss"], values["images_per_second"])
+        if bad >= 0:
+            kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
+            raise RunError(
+                f"required a finite loss, got a non-finite one at step {bad} (seen at step "
+                f"{step}); {kept}; lower the learning rate or set train.max_grad_norm"
+            )
+
+    def _report(self, loss: float | None, images_per_second: float) -> None:
+        if self.state.comm.topology.is_main:
+            event = ProgressEvent(self.state.step, self.plan.total_steps, loss, images_per_second)
+            self.around.report(event)
+
+    def _validate(self, step: int) -> bool:
+        """Measure the classes held out; return whether they never were better."""
+        metrics = self._measure("validation", step)
+        self._write_evaluation(step, "validation", metrics, protocol="validation")
+        value = float(metrics["map_at_r"])
+        if math.isnan(value) or (self.best is not None and value <= self.best.map_at_r):
+            return False
+        self.best = Best(self._manifest().folder, step, value)
+        return True
+
+    def _measure(self, split: Literal["validation", "test"], step: int) -> dict[str, float]:
+        model = self.state.model.eval()
+        try:
+            return self.around.evaluate(model, split, step)
+        finally:
+            model.train()
+
+    def _write_evaluation(
+        self, step: int, split: str, metrics: dict[str, float], *, protocol: str
+    ) -> None:
+        if self.around.evaluation_records is not None:
+            self.around.evaluation_records.write(step, split=split, protocol=protocol, **metrics)
+
+    def _save(self) -> None:
+        self.last = save_checkpoint(
+            self.around.checkpoints,
+            self.state,
+            self._manifest(),
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _manifest(self) -> Manifest:
+        step, plan = self.state.step, self.plan
+        return Manifest(
+            step=step,
+            epoch=step // plan.steps_per_epoch,
+            samples_seen=plan.samples_seen(step),
+            total_steps=plan.total_steps,
+            attempt=self.around.attempt,
+            world_size=plan.world_size,
+            num_classes=plan.num_classes,
+            num_images=plan.num_images,
+            config=self.config.model_dump(mode="json"),
+            best=self.best,
+        )

@@ -1,0 +1,172 @@
+"""Everything that training changes, on one rank, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import ConfigError
+from dml_dist.models.build import build_model
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.parallel.build import build_objective
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.proxies import Objective
+from dml_dist.train.optim import build_optimizer, parameter_groups
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic of a run.
+
+    Attributes:
+        dtype: Of weights, embeddings, objective and optimiser.
+        autocast: What the backbone is cast to, or None.
+    """
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+
+@dataclass
+class TrainState:
+    """What training changes, on this rank.
+
+    Attributes:
+        model: The embedding network; equal on every rank.
+        network: What is called in training: the model, inside DDP where there are several ranks.
+        objective: The loss with this rank's rows of its tables; DDP does not know of it.
+        optimizer: One optimiser over both.
+        comm: The ranks.
+        precision: The arithmetic.
+        step: Number of updates made.
+        first_bad_step: 0-d int64 on the device: the first step whose loss was not finite, or -1.
+    """
+
+    model: EmbeddingModel
+    network: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    comm: Comm
+    precision: Precision
+    step: int
+    first_bad_step: Tensor
+
+    @property
+    def owned(self) -> dict[str, Parameter]:
+        """This rank's rows of the objective's tables, by name."""
+        return {name: entry[0] for name, entry in self.objective.owned_parameters().items()}
+
+
+def resolve_precision(
+    name: Literal["auto", "float32", "bf16", "float64"], device_type: str
+) -> Precision:
+    """Return the arithmetic of a setting; auto is bf16 autocast on a GPU, float32 on a CPU."""
+    match name:
+        case "float64":
+            return Precision(torch.float64, None)
+        case "bf16":
+            return Precision(torch.float32, torch.bfloat16)
+        case "float32":
+            return Precision(torch.float32, None)
+        case "auto":
+            return Precision(torch.float32, torch.bfloat16 if device_type == "cuda" else None)
+
+
+def build_state(
+    config: RunConfig, *, num_classes: int, comm: Comm, pretrained: bool = True
+) -> TrainState:
+    """Return the state before the first step, the same for any number of ranks.
+
+    Every rank calls this: weights that cannot be loaded on one rank end all ranks.
+
+    Args:
+        config: The run's configuration.
+        num_classes: C, number of training classes.
+        comm: The ranks.
+        pretrained: False where a checkpoint is loaded next.
+
+    Raises:
+        ConfigError: If the model, loss or optimiser cannot be built.
+    """
+    precision = resolve_precision(config.train.precision, comm.topology.device_type)
+    error: Exception | None = None
+    try:
+        model = build_model(
+            config.model, seed=config.seed, pretrained=pretrained, dtype=precision.dtype
+        ).to(comm.device)
+        objective = build_objective(
+            config.loss,
+            num_classes=num_classes,
+            embedding_size=config.model.embedding_size,
+            seed=config.seed,
+            comm=comm,
+            dtype=precision.dtype,
+        ).to(comm.device)
+        owned = {name: entry[0] for name, entry in objective.owned_parameters().items()}
+        _check_all_owned(objective, owned)
+        optimizer = build_optimizer(config.optim, parameter_groups(config.optim, model, owned))
+    except Exception as caught:  # Handed to all ranks by agree.
+        error = caught
+    comm.agree(error, what="building the model")
+    return TrainState(
+        model=model,
+        network=_distribute(model, comm),
+        objective=objective,
+        optimizer=optimizer,
+        comm=comm,
+        precision=precision,
+        step=0,
+        first_bad_step=torch.full((), -1, dtype=torch.int64, device=comm.device),
+    )
+
+
+def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
+    """Give every rank rank 0's running statistics; every rank calls this.
+
+    DDP does so before each training step. Whoever looks at the model between steps (validation, a
+    checkpoint) does it first, so that the model is the same on every rank.
+    """
+    if comm.world_size > 1 and model.has_changing_buffers:
+        for buffer in model.buffers():
+            buffer.copy_(comm.broadcast(buffer, 0, what="running statistics"))
+
+
+def _distribute(model: EmbeddingModel, comm: Comm) -> nn.Module:
+    """Return the model inside DDP, which averages gradients over ranks.
+
+    On the CPU `find_unused_parameters` keeps DDP from rebuilding its buckets after the first step.
+    The rebuilding changes the order of summation (from three ranks on), so that a resumed run,
+    whose first step is another one, would differ in the last bits from an uninterrupted one. It
+    also lets a parameter be without a gradient, as in one process.
+    """
+    if comm.world_size == 1:
+        return model
+    on_cpu = comm.device.type == "cpu"
+    return DistributedDataParallel(
+        model,
+        device_ids=None if on_cpu else [comm.device],
+        process_group=comm.group,
+        broadcast_buffers=model.has_changing_buffers,
+        find_unused_parameters=on_cpu,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _check_all_owned(objective: Objective, owned: Mapping[str, Parameter]) -> None:
+    """Refuse parameters of the objective that nobody would keep equal across ranks."""
+    known = {id(parameter) for parameter in owned.values()}
+    lost = [name for name, value in objective.named_parameters() if id(value) not in known]
+    if lost:
+        raise ConfigError(
+            f"loss: required that every parameter of the objective has one owner (a row of a "
+            f"table), got {lost} without one, which ranks would not keep equal; "
+            "make them rows of a table or constants"
+        )

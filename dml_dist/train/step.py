@@ -1,0 +1,73 @@
+"""One step of training, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dml_dist.train.optim import clip_gradients, set_learning_rates
+from dml_dist.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves to be read later; reading a value waits for the device.
+
+    Attributes:
+        loss: 0-d; the loss of the global batch, equal on every rank.
+        statistics: 0-d tensors of the objective, by name.
+        gradient_norm: 0-d; the norm before clipping, or None without clipping.
+    """
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+    gradient_norm: Tensor | None
+
+
+def train_step(
+    state: TrainState,
+    images: Tensor,
+    labels: Tensor,
+    batch_sizes: Sequence[int],
+    *,
+    learning_rate_factor: float,
+    max_grad_norm: float | None = None,
+    update_backbone: bool = True,
+) -> StepOutput:
+    """Make one update; every rank calls this with its part of the global batch.
+
+    DDP averages the gradients of the network over ranks; the objective holds the factor that makes
+    them those of the global batch (the gradient contract in `parallel/proxies.py`).
+
+    Args:
+        state: Changed in place; `step` is one higher afterwards.
+        images: This rank's images, (b, 3, H, W), on the device.
+        labels: Their class ids, (b,) int64 in 0 .. C - 1, on the device.
+        batch_sizes: Number of images of every rank; `batch_sizes[rank]` is b.
+        learning_rate_factor: The schedule's factor for this update.
+        max_grad_norm: Bound on the norm of all gradients together, or None.
+        update_backbone: False leaves the backbone and its optimiser state as they are.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    autocast = state.precision.autocast
+    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+        embeddings = state.network(images)
+    output = state.objective(embeddings, labels, batch_sizes)
+    with state.comm.guard("gradients"):
+        output.loss.backward()
+    if not update_backbone:
+        state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no new state.
+    norm = None
+    if max_grad_norm is not None:
+        owned = state.owned.values()
+        norm = clip_gradients(state.model.parameters(), owned, max_grad_norm, state.comm)
+    loss = output.loss.detach()
+    state.step += 1
+    bad = (state.first_bad_step < 0) & ~loss.isfinite()
+    state.first_bad_step = torch.where(bad, state.step, state.first_bad_step)
+    set_learning_rates(state.optimizer, learning_rate_factor)
+    state.optimizer.step()
+    return StepOutput(loss, output.statistics, norm)

@@ -1,0 +1,147 @@
+"""Resumed runs against uninterrupted ones: bit for bit on equal ranks, exact on others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dml_dist.parallel.comm import Comm
+from dml_dist.records import read_records
+from dml_dist.topology import Topology
+from dml_dist.train.checkpoint import load_checkpoint
+from dml_dist.train.checkpoint_files import verify_checkpoint
+from dml_dist.train.state import build_state
+from tests.ranks import run_ranks
+from tests.training_setup import SmallRun, small_config, snapshot, whole_snapshot
+
+TOLERANCE = {"float32": 1e-6, "float64": 1e-10}
+AT_THREE = "step_00000003-a1"
+
+
+class DropoutBackbone(nn.Module):
+    """A custom backbone that draws random numbers, with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = 8
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
+    """Return the names in which two snapshots differ in any bit."""
+    assert one.keys() == two.keys()
+    return [name for name in one if not torch.equal(one[name], two[name])]
+
+
+def interrupted(run: SmallRun) -> dict[str, Tensor]:
+    """Train until step 5, go on from the checkpoint of step 3, and return the final snapshot."""
+    run.fail_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.comm.barrier()
+    run.fail_at, run.attempt = None, 2
+    result = run.train(resume=True)
+    assert result.start_step == 3
+    return snapshot(result.state)
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["lr"]) for r in read_records(folder / "steps.jsonl")]
+
+
+def repeat_exactly(topology: Topology, root: str) -> list[str]:
+    """Compare an interrupted run with an uninterrupted one; return what differs on this rank."""
+    comm = Comm.from_default_group()
+    problems = []
+    for name, changes in {
+        "adam": {},
+        "sgd": {"optim": "{name: sgd, lr: 0.05, weight_decay: 0.01}"},
+        "dropout": {
+            "model__backbone": "{name: custom, target: 'tests.distributed.test_resume:"
+            "DropoutBackbone'}",
+            "train__backbone_warmup_epochs": 1,
+        },
+    }.items():
+        config = small_config(train__steps=8, **changes)
+        folder = Path(root) / f"{name}-{topology.world_size}"
+        whole = SmallRun(topology, comm, config, folder / "whole").train()
+        cut = interrupted(SmallRun(topology, comm, config, folder / "cut"))
+        problems += [f"{name}: {tensor}" for tensor in same(snapshot(whole.state), cut)]
+        if topology.is_main and losses(folder / "whole") != losses(folder / "cut"):
+            problems.append(f"{name}: records")
+    return problems
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_resume_on_equal_ranks_is_bit_for_bit(tmp_path: Path, world_size: int) -> None:
+    if world_size == 1:
+        assert repeat_exactly(Topology(), str(tmp_path)) == []
+    else:
+        found = run_ranks(repeat_exactly, world_size, str(tmp_path))
+        assert found == [[]] * world_size
+
+
+def save_and_step(topology: Topology, root: str) -> dict[str, Any]:
+    """Train 4 steps with a checkpoint at step 3; return what the ranks had at 3 and at 4."""
+    comm = Comm.from_default_group()
+    found: dict[str, Any] = {}
+    for precision in TOLERANCE:
+        config = small_config(train__precision=precision, train__steps=4)
+        run = SmallRun(topology, comm, config, Path(root) / f"{precision}-{topology.world_size}")
+        result = run.train()
+        at_three = build_state(config, num_classes=run.plan.num_classes, comm=comm)
+        folder = run.folder / "checkpoints" / AT_THREE
+        load_checkpoint(folder, verify_checkpoint(folder), at_three)
+        found[precision] = (whole_snapshot(at_three), whole_snapshot(result.state), run.seen[3])
+    return found
+
+
+def load_and_step(topology: Topology, root: str, saved_by: int) -> dict[str, Any]:
+    """Go on from another number of ranks' checkpoint of step 3 for one step."""
+    comm = Comm.from_default_group()
+    found: dict[str, Any] = {}
+    for precision in TOLERANCE:
+        config = small_config(train__precision=precision, train__steps=4)
+        folder = Path(root) / f"{precision}-{saved_by}-to-{topology.world_size}"
+        if topology.is_main:
+            source = Path(root) / f"{precision}-{saved_by}" / "checkpoints" / AT_THREE
+            shutil.copytree(source, folder / "checkpoints" / AT_THREE)
+        comm.barrier()
+        run = SmallRun(topology, comm, config, folder, attempt=2)
+        loaded = build_state(config, num_classes=run.plan.num_classes, comm=comm)
+        checkpoint = folder / "checkpoints" / AT_THREE
+        load_checkpoint(checkpoint, verify_checkpoint(checkpoint), loaded)
+        result = run.train(resume=True)
+        assert (result.start_step, result.state.step) == (3, 4)
+        found[precision] = (whole_snapshot(loaded), whole_snapshot(result.state), run.seen[0])
+    return found
+
+
+def test_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """2 -> 3 -> 1 in loading; each goes on with the same batch to the same weights."""
+    root = str(tmp_path)
+    saved = {2: run_ranks(save_and_step, 2, root), 3: run_ranks(save_and_step, 3, root)}
+    loaded = {
+        2: run_ranks(load_and_step, 3, root, 2),
+        3: [load_and_step(Topology(), root, 3)],
+    }
+    for saved_by, ranks in loaded.items():
+        for found in ranks:
+            for precision, tolerance in TOLERANCE.items():
+                before, after, rows = saved[saved_by][0][precision]
+                assert same(before, found[precision][0]) == []
+                assert np.array_equal(rows, found[precision][2])
+                for name, value in after.items():
+                    difference = (value - found[precision][1][name]).abs().max()
+                    assert float(difference) <= tolerance, (saved_by, precision, name)

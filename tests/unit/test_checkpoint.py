@@ -1,0 +1,213 @@
+"""Checkpoints in one process: what is written, damaged ones, retention, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dml_dist.errors import CheckpointError, RunError
+from dml_dist.train.checkpoint_choice import best_checkpoint, load_model, select_checkpoint
+from dml_dist.train.checkpoint_files import (
+    checkpoint_folders,
+    newest_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
+from tests.training_setup import small_config, small_run, snapshot
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint_folders(folder / "checkpoints")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints at 3 and 6; copied by tests that change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    small_run(folder, small_config(), scores={3: 0.5, 6: 0.4}).train()
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    os.system(f"cp -r {finished} {tmp_path}/run")
+    return tmp_path / "run"
+
+
+def test_what_a_checkpoint_holds(finished: Path) -> None:
+    assert names(finished) == ["step_00000006-a1", "step_00000003-a1"]
+    folder = finished / "checkpoints" / "step_00000006-a1"
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"model.pt", "optim.pt", "proxies-0-7.pt", "manifest.json"}
+    manifest = verify_checkpoint(folder)
+    assert (manifest.step, manifest.epoch, manifest.samples_seen) == (6, 1, 55)
+    assert (manifest.num_classes, manifest.num_images, manifest.world_size) == (7, 35, 1)
+    assert json.loads((folder / "manifest.json").read_text())["config"]["seed"] == 3
+    assert not list((finished / "checkpoints").glob(".*"))
+
+
+def test_best_and_last(finished: Path) -> None:
+    checkpoints = finished / "checkpoints"
+    best = best_checkpoint(checkpoints)
+    assert best is not None
+    assert (best.folder, best.step, best.map_at_r) == ("step_00000003-a1", 3, 0.5)
+    assert select_checkpoint(checkpoints, "best").name == "step_00000003-a1"
+    assert select_checkpoint(checkpoints, "last").name == "step_00000006-a1"
+    assert select_checkpoint(checkpoints, "step_00000006-a1").name == "step_00000006-a1"
+    with pytest.raises(CheckpointError, match=r"required best, last or one of .*, got 'step_9'"):
+        select_checkpoint(checkpoints, "step_9")
+
+
+def test_the_network_of_a_checkpoint(finished: Path) -> None:
+    config = small_config()
+    folder = finished / "checkpoints" / "step_00000006-a1"
+    model = load_model(folder, config.model, seed=0)
+    assert not model.training
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"required the network of the configuration"):
+        load_model(folder, config.model.model_copy(update={"embedding_size": 9}), seed=0)
+
+
+@pytest.mark.parametrize("damage", ["cut in half", "flipped byte", "missing file", "no manifest"])
+@pytest.mark.parametrize("name", ["model.pt", "proxies-0-7.pt"])
+def test_a_damaged_checkpoint_is_passed_over(
+    run: Path, damage: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run / "checkpoints" / "step_00000006-a1"
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "cut in half":
+            path.write_bytes(data[: len(data) // 2])
+        case "flipped byte":
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        case "missing file":
+            path.unlink()
+        case _:
+            (folder / "manifest.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        found = newest_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert found[1].step == 3
+    (record,) = caplog.records
+    assert str(folder) in record.getMessage()
+    assert "step_00000003-a1 is used" in record.getMessage()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run: Path) -> None:
+    path = run / "checkpoints" / "step_00000006-a1" / "optim.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    again = small_run(run, small_config(), attempt=2, scores={3: 0.5, 6: 0.4})
+    result = again.train(resume=True)
+    assert result.start_step == 3
+    assert result.last.name == "step_00000006-a2"
+    assert newest_checkpoint(run / "checkpoints") == (result.last, read_manifest(result.last))
+    whole = small_run(run.parent / "whole", small_config()).train()
+    one, two = snapshot(result.state), snapshot(whole.state)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_all_checkpoints_damaged(run: Path) -> None:
+    for folder in checkpoint_folders(run / "checkpoints"):
+        (folder / "manifest.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(CheckpointError, match=r"2 damaged ones: .*format 99"):
+        small_run(run, small_config(), attempt=2).train(resume=True)
+
+
+def test_a_damaged_best_checkpoint_gives_way(run: Path) -> None:
+    path = run / "checkpoints" / "step_00000003-a1" / "model.pt"
+    path.write_bytes(b"")
+    config = small_config(train__steps=9)
+    result = small_run(run, config, attempt=2, scores={9: 0.1}).train(resume=True)
+    assert result.best is not None
+    assert (result.best.step, result.best.map_at_r) == (9, 0.1)
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    config = small_config(
+        train__steps=8, checkpoint__every_steps=1, checkpoint__keep=2, evaluation__every_steps=2
+    )
+    small_run(tmp_path, config, scores={2: 0.1, 4: 0.9, 6: 0.9, 8: 0.3}).train()
+    assert names(tmp_path) == ["step_00000008-a1", "step_00000007-a1", "step_00000004-a1"]
+
+
+def test_without_validation_the_last_is_the_result(tmp_path: Path) -> None:
+    config = small_config(checkpoint__every_steps="null")
+    result = small_run(tmp_path, config, validation=False).train()
+    assert result.best is None
+    assert names(tmp_path) == ["step_00000006-a1", "step_00000004-a1"]
+    assert select_checkpoint(tmp_path / "checkpoints", "best") == result.last
+
+
+def test_a_resumed_run_starts_anew_where_nothing_was_saved(tmp_path: Path) -> None:
+    result = small_run(tmp_path, small_config()).train(resume=True)
+    assert (result.start_step, result.state.step) == (0, 6)
+
+
+def test_a_finished_run_has_nothing_left_to_do(run: Path) -> None:
+    again = small_run(run, small_config(), attempt=2)
+    result = again.train(resume=True)
+    assert (result.start_step, result.last.name) == (6, "step_00000006-a1")
+    assert not again.seen
+
+
+def test_resumable_changes_are_told_and_others_refused(run: Path) -> None:
+    longer = small_config(train__steps=8, checkpoint__keep=1, data__prefetch=2)
+    result = small_run(run, longer, attempt=2).train(resume=True)
+    changed = [change.path for change in result.changes]
+    assert sorted(changed) == ["checkpoint.keep", "data.prefetch", "train.steps"]
+    other = small_config(optim__lr=0.5, model__pooling="max", train__steps=9)
+    with pytest.raises(CheckpointError) as caught:
+        small_run(run, other, attempt=3).train(resume=True)
+    assert "in 2 fields" in str(caught.value)
+    assert "optim.lr: 0.01 -> 0.5" in str(caught.value)
+    assert "model.pooling" in str(caught.value)
+    assert "train.steps" not in str(caught.value)
+
+
+def test_more_steps_under_a_cosine_are_refused(tmp_path: Path) -> None:
+    cosine = {"schedule__name": "cosine", "schedule__warmup_steps": 1}
+    small_run(tmp_path, small_config(**cosine)).train()
+    longer = small_config(**cosine, train__steps=9)
+    with pytest.raises(CheckpointError, match=r"required 6 steps in all.*schedule cosine depends"):
+        small_run(tmp_path, longer, attempt=2).train(resume=True)
+
+
+def test_other_data_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.training_setup.NUM_CLASSES", 8)
+    with pytest.raises(CheckpointError, match=r"35 images of 7 classes.*got 40 images of 8"):
+        small_run(run, small_config(), attempt=2).train(resume=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A gradient can overflow where the loss is finite; only the weights tell."""
+    run = small_run(tmp_path, small_config(evaluation__every_steps=100))
+    evaluate = run.evaluate
+
+    def spoil(model, split, step):  # type: ignore[no-untyped-def]
+        if step == 6:
+            model.head.weight.data[0, 0] = float("inf")
+        return evaluate(model, split, step)
+
+    run.evaluate = spoil  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"non-finite ones in head\.weight at step 6"):
+        run.train()
+    assert names(tmp_path) == ["step_00000003-a1"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_what_a_killed_writer_left_behind_is_removed(run: Path) -> None:
+    stale = run / "checkpoints" / ".step_00000009-a1.tmp"
+    stale.mkdir()
+    (stale / "model.pt").write_bytes(b"half")
+    small_run(run, small_config(train__steps=9), attempt=2).train(resume=True)
+    assert not stale.exists()
+    assert names(run)[0] == "step_00000009-a2"
