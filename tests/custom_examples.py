@@ -1,0 +1,71 @@
+"""Losses of one's own, one of each form, as a project beside dml_dist would write them.
+
+    loss: {name: custom, target: tests.custom_examples:HardNegativeSoftmax, options: {scale: 16.0}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dml_dist.losses.forms import ProxyShard
+from dml_dist.losses.numerics import Merge, Statistics
+
+
+@dataclass(frozen=True)
+class HardNegativeSoftmax:
+    """Row form: normalised softmax over proxies, plus a hinge on the hardest negative proxy.
+
+    mean_i [ logsumexp_c(s cos_ic) - s cos_iy + relu(max_{c != y} cos_ic - cos_iy + margin) ]
+    """
+
+    scale: float = 16.0
+    margin: float = 0.1
+    proxies_per_class: int = 1
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """Every kind of merge."""
+        return {"lse": "logsumexp", "hardest": "max", "positive": "sum"}
+
+    def partial(
+        self, embeddings_GD: Tensor, labels_G: Tensor, proxies_LD: Tensor, shard: ProxyShard
+    ) -> Statistics:
+        """Return the statistics over one shard of the proxies."""
+        cosines_GL = F.normalize(embeddings_GD) @ F.normalize(proxies_LD).T
+        classes_L = torch.arange(shard.low_class, shard.high_class, device=labels_G.device)
+        own_GL = labels_G[:, None] == classes_L
+        return {
+            "lse": (self.scale * cosines_GL).logsumexp(dim=1),
+            "hardest": cosines_GL.masked_fill(own_GL, -torch.inf).max(dim=1).values,
+            "positive": (cosines_GL * own_GL).sum(dim=1),
+        }
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the mean over the global batch."""
+        softmax_G = total["lse"] - self.scale * total["positive"]
+        hinge_G = F.relu(total["hardest"] - total["positive"] + self.margin)
+        return (softmax_G + hinge_G).mean()
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return the mean cosine to the positive."""
+        return {"positive_cosine": total["positive"].mean()}
+
+
+@dataclass(frozen=True)
+class ContrastivePairs:
+    """Pair form: squared distances of unit vectors, pulled to 0 or pushed beyond the margin."""
+
+    margin: float = 1.0
+
+    def __call__(self, embeddings_GD: Tensor, labels_G: Tensor) -> Tensor:
+        """Return the mean over all pairs of the global batch."""
+        unit_GD = F.normalize(embeddings_GD, eps=1e-12)
+        first, second = torch.triu_indices(len(labels_G), len(labels_G), offset=1)
+        squared = (unit_GD[first] - unit_GD[second]).square().sum(dim=1)
+        same = labels_G[first] == labels_G[second]
+        return torch.where(same, squared, F.relu(self.margin - squared)).sum() / max(1, len(first))

@@ -1,0 +1,273 @@
+"""Gradients, traffic and initial values of sharded objectives on real ranks, against one process.
+
+Every case of a world size runs in one process group. The reference is an oracle of loops on the
+concatenated batch, in float64, with plain autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dml_dist.config.objective import CustomLossConfig, LossConfig, ProxyNCAConfig
+from dml_dist.errors import TopologyError
+from dml_dist.parallel.build import build_objective, bytes_per_step
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.process_group import init
+from dml_dist.parallel.proxies import Objective
+from dml_dist.partition import part_sizes
+from dml_dist.topology import Topology
+from tests.oracles_losses import (
+    contrastive_pairs_oracle,
+    hard_negative_softmax_oracle,
+    proxy_nca_oracle,
+)
+from tests.ranks import run_ranks
+
+INPUT, DIM = 6, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One objective and one batch; labels are for the global batch."""
+
+    name: str
+    loss: LossConfig
+    num_classes: int = 7
+    labels: tuple[int, ...] = (0, 3, 3, 6, 1, 0, 5, 3)
+    zero_rows: tuple[int, ...] = ()
+    equal_rows: tuple[int, int] | None = None
+    zero_proxy: int | None = None
+    proxies_per_class: int = 1
+    oracle: Callable[..., Tensor] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _nca(name: str, *, memory: float = 64.0, **rest: Any) -> Case:
+    of_case = {key: rest.pop(key) for key in tuple(rest) if key in Case.__dataclass_fields__}
+    per_class = rest.get("proxies_per_class", of_case.get("proxies_per_class", 1))
+    rest["proxies_per_class"] = per_class
+    of_case["proxies_per_class"] = per_class
+    loss = ProxyNCAConfig(logit_memory_mb=memory, **rest)
+    return Case(name, loss, oracle=proxy_nca_oracle, options=rest, **of_case)
+
+
+ONE_ROW = 1e-9
+CASES = (
+    _nca("all"),
+    _nca("negatives", denominator="negatives"),
+    _nca("smoothing", label_smoothing=0.1, embedding_scale=1.0, proxy_scale=8.0),
+    _nca("three proxies", proxies_per_class=3, num_classes=5, labels=(0, 3, 3, 4, 1, 0, 2)),
+    _nca(
+        "three proxies, smoothing, chunks of a row",
+        proxies_per_class=3,
+        label_smoothing=0.2,
+        memory=ONE_ROW,
+    ),
+    _nca("three proxies, negatives", proxies_per_class=3, denominator="negatives"),
+    _nca("one class, chunks of a row", labels=(2,) * 8, memory=ONE_ROW),
+    _nca("zero rows, equal rows", zero_rows=(1, 4), equal_rows=(0, 5)),
+    _nca("zero proxy", zero_proxy=4),
+    _nca("a class a rank", num_classes=3, labels=(0, 1, 2, 2)),
+    Case(
+        "custom, row form",
+        CustomLossConfig(
+            target="tests.custom_examples:HardNegativeSoftmax",
+            options={"scale": 8.0, "margin": 0.3},
+        ),
+        oracle=hard_negative_softmax_oracle,
+        options={"scale": 8.0, "margin": 0.3},
+    ),
+    Case(
+        "custom, pair form",
+        CustomLossConfig(
+            target="tests.custom_examples:ContrastivePairs", options={"margin": 1.5}
+        ),
+        oracle=contrastive_pairs_oracle,
+        options={"margin": 1.5},
+    ),
+)
+
+
+class Network(nn.Module):
+    """A backbone and a head, with a mask that makes rows of the output zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(INPUT, 5), nn.Tanh())
+        self.head = nn.Linear(5, DIM)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return embeddings, zero where the mask is."""
+        return self.head(self.backbone(x)) * mask
+
+
+def _batch(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(len(case.labels), INPUT, generator=generator, dtype=torch.float64)
+    if case.equal_rows:
+        x[case.equal_rows[1]] = x[case.equal_rows[0]]
+    mask = torch.ones(len(x), 1, dtype=torch.float64)
+    mask[list(case.zero_rows)] = 0
+    return x, mask, torch.tensor(case.labels)
+
+
+def _reference(case: Case, network: nn.Module, proxies: Tensor, steps: int) -> dict[str, Any]:
+    """Two Adam steps of one process on the whole batch; losses and gradients of the first."""
+    table = nn.Parameter(proxies.clone())
+    optimizer = torch.optim.Adam([*network.parameters(), table], lr=0.01)
+    x, mask, labels = _batch(case)
+    losses, grads = [], {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        embeddings = network(x, mask)
+        arguments = (embeddings, labels) + ((table,) if len(proxies) else ())
+        assert case.oracle is not None
+        loss = case.oracle(*arguments, **case.options)
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            grads = {name: p.grad.clone() for name, p in network.named_parameters()}
+            grads["proxies"] = table.grad.clone() if len(proxies) else None
+        optimizer.step()
+    return {"losses": losses, "grads": grads, "proxies": table.detach()}
+
+
+def _table(case: Case, objective: Objective, comm: Comm) -> Tensor:
+    """Set what the case wants in this rank's proxies; return the whole initial table."""
+    for parameter, low, high, total in objective.owned_parameters().values():
+        if case.zero_proxy is not None and low <= case.zero_proxy < high:
+            parameter.data[case.zero_proxy - low] = 0
+        sizes = [n * case.proxies_per_class for n in part_sizes(case.num_classes, comm.world_size)]
+        table = comm.all_gather_rows(parameter.detach(), sizes)
+        assert len(table) == total
+        return table
+    return torch.empty(0, DIM, dtype=torch.float64)
+
+
+def _close(actual: Tensor | float, expected: Tensor | float, what: str) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64),
+        torch.as_tensor(expected, dtype=torch.float64),
+        rtol=1e-10,
+        atol=1e-12,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def _check_case(case: Case, comm: Comm) -> None:
+    objective = build_objective(
+        case.loss,
+        num_classes=case.num_classes,
+        embedding_size=DIM,
+        seed=5,
+        comm=comm,
+        dtype=torch.float64,
+    )
+    torch.manual_seed(3)
+    network = Network().double()
+    table = _table(case, objective, comm)
+    expected = _reference(case, deepcopy(network), table, steps=2)
+    wrapped = DistributedDataParallel(network)
+    owned = [rows.parameter for rows in objective.owned_parameters().values()]
+    optimizer = torch.optim.Adam([*network.parameters(), *owned], lr=0.01)
+    x, mask, labels = _batch(case)
+    sizes = part_sizes(len(x), comm.world_size)
+    own = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
+    for step in range(2):
+        optimizer.zero_grad()
+        before = comm.bytes_sent
+        output = objective(wrapped(x[own], mask[own]), labels[own], sizes)
+        output.loss.backward()
+        sent = comm.bytes_sent - before
+        assert sent == bytes_per_step(
+            case.loss, embedding_size=DIM, batch_sizes=sizes, dtype=torch.float64
+        )
+        what = f"{case.name}, W={comm.world_size}, step {step}"
+        _close(output.loss.item(), expected["losses"][step], f"{what}: loss")
+        assert output.statistics["loss"].item() == output.loss.item()
+        if step == 0:
+            for name, parameter in network.named_parameters():
+                assert parameter.grad is not None
+                _close(parameter.grad, expected["grads"][name], f"{what}: {name}")
+            for rows in objective.owned_parameters().values():
+                reference = expected["grads"]["proxies"][rows.row_low : rows.row_high]
+                assert rows.parameter.grad is not None
+                _close(rows.parameter.grad, reference, f"{what}: proxies")
+        optimizer.step()
+    for rows in objective.owned_parameters().values():
+        reference = expected["proxies"][rows.row_low : rows.row_high]
+        _close(rows.parameter.detach(), reference, f"{case.name}: proxies after two steps")
+
+
+def _check_traffic(comm: Comm) -> None:
+    """The bytes of a step do not depend on the number of classes, and are as predicted."""
+    sizes = part_sizes(5, comm.world_size)
+    sent = {}
+    for num_classes in (1_000, 1_000_000):
+        objective = build_objective(
+            ProxyNCAConfig(), num_classes=num_classes, embedding_size=8, seed=0, comm=comm
+        )
+        embeddings = torch.randn(sizes[comm.rank], 8, requires_grad=True)
+        before = comm.bytes_sent
+        labels = torch.arange(sizes[comm.rank]) + num_classes // 2 - 1
+        objective(embeddings, labels, sizes).loss.backward()
+        sent[num_classes] = comm.bytes_sent - before
+    predicted = bytes_per_step(ProxyNCAConfig(), embedding_size=8, batch_sizes=sizes)
+    assert sent == {1_000: predicted, 1_000_000: predicted}
+    others, rows = comm.world_size - 1, max(sizes) * comm.world_size
+    assert predicted <= others * rows * (2 * 8 * 4 + 8 + 3 * 2 * 4)
+
+
+def _check_refusals(comm: Comm) -> None:
+    """A bad label of one rank ends all of them alike; more ranks than classes are refused."""
+    objective = build_objective(
+        ProxyNCAConfig(), num_classes=4, embedding_size=3, seed=0, comm=comm
+    )
+    sizes = [1] * comm.world_size
+    bad = 4 if comm.rank == comm.world_size - 1 else 0
+    with pytest.raises(ValueError, match=r"class ids 0 \.\. 3, got \d \.\. 4"):
+        objective(torch.randn(1, 3), torch.tensor([bad]), sizes)
+    if comm.world_size == 3:
+        with pytest.raises(TopologyError, match="got 2 training classes and 3 ranks"):
+            build_objective(ProxyNCAConfig(), num_classes=2, embedding_size=3, seed=0, comm=comm)
+
+
+def _on_rank(topology: Topology) -> list[Tensor]:
+    comm = init(topology)
+    for case in CASES:
+        _check_case(case, comm)
+    _check_traffic(comm)
+    _check_refusals(comm)
+    objective = build_objective(
+        ProxyNCAConfig(proxies_per_class=2), num_classes=301, embedding_size=3, seed=9, comm=comm
+    )
+    return [rows.parameter.detach() for rows in objective.owned_parameters().values()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_objectives_equal_one_process(world_size: int) -> None:
+    parts = run_ranks(_on_rank, world_size, timeout=120)
+    alone = build_objective(
+        ProxyNCAConfig(proxies_per_class=2),
+        num_classes=301,
+        embedding_size=3,
+        seed=9,
+        comm=Comm.single(),
+    )
+    table = torch.cat([part[0] for part in parts])
+    assert torch.equal(table, alone.owned_parameters()["proxies"].parameter)
+    assert 0.9 < table.norm(dim=1).mean() < 1.1
+
+
+def test_objectives_in_one_process_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same checks through `Comm.single()`, with the network not in DDP."""
+    monkeypatch.setitem(globals(), "DistributedDataParallel", lambda network: network)
+    _on_rank(Topology())
