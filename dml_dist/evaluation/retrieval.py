@@ -52,6 +52,7 @@ class RetrievalResult:
         seconds: Stage ("prepare", "list", "count", "total") -> seconds of the slowest rank.
         query_rows: (Q,) int64, the counted queries in rising order, when neighbours were asked for.
         neighbors: (Q, k) int64 global gallery rows, nearest first; -1 where the gallery ends.
+        neighbor_distances: (Q, k) float64, squared Euclidean; inf where the gallery ends.
     """
 
     recall_at_k: dict[int, float]
@@ -63,6 +64,7 @@ class RetrievalResult:
     seconds: dict[str, float]
     query_rows: np.ndarray | None = None
     neighbors: np.ndarray | None = None
+    neighbor_distances: np.ndarray | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Return the metrics by their names in records: recall_at_1, map_at_r, ..."""
@@ -188,7 +190,7 @@ class _Evaluation:
         self._memory_bytes = memory_bytes
         self._seconds = dict.fromkeys(_STAGES, 0.0)
         self._sums = metrics.RetrievalSums(0, (0,) * len(recall_at), 0, 0)
-        self._listed: list[tuple[np.ndarray, np.ndarray]] = []
+        self._listed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._low, high = population.part(comm.rank)
         in_gallery = population.is_gallery_N[self._low : high]
         row_N = self._low + np.flatnonzero(in_gallery)
@@ -247,7 +249,8 @@ class _Evaluation:
         self._add(len(row_Q), rank_Q, metrics.ranking_partial(relevant_QK, num_relevant_Q))
         if self._neighbors:
             listed_QK = np.where(is_free, -1, neighbor_QK)[:, : self._neighbors]
-            self._listed.append((row_Q, listed_QK))
+            distance_QK = found.distance_QK[:, : self._neighbors].cpu().numpy()
+            self._listed.append((row_Q, listed_QK, distance_QK))
         if max(self._recall_at) <= num_places:
             return row_Q[:0]
         return row_Q[rank_Q == metrics.NOT_LISTED]
@@ -289,7 +292,8 @@ class _Evaluation:
             total = metrics.merge(total, sums)
             seconds = {stage: max(seconds[stage], stages[stage]) for stage in seconds}
         means = metrics.finish(total, self._recall_at)
-        query_rows, neighbors = self._gather_listed() if self._neighbors else (None, None)
+        listed = self._gather_listed() if self._neighbors else (None, None, None)
+        query_rows, neighbors, neighbor_distances = listed
         return RetrievalResult(
             recall_at_k=means.recall_at_k,
             r_precision=means.r_precision,
@@ -300,14 +304,17 @@ class _Evaluation:
             seconds=seconds,
             query_rows=query_rows,
             neighbors=neighbors,
+            neighbor_distances=neighbor_distances,
         )
 
-    def _gather_listed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the counted queries and their neighbours in rising order of rows."""
+    def _gather_listed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the counted queries, their neighbours and distances in rising order of rows."""
         parts = [part for parts in self._comm.gather_objects(self._listed) for part in parts]
-        query_rows = np.concatenate([row_Q for row_Q, _ in parts])
+        query_rows, neighbors, distances = (
+            np.concatenate(columns) for columns in zip(*parts, strict=True)
+        )
         order = np.argsort(query_rows)
-        return query_rows[order], np.concatenate([listed_QK for _, listed_QK in parts])[order]
+        return query_rows[order], neighbors[order], distances[order]
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._vectors_ND.device)
