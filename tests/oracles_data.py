@@ -7,7 +7,7 @@ import os
 import signal
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class NoiseSource:
     """An image of noise; reading it kills the process if `kill_switch` exists."""
 
     seed: int
-    kill_switch: str = ""
+    # Not in repr, as it is no part of the image.
+    kill_switch: str = field(default="", repr=False)
 
     def read(self) -> tuple[bytes, str]:
         if self.kill_switch and os.path.exists(self.kill_switch):
