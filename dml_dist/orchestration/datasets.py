@@ -1,0 +1,136 @@
+"""Commands on data sets: import, index, verify."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from dml_dist.config.data import DataConfig, DatasetConfig, FolderConfig, GlyphsConfig, TableConfig
+from dml_dist.data.index import INDEX_NAME, Index
+from dml_dist.errors import ConfigError, DataError
+from dml_dist.orchestration.progress import Display, phase
+
+
+def dataset_from_options(
+    name: str, options: Mapping[str, Any], split: Mapping[str, Any]
+) -> DatasetConfig:
+    """Return the configuration of a data set from command-line options, None where not given.
+
+    Raises:
+        ConfigError: If an option is missing, does not belong to the data set or is out of range.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    rule = {key: value for key, value in split.items() if value is not None}
+    known = {"glyphs": GlyphsConfig, "folder": FolderConfig, "table": TableConfig}[
+        name
+    ].model_fields
+    seed = given.get("seed")
+    if "split" in known:
+        given.pop("seed", None)
+        if rule:
+            given["split"] = rule
+    elif set(rule) - {"seed"}:
+        raise ConfigError(
+            f"data import {name}: the split is part of the data set; got a rule for "
+            f"{', '.join(sorted(set(rule) - {'seed'}))}; leave it out"
+        )
+    unknown = sorted(set(given) - set(known)) + (
+        ["seed"] if seed is not None and not {"seed", "split"} & set(known) else []
+    )
+    if unknown:
+        raise ConfigError(
+            f"data import {name}: got {', '.join(unknown)}, which this data set does not have; "
+            f"it has {', '.join(sorted(set(known) - {'name'}))}"
+        )
+    try:
+        adapter: TypeAdapter[DatasetConfig] = TypeAdapter(DatasetConfig)
+        return adapter.validate_json(json.dumps({"name": name, **given}))
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}"
+            for item in error.errors()
+        ]
+        raise ConfigError(f"data import {name}: " + "; ".join(lines)) from None
+
+
+def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
+    """Import a data set into tar shards and an index, with a progress bar."""
+    from dml_dist.data.datasets import build_importer
+    from dml_dist.data.write_shards import import_dataset
+
+    start = time.monotonic()
+    with Display(console) as display:
+        index = import_dataset(
+            build_importer(dataset),
+            out,
+            progress=lambda done, total: display(phase("write shards", done, total)),
+        )
+    console.print(
+        f"{len(index):,} images of {len(index.class_names):,} classes in "
+        f"{len(index.tar_shards)} tar shards, {time.monotonic() - start:.1f} s: {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return index
+
+
+def ensure_imported(config: DataConfig, console: Console) -> None:
+    """Import the configured data set where `data.path` has no index yet.
+
+    Raises:
+        DataError: If there is no index and no data set to import.
+    """
+    path = Path(config.path)
+    if (path / INDEX_NAME).exists():
+        return
+    if config.dataset is None:
+        shards = sorted(path.glob("*.tar")) if path.is_dir() else []
+        cure = (
+            f"index its {len(shards)} tar files with `dml-dist data index {path}`"
+            if shards
+            else "correct data.path, or say in data.dataset what is to be imported there"
+        )
+        raise DataError(f"data.path needs {INDEX_NAME}, {path} has none; {cure}")
+    import_to(config.dataset, path, console)
+
+
+def index_folder(folder: Path, split: str, console: Console) -> None:
+    """Index tar shards that were made elsewhere."""
+    from dml_dist.data.index import build_index
+
+    index = _with_bar("index", console, lambda report: build_index(folder, split, report))
+    console.print(
+        f"{len(index):,} images of {len(index.class_names):,} classes indexed: "
+        f"{folder / INDEX_NAME}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def verify_folder(folder: Path, console: Console) -> bool:
+    """Read every sample, print each problem, and tell whether there was none."""
+    from dml_dist.data.verify import verify
+
+    result = _with_bar("verify", console, lambda report: verify(folder, report))
+    for problem in result.problems:
+        console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+    verdict = f"{len(result.problems)} problems" if result.problems else "all as the index says"
+    console.print(
+        f"{result.num_samples:,} samples, {result.num_bytes / 2**20:,.1f} MiB: {verdict}: {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return not result.problems
+
+
+def _with_bar(
+    title: str, console: Console, work: Callable[[Callable[[int, int], None]], Any]
+) -> Any:
+    with Display(console) as display:
+        return work(lambda done, total: display(phase(title, done, total)))

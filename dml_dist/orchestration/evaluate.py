@@ -1,0 +1,76 @@
+"""`dml-dist evaluate`: a run's checkpoint on a split, by the code that training evaluates with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dml_dist.config.load import differing_paths, load_config
+from dml_dist.errors import ConfigError
+from dml_dist.files import write_json_atomic
+from dml_dist.orchestration.launch import joined, launch, on_main
+from dml_dist.orchestration.progress import Display, discard
+from dml_dist.orchestration.tables import print_metrics
+from dml_dist.orchestration.tasks import Assignment
+from dml_dist.runs import RunFolder
+
+# What a run's embeddings and their ranking depend on may not be changed from the command line, but
+# for the settings of the evaluation itself.
+_CHANGEABLE = "evaluation."
+
+
+def run_evaluation(
+    run_dir: Path,
+    console: Console,
+    *,
+    split: str,
+    checkpoint: str,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run and write the metrics beside the run's own.
+
+    Args:
+        run_dir: The run's folder.
+        console: Where progress and the table go.
+        split: `validation`, or a split of the index.
+        checkpoint: `best`, `last` or the folder of a checkpoint.
+        overrides: Changes to the run's configuration: evaluation, launch, paths.
+
+    Raises:
+        ConfigError: If the folder is no run, or a change would make it another run.
+        CheckpointError: If the checkpoint is missing or damaged.
+        DataError: If the data is missing or damaged, or the split does not exist.
+    """
+    folder = RunFolder.open(run_dir)
+    recorded = load_config(folder.config_path)
+    config = load_config(folder.config_path, overrides)
+    refused = [
+        difference
+        for difference in differing_paths(recorded, config)
+        if not difference.resumable and not difference.path.startswith(_CHANGEABLE)
+    ]
+    if refused:
+        raise ConfigError(
+            f"{folder.path} is evaluated with its own configuration, but for evaluation, launch "
+            f"and paths; got {'; '.join(map(str, refused))}; leave these changes out"
+        )
+    assignment = Assignment(
+        kind="evaluate",
+        config=config,
+        run_dir=str(folder.path),
+        split=split,
+        checkpoint=checkpoint,
+    )
+    target = folder.path / f"metrics-{split}-{Path(checkpoint).name}.json"
+    with joined(config.launch) as comm:
+        with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
+            metrics = launch(assignment, comm, emit)
+        on_main(comm, lambda: write_json_atomic(target, metrics))
+        if comm.rank == 0:
+            print_metrics(metrics, console)
+            console.print(f"metrics: {target}", highlight=False, soft_wrap=True)
+    return metrics

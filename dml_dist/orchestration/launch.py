@@ -1,0 +1,97 @@
+"""Launching: the same rank function in this process, under torchrun, or under Ray Train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from dml_dist.config.schema import LaunchConfig
+from dml_dist.errors import ConfigError, TopologyError
+from dml_dist.orchestration.progress import Emit
+from dml_dist.orchestration.tasks import Assignment
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.process_group import init, shutdown, topology_from_environment
+
+Value = TypeVar("Value")
+
+
+def world_size_of(launch: LaunchConfig) -> int:
+    """Return the number of ranks that a launcher will start, or has started."""
+    match launch.launcher:
+        case "ray":
+            return launch.num_workers
+        case "torchrun":
+            return topology_from_environment().world_size
+        case "inprocess":
+            return 1
+
+
+def uses_gpu(launch: LaunchConfig, ranks_here: int) -> bool:
+    """Tell whether ranks compute on GPUs.
+
+    Raises:
+        TopologyError: If GPUs are asked for and this machine has too few.
+    """
+    available = torch.cuda.device_count()
+    if launch.use_gpu == "yes" and launch.address is None and available < ranks_here:
+        raise TopologyError(
+            f"launch.use_gpu: yes needs {ranks_here} GPUs on this machine, it has {available}; "
+            "lower launch.num_workers or set launch.use_gpu to auto or no"
+        )
+    return launch.use_gpu == "yes" or (launch.use_gpu == "auto" and available >= ranks_here > 0)
+
+
+@contextmanager
+def joined(launch: LaunchConfig) -> Iterator[Comm]:
+    """The group of processes that carry out this command: torchrun's ranks, or this one alone."""
+    if launch.launcher != "torchrun":
+        yield Comm.single("cuda:0" if _alone_on_gpu(launch) else "cpu")
+        return
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            "launch.launcher: torchrun needs a process that torchrun started, got none of its "
+            "variables; run `torchrun --nproc-per-node N -m dml_dist train CONFIG`"
+        )
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device_type = "cuda" if uses_gpu(launch, ranks_here) else "cpu"
+    comm = init(topology_from_environment(device_type), timeout_seconds=launch.timeout_seconds)
+    try:
+        yield comm
+    finally:
+        shutdown()
+
+
+def on_main(comm: Comm, action: Callable[[], Value]) -> Value:
+    """Let rank 0 do something and give its result, or its error, to every rank."""
+    error: Exception | None = None
+    value: Any = None
+    if comm.rank == 0:
+        try:
+            value = action()
+        except Exception as caught:  # Raised again on every rank.
+            error = caught
+    comm.agree(error)
+    return comm.broadcast_object(value)
+
+
+def launch(assignment: Assignment, comm: Comm, emit: Emit) -> dict[str, Any]:
+    """Carry out an assignment on all ranks and return the metrics."""
+    # Imported here: a driver under Ray needs neither data nor models.
+    settings = assignment.config.launch
+    if settings.launcher == "ray":
+        from dml_dist.orchestration.ray_launch import announce, run_under_ray
+
+        announce(settings, emit)
+        use_gpu = uses_gpu(settings, settings.num_workers)
+        return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit)
+    from dml_dist.orchestration.rank import run_rank
+
+    return run_rank(assignment, comm.topology, comm, emit)
+
+
+def _alone_on_gpu(launch: LaunchConfig) -> bool:
+    return launch.launcher == "inprocess" and uses_gpu(launch, 1)

@@ -1,0 +1,97 @@
+"""Progress of long work: events that ranks send, and the display that shows them.
+
+An event is a small dictionary, so that it crosses process borders as it is:
+
+* `{"kind": "phase", "phase": text, "done": int, "total": int, "detail": text}`: work goes on;
+* `{"kind": "note", "text": text}`: a line that stays, such as a validation result;
+* `{"kind": "fatal", "error": class name, "message": text, "rank": int}`: a rank gave up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+# Without a terminal a bar cannot be redrawn: a line now and then shows that work goes on.
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def phase(name: str, done: int, total: int, detail: str = "") -> Event:
+    """An event of work that goes on: `done` of `total` units of phase `name`."""
+    return {"kind": "phase", "phase": name, "done": done, "total": total, "detail": detail}
+
+
+def note(text: str) -> Event:
+    """An event that is shown as a line of its own."""
+    return {"kind": "note", "text": text}
+
+
+def discard(event: Event) -> None:
+    """Take an event and show nothing: the emitter of ranks that have no display."""
+
+
+class Display:
+    """Shows events: bars on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event["kind"]:
+            case "note":
+                self._console.print(event["text"], highlight=False, markup=False)
+            case "phase":
+                self._show_phase(event["phase"], event["done"], event["total"], event["detail"])
+
+    def _show_phase(self, name: str, done: int, total: int, detail: str) -> None:
+        if not self._console.is_terminal:
+            now = time.monotonic()
+            if done >= total or now - self._last_line.get(name, 0.0) >= SECONDS_BETWEEN_LINES:
+                self._last_line[name] = now
+                line = f"{name}: {done:,} of {total:,}" + (f", {detail}" if detail else "")
+                self._console.print(line, highlight=False, markup=False)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)
+        self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)

@@ -1,0 +1,245 @@
+"""What one rank does: the whole of training and evaluation, put together from the layers below.
+
+Every launcher calls `run_rank` on every rank. It reads everything from the run folder and the
+data set, so a rank that was killed and started again continues from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.data.loader import Batch, train_loader
+from dml_dist.data.plans import build_plan
+from dml_dist.models.build import build_model
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.orchestration.bench import Bench, open_bench
+from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_queries
+from dml_dist.orchestration.progress import Emit, note, phase
+from dml_dist.orchestration.tasks import Assignment
+from dml_dist.parallel.comm import Comm
+from dml_dist.records import RecordWriter
+from dml_dist.report.gallery import write_gallery
+from dml_dist.runs import RunFolder
+from dml_dist.topology import Topology
+from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
+from dml_dist.train.checkpoint_files import read_manifest
+from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
+from dml_dist.train.plan import RunPlan
+from dml_dist.train.state import resolve_precision
+
+
+def run_rank(assignment: Assignment, topology: Topology, comm: Comm, emit: Emit) -> dict[str, Any]:
+    """Carry out this rank's share of an assignment; every rank calls it.
+
+    Args:
+        assignment: What is to be done.
+        topology: This rank's place.
+        comm: The collectives of all ranks.
+        emit: Takes progress events; rank 0's alone are passed on.
+
+    Returns:
+        The metrics, the same on every rank but for times.
+    """
+    _share_cores(assignment.config.launch, topology)
+    bench = open_bench(assignment.config, topology, comm, emit)
+    match assignment.kind:
+        case "train":
+            return _train(assignment, bench)
+        case "evaluate":
+            return _evaluate(assignment, bench)
+
+
+def _share_cores(launch: LaunchConfig, topology: Topology) -> None:
+    """Give this rank its share of the machine's cores; more threads than cores slow all ranks."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(launch.threads_per_rank or max(1, cores // ranks_here))
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train(assignment: Assignment, bench: Bench) -> dict[str, Any]:
+    start = time.monotonic()
+    folder = RunFolder(Path(assignment.run_dir))
+    plan = bench.resolve()
+    attempt = _begin_attempt(assignment, folder, plan, bench)
+    if bench.topology.is_main:
+        with (
+            RecordWriter(folder.records("steps"), attempt) as steps,
+            RecordWriter(folder.records("evaluations"), attempt) as evaluations,
+        ):
+            around = _surroundings(folder, plan, bench, attempt, steps, evaluations)
+            result = train(bench.config, plan, bench.comm, around, resume=True)
+            return _finish(result, folder, bench, start, evaluations)
+    around = _surroundings(folder, plan, bench, attempt, None, None)
+    result = train(bench.config, plan, bench.comm, around, resume=True)
+    return _finish(result, folder, bench, start, None)
+
+
+def _begin_attempt(assignment: Assignment, folder: RunFolder, plan: RunPlan, bench: Bench) -> int:
+    """Let rank 0 note the attempt; every rank gets its number."""
+    attempt = 0
+    topology = bench.topology
+    if topology.is_main:
+        attempt = folder.begin_attempt(
+            world_size=topology.world_size,
+            launcher=bench.config.launch.launcher,
+            device=f"{topology.world_size} x {_device_name(topology)}",
+            command=assignment.command,
+            changes=assignment.changes,
+        )
+        folder.add_facts(dict(plan.describe()))
+        if attempt > 1:
+            bench.emit(note(f"attempt {attempt} of this run"))
+    return int(bench.comm.broadcast_object(attempt, what="number of the attempt"))
+
+
+def _device_name(topology: Topology) -> str:
+    if topology.device_type == "cuda":
+        return torch.cuda.get_device_name(topology.device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _surroundings(
+    folder: RunFolder,
+    plan: RunPlan,
+    bench: Bench,
+    attempt: int,
+    steps: RecordWriter | None,
+    evaluations: RecordWriter | None,
+) -> Surroundings:
+    config = bench.config
+    rows = bench.split.train_rows
+    batches = build_plan(
+        config.data.batches,
+        rows=rows,
+        labels=bench.index.label[rows],
+        tar_shard=bench.index.tar_shard[rows],
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        world_size=bench.topology.world_size,
+    )
+
+    def load(first: int, end: int) -> Iterable[Batch]:
+        if first:
+            bench.emit(note(f"continuing at step {first:,} of {plan.total_steps:,}"))
+        return train_loader(
+            bench.index,
+            batches,
+            bench.transform,
+            seed=config.seed,
+            topology=bench.topology,
+            start_step=first,
+            end_step=end,
+            workers=config.data.loader_workers,
+            prefetch=config.data.prefetch,
+        )
+
+    def measure(model: EmbeddingModel, split: str, step: int) -> dict[str, float]:
+        name = config.data.test_split if split == "test" else split
+        result = bench.measure(model, bench.rows_of(name), f"embed {name}").as_dict()
+        bench.emit(
+            note(
+                f"step {step:,}: {split} R@{config.evaluation.recall_at[0]} "
+                f"{result[f'recall_at_{config.evaluation.recall_at[0]}']:.4f}, "
+                f"MAP@R {result['map_at_r']:.4f}"
+            )
+        )
+        return result
+
+    def show(event: ProgressEvent) -> None:
+        loss = "" if event.loss is None else f"loss {event.loss:.4f}, "
+        speed = f"{loss}{event.images_per_second:,.0f} images/s" if event.step else ""
+        bench.emit(phase("train", event.step, event.total_steps, speed))
+
+    return Surroundings(
+        checkpoints=folder.checkpoints,
+        attempt=attempt,
+        batches=load,
+        class_ids=bench.split.class_ids,
+        evaluate=measure,
+        report=show,
+        step_records=steps,
+        evaluation_records=evaluations,
+    )
+
+
+def _finish(
+    result: TrainResult,
+    folder: RunFolder,
+    bench: Bench,
+    start: float,
+    evaluations: RecordWriter | None,
+) -> dict[str, Any]:
+    """Evaluate the chosen checkpoint and the untrained network on the test classes, once."""
+    config = bench.config
+    chosen = select_checkpoint(folder.checkpoints, "best")
+    step = read_manifest(chosen).step
+    split = config.data.test_split
+    trained = measure_checkpoint(bench, chosen, split, with_gallery=folder)
+    untrained = bench.measure(
+        _untrained(config, bench.topology), bench.rows_of(split), f"embed {split}, untrained"
+    )
+    if evaluations is not None:
+        evaluations.write(0, split=split, protocol="untrained", **untrained.as_dict())
+        evaluations.write(step, split=split, protocol="final", **trained)
+    return {
+        "untrained": untrained.as_dict(),
+        "trained": trained,
+        "checkpoint": {"folder": chosen.name, "step": step, "best": result.best is not None},
+        "seconds": {"train": result.seconds, "evaluate": time.monotonic() - start - result.seconds},
+    }
+
+
+def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:
+    """Return the network as the run's seed made it: what training is measured against."""
+    dtype = resolve_precision(config.train.precision, topology.device_type).dtype
+    model = build_model(config.model, seed=config.seed, dtype=dtype)
+    return model.to(topology.device)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def measure_checkpoint(
+    bench: Bench, checkpoint: Path, split: str, *, with_gallery: RunFolder | None = None
+) -> dict[str, float]:
+    """Embed and rank a split with a checkpoint's network; every rank calls it.
+
+    Args:
+        bench: Data and ranks.
+        checkpoint: The checkpoint's folder.
+        split: `validation`, or a split of the index.
+        with_gallery: Where a retrieval gallery is kept, if wanted.
+    """
+    config, topology = bench.config, bench.topology
+    dtype = resolve_precision(config.train.precision, topology.device_type).dtype
+    model = load_model(checkpoint, config.model, seed=config.seed, dtype=dtype)
+    rows = bench.rows_of(split)
+    neighbors = NUM_NEIGHBORS if with_gallery else 0
+    result = bench.measure(model.to(topology.device), rows, f"embed {split}", neighbors)
+    if with_gallery is not None and topology.is_main:
+        queries = gallery_queries(result, rows, bench.index, config.seed)
+        write_gallery(with_gallery.path, queries)
+    return result.as_dict()
+
+
+def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
+    start = time.monotonic()
+    folder = RunFolder(Path(assignment.run_dir))
+    chosen = select_checkpoint(folder.checkpoints, assignment.checkpoint)
+    metrics = measure_checkpoint(bench, chosen, assignment.split)
+    return {
+        "trained": metrics,
+        "split": assignment.split,
+        "checkpoint": {"folder": chosen.name, "step": read_manifest(chosen).step},
+        "seconds": {"evaluate": time.monotonic() - start},
+    }

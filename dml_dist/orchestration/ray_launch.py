@@ -1,0 +1,267 @@
+"""Ranks under Ray Train: placement, process group and restarts are Ray's, everything else is ours.
+
+Checkpoints, records and progress do not go through Ray: a restarted group of ranks finds the
+newest checkpoint in the run folder, and events travel through one small actor. So the same rank
+function runs under every launcher, and a run folder outlives the Ray version that wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dml_dist.config.schema import LaunchConfig
+from dml_dist.errors import RunError, TopologyError
+from dml_dist.orchestration.progress import Emit, note
+from dml_dist.orchestration.ray_worker import ray_rank
+from dml_dist.orchestration.tasks import Assignment, rebuild_error
+
+# Read by Ray when it is imported or started. Values that the user has set are kept.
+_ENVIRONMENT = {
+    # Ranks are asked every 0.2 s whether they still live; the default of 2 s delays every end.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Only for a cluster that this process starts on its own machine.
+_LOCAL_ENVIRONMENT = {
+    # Idle worker processes, one a core, would compete with the ranks while they start.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_OBJECT_STORE_BYTES = 128 * 2**20
+_SECONDS_BETWEEN_DRAINS = 0.2
+_CONTROLLER_FAILURES = 3
+_SECONDS_FOR_AN_ANSWER = 5.0
+
+
+def run_under_ray(
+    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit
+) -> dict[str, Any]:
+    """Run one assignment on `launch.num_workers` ranks of Ray Train and return rank 0's result.
+
+    Raises:
+        TopologyError: If the cluster cannot hold the ranks.
+        RunError: If no cluster answers, or a rank failed more often than `max_failures`.
+        DmlDistError: The error of the rank that gave up, whatever its class.
+    """
+    with _ray(launch), _signal_handlers_kept():
+        return _fit(assignment, launch, use_gpu=use_gpu, emit=emit)
+
+
+def _fit(
+    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit
+) -> dict[str, Any]:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    scratch = Path(assignment.run_dir) / ".ray"
+    trainer = TorchTrainer(
+        ray_rank,
+        train_loop_config={"assignment": assignment.to_json(), "mailbox": mailbox},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+            timeout_s=math.ceil(launch.timeout_seconds),
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=launch.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": launch.cpus_per_rank, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # A fresh name each time: Ray's own state of an earlier attempt must not come back.
+            name=f"attempt-{uuid.uuid4().hex[:12]}",
+            storage_path=str(scratch),
+            failure_config=ray.train.FailureConfig(
+                max_failures=launch.max_failures, controller_failure_limit=_CONTROLLER_FAILURES
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    try:
+        with _Drain(mailbox, emit) as drain:
+            result = trainer.fit()
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        if drain.fatal is not None:
+            raise rebuild_error(drain.fatal) from error
+        raise RunError(_describe(error, launch)) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if drain.fatal is not None:
+        raise rebuild_error(drain.fatal)
+    return dict(result.return_value)
+
+
+def _describe(error: Exception, launch: LaunchConfig) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())]
+    cause = "; ".join(causes) or _last_line(error)
+    return (
+        f"the ranks failed {launch.max_failures + 1} times (launch.max_failures: "
+        f"{launch.max_failures} restarts): {cause}; the last checkpoint is kept: "
+        "mend the cause and continue with --resume"
+    )
+
+
+def _last_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class _Mailbox:
+    """An actor that holds events until the driver fetches them."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._fatal: dict[str, Any] | None = None
+
+    def push(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "fatal" and self._fatal is None:
+            self._fatal = event
+        self._events.append(event)
+
+    def drain(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def fatal(self) -> dict[str, Any] | None:
+        return self._fatal
+
+
+class _Drain:
+    """Hands the mailbox's events on from a thread, while `fit` blocks the main one."""
+
+    def __init__(self, mailbox: Any, emit: Emit) -> None:
+        self.fatal: dict[str, Any] | None = None
+        self._mailbox = mailbox
+        self._emit = emit
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> _Drain:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def _work(self) -> None:
+        import ray
+
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(_SECONDS_BETWEEN_DRAINS)
+            try:
+                events = ray.get(self._mailbox.drain.remote(), timeout=20)
+            except ray.exceptions.RayError:
+                return  # The cluster is gone; `fit` reports why.
+            for event in events:
+                if event["kind"] == "fatal":
+                    self.fatal = self.fatal or event
+                else:
+                    self._emit(event)
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+@contextlib.contextmanager
+def _ray(launch: LaunchConfig) -> Iterator[None]:
+    """A connection to the named cluster, or a cluster of this machine for as long as it is used."""
+    local = launch.address is None
+    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if local else {})).items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():  # A cluster that the calling program has started, such as a test's.
+        yield
+        return
+    import_path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_config": ray.LoggingConfig(encoding="TEXT", log_level="ERROR"),
+        "runtime_env": {"env_vars": {"PYTHONPATH": import_path}} if local else None,
+    }
+    try:
+        if local:
+            needed = math.ceil(launch.num_workers * launch.cpus_per_rank)
+            ray.init(
+                address="local",
+                num_cpus=max(needed, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **options,
+            )
+        else:
+            _require_listener(launch.address)
+            ray.init(address=launch.address, **options)
+            _require_resources(launch)
+    except (OSError, RuntimeError) as error:
+        where = (
+            f"launch.address {launch.address}" if launch.address else "a cluster on this machine"
+        )
+        raise RunError(
+            f"no Ray cluster answers: {where} ({_last_line(error)}); start one with "
+            "`ray start --head`, correct launch.address, or leave it out to start one here"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise ConnectionError when nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host, int(port)), timeout=_SECONDS_FOR_AN_ANSWER):
+            return
+
+
+def _require_resources(launch: LaunchConfig) -> None:
+    import ray
+
+    have = ray.cluster_resources().get("CPU", 0.0)
+    needed = launch.num_workers * launch.cpus_per_rank
+    if have < needed:
+        ray.shutdown()
+        raise TopologyError(
+            f"launch.num_workers {launch.num_workers} x cpus_per_rank {launch.cpus_per_rank} = "
+            f"{needed:g} CPUs are required, the cluster at {launch.address} has {have:g}; "
+            "lower launch.num_workers or launch.cpus_per_rank, or add nodes"
+        )
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Put the caller's Ctrl-C handler back: Ray leaves its own installed after `fit`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def announce(launch: LaunchConfig, emit: Emit) -> None:
+    """Say what is waited for: the start of Ray's processes takes seconds and shows nothing."""
+    where = launch.address or "this machine"
+    emit(note(f"starting {launch.num_workers} ranks with Ray Train on {where} ..."))

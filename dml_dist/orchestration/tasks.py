@@ -1,0 +1,59 @@
+"""What ranks are asked to do, in a form that crosses process borders, and how errors come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dml_dist import errors
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import DmlDistError, RunError
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One task for a group of ranks.
+
+    Attributes:
+        kind: Train (and evaluate at the end), or evaluate a checkpoint.
+        config: The run's configuration; paths in it are absolute.
+        run_dir: The run folder, absolute.
+        command: The command line that asked for it, for the record.
+        changes: Resumable fields that differ from the run's own, `path: old -> new`.
+        split: Evaluate: the split of the index that is embedded.
+        checkpoint: Evaluate: `best`, `last` or the folder of a checkpoint.
+    """
+
+    kind: Literal["train", "evaluate"]
+    config: RunConfig
+    run_dir: str
+    command: str = ""
+    changes: tuple[str, ...] = ()
+    split: str = "test"
+    checkpoint: str = "best"
+
+    def to_json(self) -> str:
+        """Return the assignment as text; `from_json` is the inverse."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps(values | {"config": self.config.model_dump(mode="json")})
+
+    @staticmethod
+    def from_json(text: str) -> Assignment:
+        """Return the assignment that `to_json` wrote."""
+        values = json.loads(text)
+        config = RunConfig.model_validate_json(json.dumps(values.pop("config")))
+        changes = tuple(values.pop("changes"))
+        return Assignment(config=config, changes=changes, **values)
+
+
+def fatal_event(error: DmlDistError, rank: int) -> dict[str, Any]:
+    """Return the event by which a rank says that it gave up and that a restart would not help."""
+    return {"kind": "fatal", "error": type(error).__name__, "message": str(error), "rank": rank}
+
+
+def rebuild_error(event: dict[str, Any]) -> DmlDistError:
+    """Return the error that a fatal event tells of."""
+    kind = getattr(errors, event["error"], RunError)
+    return kind(event["message"])

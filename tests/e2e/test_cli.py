@@ -1,0 +1,174 @@
+"""The commands in one process: train, resume, evaluate, report, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dml_dist.config.load import load_config
+from dml_dist.train.checkpoint_files import checkpoint_folders
+from tests.e2e.conftest import REPOSITORY, torchrun
+
+Cli = Callable[..., tuple[int, str]]
+
+
+def test_train_evaluate_report(config_file: Path, cli: Cli, tmp_path: Path) -> None:
+    code, output = cli("train", config_file)
+    assert code == 0, output
+    run = tmp_path / "runs/small"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["untrained"].keys() == metrics["trained"].keys()
+    assert metrics["trained"]["num_queries"] == 240
+    page = (run / "report/index.html").read_text()
+    assert "small" in page
+    assert page.count("data:image/") > 20  # the retrieval gallery
+    assert output.strip().splitlines()[-1] == f"results: {run}"
+
+    # The same checkpoint gives the same digits on any number of ranks.
+    code, output = cli("evaluate", "runs/small")
+    assert code == 0, output
+    result = run / "metrics-test-best.json"
+    alone = json.loads(result.read_text())["trained"]
+    assert alone == metrics["trained"]
+    for num_ranks in (2, 3):
+        result.unlink()
+        torchrun(num_ranks, "evaluate", "runs/small", cwd=tmp_path)
+        assert json.loads(result.read_text())["trained"] == alone, num_ranks
+
+    code, output = cli("evaluate", "runs/small", "--split", "validation", "--checkpoint", "last")
+    assert code == 0, output
+    assert (run / "metrics-validation-last.json").exists()
+
+    (run / "report/index.html").unlink()
+    code, output = cli("report", run)
+    assert code == 0, output
+    assert (run / "report/index.html").exists()
+
+
+def test_resume_after_a_cut_checkpoint(config_file: Path, cli: Cli, tmp_path: Path) -> None:
+    code, output = cli("train", config_file, "--set", "train.steps=8")
+    assert code == 0, output
+    run = tmp_path / "runs/small"
+    newest = max(checkpoint_folders(run / "checkpoints"), key=lambda path: path.name)
+    assert newest.name.startswith("step_00000008")
+    file = newest / "model.pt"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    code, output = cli("train", config_file, "--resume")
+    assert code == 0, output
+    assert "continuing at step 4 of 12" in output
+    attempts = json.loads((run / "run.json").read_text())["attempts"]
+    assert attempts[1]["changes"] == ["train.steps: 8 -> 12"]
+
+    code, output = cli("train", config_file, "--resume", "--set", "optim.lr=0.5")
+    assert code == 2
+    assert "optim.lr: 0.001 -> 0.5" in output
+
+    code, output = cli("train", config_file)
+    assert code == 2
+    assert "--resume" in output
+    assert str(run) in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "exit_code", "expected"),
+    [
+        (["optim.ler=1e-3"], 2, "optim.ler"),
+        (["optim.lr=fast"], 2, "optim.lr"),
+        (["optim.lr=-1"], 2, "a number > 0"),
+        (["data.batches={name: balanced, classes_per_batch: 8, samples_per_class: 4}"], 2, "32"),
+        (["launch.launcher=ray", "launch.num_workers=30"], 2, "num_workers 30"),
+        (["launch.launcher=ray", "launch.num_workers=25"], 2, "25"),
+        (
+            [
+                "data.batches={name: balanced, classes_per_batch: 26, samples_per_class: 1}",
+            ],
+            2,
+            "26",
+        ),
+        (["data.path=nowhere"], 2, "nowhere"),
+        (["data.train_split=training"], 2, "training"),
+        (["model.backbone={name: resnet18, weights: none, norm: batch}"], 2, "frozen"),
+        (["launch.launcher=torchrun"], 2, "torchrun"),
+        (["validation={name: fraction, fraction: 0.99}"], 2, "at least 2 classes"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    config_file: Path,
+    cli: Cli,
+    tmp_path: Path,
+    changes: list[str],
+    exit_code: int,
+    expected: str,
+) -> None:
+    code, output = cli("train", config_file, *(part for c in changes for part in ("--set", c)))
+    assert code == exit_code, output
+    assert expected in " ".join(output.split()), output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_without_data(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "dry.yaml"
+    config = {
+        "name": "dry",
+        "data": {"path": "none", "dataset": {"name": "glyphs", "num_classes": 40}},
+        "train": {"global_batch_size": 32, "epochs": 2},
+        "launch": {"launcher": "ray", "num_workers": 3},
+    }
+    path.write_text(yaml.safe_dump(config))
+    code, output = cli("train", path, "--dry-run")
+    assert code == 0, output
+    assert "not imported yet" in output
+    assert re.search(r"216 images of 18 classes", output), output  # 20 train, 2 held out
+    assert "10, 11, 11" in output
+    assert "6, 6, 6" in output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dry.yaml"]
+
+
+def test_data_commands(cli: Cli, tmp_path: Path) -> None:
+    code, output = cli(
+        *("data", "import", "glyphs", "--out", "shards", "--classes", 6),
+        *("--images-per-class", 3, "--image-size", 16),
+    )
+    assert code == 0, output
+    assert "18 images of 6 classes" in output
+    code, output = cli("data", "verify", "shards")
+    assert code == 0, output
+    code, output = cli("data", "import", "folder", "--out", "other", "--split", "train=half")
+    assert code == 2
+    assert "train=half" in output
+    code, output = cli("data", "import", "glyphs", "--out", "other", "--source", "x")
+    assert code == 2
+    assert "source" in output
+
+    (tmp_path / "shards/index.parquet").unlink()
+    code, output = cli("data", "index", "shards")
+    assert code == 0, output
+    shard = next((tmp_path / "shards").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    code, output = cli("data", "verify", "shards")
+    assert code == 2
+    assert shard.name in output
+
+
+def test_help_and_explain(cli: Cli) -> None:
+    code, output = cli("--help")
+    assert code == 0
+    for command in ("quickstart", "data", "train", "evaluate", "report", "config"):
+        assert command in output
+    code, output = cli("config", "--explain", "optim.lr")
+    assert code == 0
+    assert "earning rate" in output
+    code, output = cli("config", "--explain", "optim.ler")
+    assert code == 2
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=str)
+def test_every_config_loads(path: Path) -> None:
+    assert load_config(path).name

@@ -1,0 +1,110 @@
+"""The main job under a real Ray cluster: training, a killed worker, final errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dml_dist.data.index import read_index
+from dml_dist.train.checkpoint_files import checkpoint_folders
+from tests.e2e.conftest import REPOSITORY, torchrun
+
+Cli = Callable[..., tuple[int, str]]
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint: network and proxies."""
+    folder = max(checkpoint_folders(run / "checkpoints"), key=lambda path: path.name)
+    tensors = {}
+    for path in sorted(folder.glob("*.pt")):
+        flat = torch.load(path, weights_only=True)
+        stack = [(path.name, flat)]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif isinstance(value, dict):
+                stack.extend((f"{name}.{key}", item) for key, item in value.items())
+            elif isinstance(value, list | tuple):
+                stack.extend((f"{name}.{i}", item) for i, item in enumerate(value))
+    return tensors
+
+
+@pytest.mark.timeout(300)
+def test_killed_worker_and_final_weights_equal_the_uninterrupted_run(
+    config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    mark = tmp_path / "killed"
+    config = yaml.safe_load(config_file.read_text())
+    config["data"]["transform"] = {
+        "name": "custom",
+        "target": "tests.e2e.killer:KillOnce",
+        "options": {"mark": str(mark), "after": 70},
+    }
+    config_file.write_text(yaml.safe_dump(config))
+
+    code, output = cli(
+        *("train", config_file, "--launcher", "ray", "--workers", 2, "--run-dir", "under-ray")
+    )
+    assert code == 0, output
+    assert mark.exists()  # rank 1 was killed at the sixth of twelve steps
+    attempts = json.loads((tmp_path / "under-ray/run.json").read_text())["attempts"]
+    assert [attempt["attempt"] for attempt in attempts] == [1, 2]
+    assert "continuing at step 4 of 12" in output
+    assert "R@1" in output
+    assert output.strip().splitlines()[-1].endswith("under-ray")
+
+    torchrun(2, "train", config_file, "--run-dir", "uninterrupted", cwd=tmp_path)
+    killed, whole = _weights(tmp_path / "under-ray"), _weights(tmp_path / "uninterrupted")
+    assert killed.keys() == whole.keys()
+    assert any("proxies" in name for name in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(killed[name], tensor), name
+    metrics = [
+        json.loads((tmp_path / run / "metrics.json").read_text())["trained"]
+        for run in ("under-ray", "uninterrupted")
+    ]
+    assert metrics[0] == metrics[1]
+
+    _damage_a_sample(Path(config["data"]["path"]), tmp_path / "damaged")
+    code, output = cli(
+        *("train", config_file, "--launcher", "ray", "--workers", 2, "--run-dir", "broken"),
+        *("--set", f"data.path={tmp_path / 'damaged'}"),
+    )
+    assert code == 2, output
+    assert "crc32" in output
+    assert "Traceback" not in output
+    attempts = json.loads((tmp_path / "broken/run.json").read_text())["attempts"]
+    assert len(attempts) == 1  # bad data is final: the ranks were not started again
+
+
+def _damage_a_sample(source: Path, target: Path) -> None:
+    """Copy a data set and flip one byte in an image of the training split."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    index = read_index(target)
+    for row in index.rows("train"):
+        shard = target / index.tar_shards[index.tar_shard[row]]
+        with shard.open("r+b") as file:
+            file.seek(int(index.offset[row] + index.length[row] // 2))
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 1]))
+
+
+def test_address_without_a_cluster(config_file: Path, cli: Cli, tmp_path: Path) -> None:
+    code, output = cli(
+        *("train", config_file, "--launcher", "ray"),
+        *("--set", "launch.address=127.0.0.1:1", "--run-dir", "nowhere"),
+    )
+    assert code == 1, output
+    assert "no Ray cluster answers" in output
+    assert "127.0.0.1:1" in output
