@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dml_dist.config.problems import Problem
+from dml_dist.config.shape import shown
 from dml_dist.config.yaml_text import KeyPath
 
 _MAX_DEPTH = 60  # JSON and YAML are read and written by recursion
@@ -64,8 +65,8 @@ class _Copier:
         result = {}
         for key, item in value.items():
             if not isinstance(key, str):
-                self._refuse((*path, str(key)[:40]), f"required a word as key, got {key!r:.40}")
-            elif self._text(key, (*path, repr(key))) is not None:
+                self._refuse((*path, shown(key)), f"required a word as key, got {shown(key)}")
+            elif self._text(key, (*path, key)) is not None:
                 result[key] = self.copy(item, (*path, key))
         return result
 

@@ -191,20 +191,32 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
 
 def shown(value: Any, limit: int = 60) -> str:
     """Return a value as it would stand in YAML, cut to `limit` characters."""
+    text = _text(value, depth=3)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _text(value: Any, depth: int) -> str:
     if value is PydanticUndefined:
         return "nothing"
     if value is None or isinstance(value, bool):
-        text = {None: "null", True: "true", False: "false"}[value]
-    elif isinstance(value, str):
-        text = repr(value)
-    elif isinstance(value, Section):
-        name = tag(type(value))
-        text = name if name is not None else "the defaults of its fields"
-    elif isinstance(value, list | tuple):
-        text = "[" + ", ".join(shown(item) for item in value[:20]) + "]" * (len(value) <= 20)
-    elif isinstance(value, dict):
-        items = [f"{key}: {shown(item)}" for key, item in list(value.items())[:20]]
-        text = "{" + ", ".join(items) + "}" * (len(value) <= 20)
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return repr(value[:1000])
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write long ones
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, Section):
+        return tag(type(value)) or "the defaults of its fields"
+    if not isinstance(value, list | tuple | dict):
+        return f"an object of type {type(value).__name__}"
+    if isinstance(value, dict):
+        start, end = "{", "}"
+        first = list(value.items())[:20] if depth else []
+        items = [f"{str(key)[:60]}: {_text(item, depth - 1)}" for key, item in first]
     else:
-        text = str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        start, end = "[", "]"
+        items = [_text(item, depth - 1) for item in value[:20]] if depth else []
+    if len(items) < len(value):
+        items.append("...")
+    return start + ", ".join(items) + end

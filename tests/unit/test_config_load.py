@@ -250,6 +250,8 @@ def test_all_problems_are_listed_with_lines(tmp_path: Path) -> None:
         ({"seed": 1.0}, "seed: required an integer >= 0, got 1.0; write 1"),
         ({"seed": "1"}, "got '1'; remove the quotes"),
         ({"seed": 2**63}, "seed: required an integer of at most 64 bits"),
+        ({"seed": 10**5000}, "seed: required an integer of at most 64 bits, got an integer of"),
+        ({"model": {10**5000: 1}}, "required a word as key, got an integer of"),
         ({"optim": {"lr": False}}, "optim.lr: required a number > 0, got false"),
         ({"optim": {"lr": float("nan")}}, "optim.lr: required a finite number, got nan"),
         ({"train": {"steps": 1, "max_grad_norm": "None"}}, "got 'None'; write null"),
@@ -319,8 +321,12 @@ def test_values_that_hold_themselves() -> None:
 
 
 def test_the_configuration_must_be_a_mapping() -> None:
-    with pytest.raises(ConfigError, match="a mapping of sections in here"):
-        parse_config([1], source="here")  # type: ignore[arg-type]
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in ([1], deep, 10**5000, "text", None, object(), [10**5000] * 3):
+        with pytest.raises(ConfigError, match="a mapping of sections in here"):
+            parse_config(value, source="here")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- overrides
