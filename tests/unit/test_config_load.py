@@ -474,6 +474,15 @@ def test_options_that_yaml_has_no_word_for_are_not_written() -> None:
         dump_config(config.model_copy(update={"loss": loss}))
 
 
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
 # ---------------------------------------------------------------- differences
 
 
