@@ -9,6 +9,9 @@ from PIL import Image
 
 from dml_dist.errors import DataError
 
+# Those of IMAGE_EXTENSIONS; others that PIL knows (EPS, PDF) start programs or are no photographs.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+
 
 def check_image(data: bytes, *, whole: bool) -> tuple[int, int]:
     """Return the width and height of an encoded image, in pixels.
@@ -25,7 +28,7 @@ def check_image(data: bytes, *, whole: bool) -> tuple[int, int]:
         raise DataError("the image is empty (0 bytes)")
     stream: IO[bytes] = io.BytesIO(data)
     try:
-        with Image.open(stream) as image:
+        with Image.open(stream, formats=_FORMATS) as image:
             size = image.size
             if whole:
                 image.draft("L", (max(1, size[0] // 8), max(1, size[1] // 8)))

@@ -25,6 +25,8 @@ from dml_dist.errors import DataError
 from dml_dist.files import open_atomic
 
 INDEX_NAME = "index.parquet"
+# What an import keeps in its folder until the index stands.
+PROGRESS_FOLDER = ".import"
 _DIGEST = b"dml_dist.import"
 _SHOWN = 20
 _log = logging.getLogger(__name__)
@@ -139,6 +141,11 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
         DataError: If it is missing, damaged, inconsistent, or does not match the tar shards.
     """
     path = root / INDEX_NAME
+    if not path.exists() and (root / PROGRESS_FOLDER).exists():
+        raise DataError(
+            f"{path} is required and does not exist: an import into {root} was not finished; run "
+            "it again, finished tar shards are kept"
+        )
     table = index_table.read_table(path)
     numbers = {name: index_table.numbers(table, name, path) for name in index_table.NUMBERS}
     texts = {

@@ -16,8 +16,10 @@ ROLES = ("both", "query", "gallery")
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm"}
 )
-# A ustar header holds 100 bytes of name; the longest extension we add is ".json".
+# A tar header holds 100 bytes of name; the longest extension we add is ".json".
 _MAX_KEY_BYTES = 90
+# make_keys cuts here, to leave room for a number.
+_CUT_KEY_BYTES = 80
 
 
 class ImageSource(Protocol):
@@ -132,9 +134,9 @@ def make_keys(paths: Sequence[str]) -> list[str]:
         folder, slash, name = path.lstrip("/").rpartition("/")
         stem = name.rpartition(".")[0] or name
         key = re.sub(r"[^\w/-]", "_", folder + slash + stem)
-        if len(key.encode()) > _MAX_KEY_BYTES:
+        if len(key.encode()) > _CUT_KEY_BYTES:
             digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-            key = re.sub(r"[^\w-]", "_", key.encode()[:64].decode(errors="ignore")) + "-" + digest
+            key = re.sub(r"[^\w-]", "_", key.encode()[:60].decode(errors="ignore")) + "-" + digest
         candidate, number = key, 1
         while candidate in taken:
             number += 1
@@ -155,9 +157,8 @@ def check_samples(samples: Sequence[Sample]) -> None:
     keys: set[str] = set()
     for sample in samples:
         where = f"sample {sample.key!r} ({sample.source})"
-        if not re.fullmatch(r"[\w-][\w/-]*", sample.key) or (
-            len(sample.key.encode()) > _MAX_KEY_BYTES + 8
-        ):
+        is_short = len(sample.key.encode("utf-8", "surrogatepass")) <= _MAX_KEY_BYTES
+        if not (re.fullmatch(r"[\w-][\w/-]*", sample.key) and is_short):
             raise DataError(
                 f"{where}: a key must be letters, digits, '_', '-' and '/', no dots, at most "
                 f"{_MAX_KEY_BYTES} bytes; use dml_dist.data.sample.make_keys"

@@ -19,7 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dml_dist.data.index import INDEX_NAME, Index, import_digest, read_index, write_index
+from dml_dist.data.index import (
+    INDEX_NAME,
+    PROGRESS_FOLDER,
+    Index,
+    import_digest,
+    read_index,
+    write_index,
+)
 from dml_dist.data.pool import run_tasks
 from dml_dist.data.sample import Importer, Sample, check_samples, class_order
 from dml_dist.data.tar_shard import ShardTask, is_complete, write_tar_shard
@@ -27,7 +34,6 @@ from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_json_atomic
 from dml_dist.partition import all_bounds
 
-PROGRESS_FOLDER = ".import"
 # Part of the digest: an import begun by code that writes other bytes is not continued.
 _FORMAT = 1
 # An import goes on past broken images, so that one run names them; but not past this many.

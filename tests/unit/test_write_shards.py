@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from dml_dist.data import tar_shard, write_shards
-from dml_dist.data.index import INDEX_NAME, read_index
+from dml_dist.data.index import INDEX_NAME, PROGRESS_FOLDER, read_index
 from dml_dist.data.sample import FileSource, Sample
 from dml_dist.data.verify import verify
-from dml_dist.data.write_shards import PROGRESS_FOLDER, import_dataset
+from dml_dist.data.write_shards import import_dataset
 from dml_dist.errors import DataError
 from tests.oracles_data import (
     ListImporter,
@@ -182,6 +182,8 @@ def test_killed_import_continues_to_the_same_bytes(
     assert all((out / name).read_bytes() == whole[name] for name in kept)
     switch.unlink(missing_ok=True)
     if where != "after the index":
+        with pytest.raises(DataError, match="was not finished; run it again"):
+            read_index(out)
         with pytest.raises(DataError, match="unfinished import of another data set"):
             write(out, noise_importer(39))
     write(out, noise_importer(kill_at=kill_at, kill_switch=str(switch)))
