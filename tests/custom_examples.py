@@ -1,6 +1,6 @@
 """Losses of one's own, one of each form, as a project beside dml_dist would write them.
 
-    loss: {name: custom, target: tests.custom_examples:HardNegativeSoftmax, options: {scale: 16.0}}
+loss: {name: custom, target: tests.custom_examples:HardNegativeSoftmax, options: {scale: 16.0}}
 """
 
 from __future__ import annotations

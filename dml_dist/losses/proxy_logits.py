@@ -119,18 +119,17 @@ class _NegativeStatistics(Function):
         total_G = queries_GD.new_zeros(num_queries)
         sum_G = queries_GD.new_zeros(num_queries)
         own_logits_KG = queries_GD.new_full(own_KG.shape, -torch.inf)
-        inverse_norm_L1 = proxies_LD.new_empty((num_rows, 1))
+        norm_L1 = proxies_LD.new_empty((num_rows, 1))
         # One row more than a chunk: what belongs to other chunks is read and written there.
         buffer = queries_GD.new_zeros((rows_per_chunk + 1, num_queries))
         with torch.autocast(queries_GD.device.type, enabled=False):
             for low, high, logits in _chunks(buffer, num_rows, rows_per_chunk):
                 chunk = proxies_LD[low:high]
-                norm = torch.linalg.vector_norm(chunk, dim=1, keepdim=True)
-                inverse = norm.clamp_min_(MIN_NORM).reciprocal_()
-                inverse_norm_L1[low:high] = inverse
+                norm = torch.linalg.vector_norm(chunk, dim=1, keepdim=True).clamp_min_(MIN_NORM)
+                norm_L1[low:high] = norm
                 logits_cG = logits[:-1]
                 torch.mm(chunk, queries_GD.T, out=logits_cG)
-                sum_G += logits_cG.mul_(inverse).sum(dim=0)
+                sum_G += logits_cG.mul_(norm.reciprocal_()).sum(dim=0)
                 held_KG, place_KG = _in_chunk(own_KG, low, high)
                 own_logits_KG = torch.where(held_KG, logits.gather(0, place_KG), own_logits_KG)
                 logits.scatter_(0, place_KG, -torch.inf)
@@ -147,7 +146,7 @@ class _NegativeStatistics(Function):
         positive_G = positive_G.masked_fill(foreign_G, 0.0)
         sum_G -= own_logits_KG.masked_fill(foreign_G, 0.0).sum(dim=0)
         ctx.save_for_backward(
-            queries_GD, proxies_LD, inverse_norm_L1, lse_G, own_KG, own_KG.gather(0, best_G[None])
+            queries_GD, proxies_LD, norm_L1, lse_G, own_KG, own_KG.gather(0, best_G[None])
         )
         ctx.rows_per_chunk = rows_per_chunk
         return lse_G, positive_G, sum_G
@@ -157,7 +156,7 @@ class _NegativeStatistics(Function):
     def backward(
         ctx: Any, grad_lse_G: Tensor, grad_positive_G: Tensor, grad_sum_G: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
-        queries_GD, proxies_LD, inverse_norm_L1, lse_G, own_KG, best_1G = ctx.saved_tensors
+        queries_GD, proxies_LD, norm_L1, lse_G, own_KG, best_1G = ctx.saved_tensors
         num_queries, num_rows = queries_GD.shape[0], proxies_LD.shape[0]
         lse_G = lse_G.masked_fill(lse_G == -torch.inf, 0.0)
         grad_queries_GD = torch.zeros_like(queries_GD)
@@ -166,7 +165,8 @@ class _NegativeStatistics(Function):
         grad_buffer = torch.zeros_like(logits_buffer)
         with torch.autocast(queries_GD.device.type, enabled=False):
             for low, high, grads in _chunks(grad_buffer, num_rows, ctx.rows_per_chunk):
-                chunk, inverse = proxies_LD[low:high], inverse_norm_L1[low:high]
+                chunk, norm = proxies_LD[low:high], norm_L1[low:high]
+                inverse = norm.reciprocal()
                 logits_cG, grads_cG = logits_buffer[: high - low], grads[:-1]
                 torch.mm(chunk, queries_GD.T, out=logits_cG)
                 logits_cG.mul_(inverse)
@@ -176,7 +176,7 @@ class _NegativeStatistics(Function):
                 grads.scatter_(0, _in_chunk(best_1G, low, high)[1], grad_positive_G[None])
                 # n . g; a proxy shorter than MIN_NORM is only multiplied by a constant.
                 along_c1 = logits_cG.mul_(grads_cG).sum(dim=1, keepdim=True)
-                along_c1.masked_fill_(inverse >= 1 / MIN_NORM, 0.0).mul_(inverse).mul_(inverse)
+                along_c1.masked_fill_(norm <= MIN_NORM, 0.0).mul_(inverse).mul_(inverse)
                 grads_cG.mul_(inverse)
                 grad_queries_GD.addmm_(grads_cG.T, chunk)
                 torch.mm(grads_cG, queries_GD, out=grad_proxies_LD[low:high])

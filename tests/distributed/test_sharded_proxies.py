@@ -87,9 +87,7 @@ CASES = (
     ),
     Case(
         "custom, pair form",
-        CustomLossConfig(
-            target="tests.custom_examples:ContrastivePairs", options={"margin": 1.5}
-        ),
+        CustomLossConfig(target="tests.custom_examples:ContrastivePairs", options={"margin": 1.5}),
         oracle=contrastive_pairs_oracle,
         options={"margin": 1.5},
     ),

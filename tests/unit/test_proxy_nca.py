@@ -168,6 +168,22 @@ def test_zero_rows_and_zero_proxies_are_finite() -> None:
         torch.testing.assert_close(actual, reference, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_below_the_smallest_length_are_divided_by_a_constant(dtype: torch.dtype) -> None:
+    embeddings, labels, proxies = _inputs(dtype=dtype)
+    with torch.no_grad():
+        proxies[labels[0]] *= 1e-13
+        proxies[labels[1]] *= 1e-11
+    loss = proxy_nca_loss(embeddings, labels, proxies)
+    exact, table = (leaf.detach().double().requires_grad_() for leaf in (embeddings, proxies))
+    logits = 18 * F.normalize(exact) @ F.normalize(table).T
+    wanted = _gradients(F.cross_entropy(logits, labels), exact, table)
+    for actual, reference in zip(_gradients(loss, embeddings, proxies), wanted, strict=True):
+        # Row by row: the gradients of the short ones are 1e11 times those of the others.
+        for row, expected in zip(actual, reference, strict=True):
+            assert _error(row, expected) < (1e-4 if dtype == torch.float32 else 1e-10)
+
+
 def test_not_a_number_is_not_hidden() -> None:
     embeddings, labels, proxies = _inputs()
     with torch.no_grad():
