@@ -11,9 +11,12 @@ and blocks, the time limit below ends the run with a message.
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ from dml_dist.errors import DmlDistError, RunError
 from dml_dist.partition import part_bounds
 from dml_dist.topology import Topology
 
-POLL_SECONDS = 5.0
+POLL_SECONDS = 1.0
 """How often a waiting rank looks whether its loader workers are alive."""
 
 LIMIT_SECONDS = 600.0
@@ -73,14 +76,18 @@ class BatchLoader:
         if not len(self):
             return
         iterator = self._start()
-        for _ in range(len(self)):
-            item = self._next(iterator)
-            if isinstance(item, DmlDistError):
-                raise item
-            yield item
+        try:
+            for _ in range(len(self)):
+                item = self._next(iterator)
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            # The last reference ends the pool now, even if an error keeps this frame for a while.
+            del iterator
 
     def _start(self) -> Iterator[Batch | DmlDistError]:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _signal_handler_kept():
             # Python 3.12 warns of every fork in a process with threads; see the top of this file.
             warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)
             # More loader workers than cores: the number is the user's, and torch knows of one rank.
@@ -101,40 +108,45 @@ class BatchLoader:
                 )
             )
 
-    def _next(self, iterator: Iterator[Batch | DmlDistError]) -> Batch | DmlDistError:
+    def _next(self, iterator: Iterator[Batch | DmlDistError]) -> Batch | Exception:
+        """Wait for the next item; a fault of the pool is returned as an error like any other."""
         limit = time.monotonic() + LIMIT_SECONDS
-        while True:
+        while time.monotonic() < limit:
             try:
                 return next(iterator)
-            except RuntimeError as error:
-                # A short time limit makes the DataLoader look after its workers; without one it
-                # notices a death only in the main thread, and Ray's training is not there.
-                if not str(error).startswith("DataLoader timed out"):
-                    death = worker_death(error)
-                    if death is None:
-                        raise
-                    raise death from error
-                if time.monotonic() > limit:
-                    raise RunError(
-                        f"a batch is required within {LIMIT_SECONDS:.0f} s, got none from "
-                        f"{self.workers} loader workers; see whether the storage of "
-                        "the tar shards answers, or set data.loader_workers to 0 to see where it "
-                        "stays"
-                    ) from error
+            except Exception as error:
+                # The DataLoader looks after its workers at the end of its short time limit.
+                if str(error).startswith("DataLoader timed out"):
+                    continue
+                if not self.workers:
+                    return error
+                # The message holds the loader worker's traceback. This process's would keep the
+                # pool alive until a garbage collection, which then takes 5 s to end it.
+                error.__traceback__ = None
+                return worker_death(error) or error
+        return RunError(
+            f"a batch is required within {LIMIT_SECONDS:.0f} s, got none from {self.workers} "
+            "loader workers; see whether the storage of the tar shards answers, or set "
+            "data.loader_workers to 0 to see where it stays"
+        )
 
 
-def worker_death(error: RuntimeError) -> RunError | None:
+def worker_death(error: Exception) -> RunError | None:
     """Return what to tell the user if an error of a DataLoader means a dead loader worker.
 
-    In the main thread a DataLoader reports the death of a worker by an exception at any line, so
-    that a training loop may meet it outside of the loader.
+    A batch that a dead worker still had to hand over ends in an error of its connection. Where
+    another DataLoader was opened in the main thread before ours, its signal handler reports the
+    death by a RuntimeError at any line, so that a training loop may meet it outside of the loader.
     """
-    text = str(error)
-    if not text.startswith("DataLoader worker (pid"):
+    text = str(error).strip()
+    from_pool = isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")
+    # What a loader worker itself raises begins with "Caught".
+    lost = isinstance(error, OSError | EOFError) and not text.startswith("Caught")
+    if not from_pool and not lost:
         return None
     return RunError(
-        f"all loader workers are required until the end, but one died: {text.strip()}; most often "
-        "the machine ran out of memory: lower data.loader_workers or data.prefetch"
+        f"all loader workers are required until the end, but one died ({text or 'end of file'}); "
+        "most often the machine ran out of memory: lower data.loader_workers or data.prefetch"
     )
 
 
@@ -209,6 +221,22 @@ def evaluation_loader(
         prefetch=prefetch,
         pin_memory=topology.device_type == "cuda",
     )
+
+
+@contextmanager
+def _signal_handler_kept() -> Iterator[None]:
+    """Undo what a DataLoader does to the main thread: a handler that raises at any line.
+
+    The handler reports dead workers at once; our own look after them, in every thread (Ray's
+    training is not in the main one), reports them at one place.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if handler is not None:  # None: installed from outside of Python
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _start_method() -> str | None:
