@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from dml_dist.train.checkpoint_files import (
     verify_checkpoint,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def find_checkpoint(checkpoints: Path, comm: Comm) -> tuple[Path, Manifest] | None:
     """Return the newest whole checkpoint, as rank 0 finds it, or None when there is none.
@@ -37,7 +40,7 @@ def find_checkpoint(checkpoints: Path, comm: Comm) -> tuple[Path, Manifest] | No
     if comm.topology.is_main:
         try:
             found = newest_checkpoint(checkpoints)
-        except CheckpointError as caught:
+        except Exception as caught:  # Handed to all ranks by agree.
             error = caught
     comm.agree(error, what="finding a checkpoint")
     answer: tuple[Path, Manifest] | None = comm.broadcast_object(found, what="checkpoint")
@@ -58,22 +61,21 @@ def best_checkpoint(checkpoints: Path) -> Best | None:
         ) from None
 
 
-def restore_best(checkpoints: Path, best: Best | None) -> Best | None:
-    """Put best.json back to what a resumed checkpoint knew; rank 0 calls this.
+def restore_best(checkpoints: Path, best: Best | None, comm: Comm) -> Best | None:
+    """Put best.json back to what a resumed checkpoint knew; every rank calls this.
 
     Returns:
         `best`, or None when that checkpoint is gone or damaged: the next validation is the best.
     """
-    if best is not None:
+    error: Exception | None = None
+    if comm.topology.is_main:
         try:
-            verify_checkpoint(checkpoints / best.folder)
-        except CheckpointError:
-            best = None
-    if best is None:
-        (checkpoints / BEST).unlink(missing_ok=True)
-    else:
-        write_json_atomic(checkpoints / BEST, asdict(best))
-    return best
+            best = _restore_best(checkpoints, best)
+        except Exception as caught:  # Handed to all ranks by agree.
+            error = caught
+    comm.agree(error, what="restoring the best checkpoint")
+    answer: Best | None = comm.broadcast_object(best, what="best checkpoint")
+    return answer
 
 
 def select_checkpoint(checkpoints: Path, which: str) -> Path:
@@ -122,3 +124,17 @@ def load_model(
             f"{str(error)[:600]}; use the run's own configuration"
         ) from error
     return model.eval()
+
+
+def _restore_best(checkpoints: Path, best: Best | None) -> Best | None:
+    if best is not None:
+        try:
+            verify_checkpoint(checkpoints / best.folder)
+        except CheckpointError as problem:
+            logger.warning("%s: the next validation is the best", problem)
+            best = None
+    if best is None:
+        (checkpoints / BEST).unlink(missing_ok=True)
+    else:
+        write_json_atomic(checkpoints / BEST, asdict(best))
+    return best

@@ -154,10 +154,7 @@ class _Loop:
     def go_on_from(self, folder: Path, manifest: Manifest) -> None:
         """Load a checkpoint."""
         load_checkpoint(folder, manifest, self.state)
-        best = manifest.best
-        if self.state.comm.topology.is_main:
-            best = restore_best(self.around.checkpoints, best)
-        self.best = self.state.comm.broadcast_object(best, what="best checkpoint")
+        self.best = restore_best(self.around.checkpoints, manifest.best, self.state.comm)
         self.last = folder
 
     def run(self) -> None:
@@ -166,16 +163,16 @@ class _Loop:
         self._report(None, 0.0)
         self.meter.restart()
         batches = iter(self._batches())
-        while state.step < plan.total_steps:
-            waiting = time.perf_counter()
-            try:
+        try:
+            while state.step < plan.total_steps:
+                waiting = time.perf_counter()
                 batch = next(batches)
                 self._step(batch, time.perf_counter() - waiting)
-            except RuntimeError as error:
-                if (death := worker_death(error)) is None:
-                    raise
-                raise death from error
-            self._after_step()
+                self._after_step()
+        except RuntimeError as error:
+            if (death := worker_death(error)) is None:
+                raise
+            raise death from error
         if self.last is None:  # A run of no step at all cannot be: plans have at least one.
             raise RunError(f"required a run of at least 1 step, got {plan.total_steps}")
 
@@ -265,8 +262,13 @@ class _Loop:
         bad = int(self.state.first_bad_step)
         if self.around.step_records is not None:
             lr = self.config.optim.lr * self._factor(step - 1)
-            epoch = step / self.plan.steps_per_epoch
-            self.around.step_records.write(step, epoch=epoch, lr=lr, **values)
+            self.around.step_records.write(
+                step,
+                epoch=step / self.plan.steps_per_epoch,
+                samples_seen=self.plan.samples_seen(step),
+                lr=lr,
+                **values,
+            )
         self._report(values["loss"], values["images_per_second"])
         if bad >= 0:
             kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"

@@ -139,6 +139,23 @@ def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
             buffer.copy_(comm.broadcast(buffer, 0, what="running statistics"))
 
 
+class _SpareParameter(nn.Module):
+    """A model with one parameter more, which nothing uses.
+
+    DDP with `find_unused_parameters` writes a warning to the standard error of every rank when it
+    finds none unused, past Python's warnings and logging. The spare one keeps it quiet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.spare = nn.Parameter(next(model.parameters()).new_zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.model(images)
+        return embeddings
+
+
 def _distribute(model: EmbeddingModel, comm: Comm) -> nn.Module:
     """Return the model inside DDP, which averages gradients over ranks.
 
@@ -149,14 +166,15 @@ def _distribute(model: EmbeddingModel, comm: Comm) -> nn.Module:
     """
     if comm.world_size == 1:
         return model
-    on_cpu = comm.device.type == "cpu"
+    if comm.device.type == "cpu":
+        return DistributedDataParallel(
+            _SpareParameter(model),
+            process_group=comm.group,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
     return DistributedDataParallel(
-        model,
-        device_ids=None if on_cpu else [comm.device],
-        process_group=comm.group,
-        broadcast_buffers=model.has_changing_buffers,
-        find_unused_parameters=on_cpu,
-        gradient_as_bucket_view=True,
+        model, device_ids=[comm.device], process_group=comm.group, gradient_as_bucket_view=True
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dml_dist.errors import RunError
+from dml_dist.errors import DataError, RunError
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.build import build_objective
@@ -20,7 +20,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import checkpoint_folders
-from tests.ranks import run_ranks
+from tests.ranks import RankFailure, run_ranks
 from tests.training_setup import (
     IMAGES_PER_CLASS,
     NUM_CLASSES,
@@ -29,6 +29,7 @@ from tests.training_setup import (
     images_of,
     small_config,
     small_plan,
+    snapshot,
     whole_snapshot,
 )
 
@@ -235,7 +236,7 @@ def test_what_a_run_tells(tmp_path: Path) -> None:
     records = read_records(tmp_path / "steps.jsonl")
     assert [record["step"] for record in records] == [2, 3, 4, 5]
     assert records[0]["lr"] == pytest.approx(0.01 * 2 / 3)
-    assert records[-1]["epoch"] == 1.25
+    assert (records[-1]["epoch"], records[-1]["samples_seen"]) == (1.25, 45)
     assert all(r["images_per_second"] > 0 and 0 <= r["data_share"] <= 1 for r in records)
     evaluations = read_records(tmp_path / "evaluations.jsonl")
     assert [(r["step"], r["split"], r["protocol"]) for r in evaluations] == [
@@ -243,3 +244,38 @@ def test_what_a_run_tells(tmp_path: Path) -> None:
         (4, "test", "literature"),
         (5, "validation", "validation"),
     ]
+
+
+def lose_a_sample(topology: Topology, root: str) -> None:
+    """Meet a damaged sample on rank 1 alone."""
+    run = SmallRun(topology, Comm.from_default_group(), small_config(), Path(root))
+    batches = run.batches
+
+    def damaged(start: int, end: int) -> Any:
+        for batch in batches(start, end):
+            if batch.step == 2 and topology.rank == 1:
+                raise DataError("train-000001.tar, sample 17: flipped byte")
+            yield batch
+
+    run.batches = damaged  # type: ignore[method-assign]
+    run.train()
+
+
+def test_a_damaged_sample_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(lose_a_sample, 2, str(tmp_path))
+    message = str(caught.value)
+    assert "DataError: train-000001.tar, sample 17: flipped byte" in message
+    assert "PeerLostError: rank 0 of 2" in message
+
+
+def test_lower_precision_is_for_the_backbone_alone(tmp_path: Path) -> None:
+    run = SmallRun(Topology(), Comm.single(), small_config(train__precision="bf16"), tmp_path)
+    state = run.train().state
+    assert {value.dtype for value in snapshot(state).values()} == {torch.float32}
+    SmallRun(Topology(), Comm.single(), small_config(), tmp_path / "full").train()
+    low, full = (
+        read_records(folder / "steps.jsonl")[0]["loss"] for folder in (tmp_path, tmp_path / "full")
+    )
+    assert low != full
+    assert low == pytest.approx(full, rel=0.03)

@@ -1,0 +1,160 @@
+"""The run plan: its numbers, what it refuses, and that dry runs show it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dml_dist.config.load import parse_config
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import ConfigError, DataError, TopologyError
+from dml_dist.models.build import build_model
+from dml_dist.train.plan import resolve
+
+
+def config(**changes: Any) -> RunConfig:
+    """Return a configuration; `changes` are dotted paths with `__` for dots."""
+    return parse_config(
+        {
+            "name": "planned",
+            "data": {"path": "unused"},
+            "model": {"backbone": {"name": "conv4", "width": 16}, "embedding_size": 32},
+            "loss": {"name": "proxy_nca", "proxies_per_class": 2},
+            "train": {"global_batch_size": 10, "epochs": 4},
+        },
+        [f"{path.replace('__', '.')}={value}" for path, value in changes.items()],
+    )
+
+
+SIZES = [5, 9, 4, 6, 3, 5, 5]
+"""37 images of 7 classes."""
+
+
+def test_numbers_of_a_shuffled_run() -> None:
+    plan = resolve(config(), train_class_sizes=SIZES, validation_class_sizes=[4, 6], world_size=3)
+    assert (plan.num_images, plan.num_classes) == (37, 7)
+    assert (plan.num_validation_images, plan.num_validation_classes) == (10, 2)
+    assert (plan.steps_per_epoch, plan.total_steps) == (3, 12)
+    assert plan.batch_sizes(0) == plan.batch_sizes(11) == [3, 3, 4]
+    assert [plan.samples_seen(step) for step in (0, 1, 3, 4, 12)] == [0, 10, 30, 40, 120]
+    assert plan.proxy_rows == (4, 4, 6)  # classes 2 + 2 + 3, two rows each
+    assert plan.proxy_bytes == tuple(rows * 32 * 4 * 3 for rows in plan.proxy_rows)
+
+
+def test_a_kept_last_batch_is_shared_out() -> None:
+    kept = config(data__batches__last="keep")
+    plan = resolve(kept, train_class_sizes=SIZES, world_size=3)
+    assert (plan.steps_per_epoch, plan.total_steps) == (4, 16)
+    assert [plan.batch_sizes(step) for step in (2, 3, 7)] == [[3, 3, 4], [2, 2, 3], [2, 2, 3]]
+    assert [plan.samples_seen(step) for step in (3, 4, 5, 16)] == [30, 37, 47, 148]
+
+
+def test_a_balanced_epoch_is_as_long_as_its_images() -> None:
+    balanced = config(
+        data__batches="{name: balanced, classes_per_batch: 5, samples_per_class: 2}",
+        train__epochs="null",
+        train__steps=7,
+    )
+    plan = resolve(balanced, train_class_sizes=SIZES, world_size=2)
+    assert (plan.steps_per_epoch, plan.total_steps) == (3, 7)
+    assert plan.batch_sizes(2) == [5, 5]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_parameters_and_traffic(precision: str) -> None:
+    run = config(train__precision=precision)
+    number = 8 if precision == "float64" else 4
+    model = build_model(run.model, seed=0)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    one = resolve(run, train_class_sizes=SIZES, world_size=1)
+    assert one.num_backbone_parameters + one.num_head_parameters == count
+    assert one.num_head_parameters == 16 * 32 + 32
+    assert (one.objective_bytes, one.ddp_bytes) == (0, 0)
+    four = resolve(run, train_class_sizes=SIZES, world_size=4)
+    assert four.ddp_bytes == 2 * 3 * number * count // 4
+    many = resolve(run, train_class_sizes=[3] * 5000, world_size=4)
+    assert four.objective_bytes == many.objective_bytes > 0
+
+
+def test_resnet50_is_counted_without_its_memory() -> None:
+    run = config(model="{backbone: {name: resnet50, weights: IMAGENET1K_V1}, embedding_size: 512}")
+    before = torch.get_rng_state()
+    plan = resolve(run, train_class_sizes=SIZES, world_size=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert plan.num_backbone_parameters == 23_508_032
+    assert plan.num_head_parameters == 2048 * 512 + 512
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "numbers"),
+    [("{name: sgd, momentum: 0.0}", 1), ("{name: sgd}", 2), ("{name: rmsprop}", 2)],
+)
+def test_memory_of_optimiser_state(optimizer: str, numbers: int) -> None:
+    plan = resolve(config(optim=optimizer), train_class_sizes=SIZES, world_size=1)
+    assert plan.proxy_bytes == (14 * 32 * 4 * numbers,)
+
+
+def test_description() -> None:
+    plan = resolve(config(), train_class_sizes=SIZES, validation_class_sizes=[4, 6], world_size=2)
+    rows = dict(plan.describe())
+    assert rows["training"] == "37 images of 7 classes"
+    assert rows["validation"] == "10 images of 2 classes"
+    assert rows["parts of the batch"] == "5, 5"
+    assert rows["steps in all"] == "12 (4 epochs)"
+    assert rows["rows of proxies per rank"] == "6, 8"
+    assert "bytes" in rows["sent per rank and step, objective"]
+    assert (
+        dict(resolve(config(), train_class_sizes=SIZES, world_size=2).describe())["validation"]
+        == "none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "world_size", "error", "words"),
+    [
+        ({}, SIZES, 8, TopologyError, r"training classes \(7\).*got 8 ranks"),
+        ({}, [30] * 20, 11, TopologyError, r"global_batch_size 10 .*number of ranks 11"),
+        ({}, [5, 0, 7], 1, DataError, r"none of 1 of 3 classes, the first is class 1"),
+        ({}, [50], 1, DataError, r"at least 2 training classes, got 1"),
+        ({}, [2, 3], 1, ConfigError, r"global_batch_size 10 images, but there are 5"),
+        (
+            {"data__batches": "{name: balanced, classes_per_batch: 5, samples_per_class: 2}"},
+            [9, 9, 9],
+            1,
+            ConfigError,
+            r"classes_per_batch 5 needs .* there are 3",
+        ),
+        (
+            {"data__batches__last": "keep"},
+            [16, 8, 8],
+            3,
+            TopologyError,
+            r"at least 3 images.*leave 2",
+        ),
+        (
+            {"schedule": "{name: cosine, warmup_steps: 12}"},
+            SIZES,
+            1,
+            ConfigError,
+            r"fewer than the 12 steps of the run, got 12",
+        ),
+        (
+            {"train__backbone_warmup_epochs": 4},
+            SIZES,
+            1,
+            ConfigError,
+            r"12 steps of 3 an epoch\), got 4",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_numbers(
+    changes: dict[str, Any],
+    sizes: list[int],
+    world_size: int,
+    error: type[Exception],
+    words: str,
+) -> None:
+    with pytest.raises(error, match=words):
+        resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
