@@ -17,7 +17,7 @@ from dml_dist.data.plans import (
 )
 from dml_dist.errors import ConfigError, DmlDistError, TopologyError
 from dml_dist.partition import all_bounds
-from tests.oracles_data import check_balanced_epoch, windows_of
+from tests.oracles_plans import check_balanced_epoch, windows_of
 
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
 WORLD_SIZES = (1, 2, 3, 4, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ def make_index(
     per_tar_shard: int = 10,
     sizes: tuple[int, ...] = (24, 31),
     seed: int = 0,
+    encoded: Sequence[bytes] = (),
 ) -> Index:
-    """Write tar files of random PNG and JPEG images and return their index."""
+    """Write tar files of random PNG and JPEG images, or of given JPEGs; return their index."""
     generator = np.random.default_rng(seed)
     root.mkdir(parents=True, exist_ok=True)
     names = [f"train-{number:03d}.tar" for number in range(-(-num_images // per_tar_shard))]
@@ -38,9 +40,12 @@ def make_index(
         with tarfile.open(root / name, "w") as archive:
             for row in range(number * per_tar_shard, min(num_images, (number + 1) * per_tar_shard)):
                 side = sizes[row % len(sizes)]
-                pixels = generator.integers(0, 256, (side, side + row % 3, 3), dtype=np.uint8)
-                extension = ("png", "jpg")[row % 2]
-                data = encode(pixels, {"png": "PNG", "jpg": "JPEG"}[extension])
+                extension = "jpg" if encoded or row % 2 else "png"
+                if encoded:
+                    data = encoded[row]
+                else:
+                    pixels = generator.integers(0, 256, (side, side + row % 3, 3), dtype=np.uint8)
+                    data = encode(pixels, {"png": "PNG", "jpg": "JPEG"}[extension])
                 member = tarfile.TarInfo(f"image-{row}.{extension}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
