@@ -260,7 +260,8 @@ class _Evaluation:
         step = self._queries_per_block(1)
         for low in range(0, len(row_Q), step):
             block = row_Q[low : low + step]
-            rank_Q = self._gallery.rank_of_class(self._queries(block, owner))
+            queries = self._queries(block, owner)
+            rank_Q = self._gallery.rank_of_class(queries, limit=max(self._recall_at))
             if self._comm.rank == owner:
                 self._add(0, rank_Q.cpu().numpy(), (0, 0))
 

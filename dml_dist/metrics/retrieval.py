@@ -9,7 +9,7 @@ row has its class (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020
 
 Each is the mean over queries with R >= 1.
 
-A query's R-precision and MAP@R are rounded to multiples of 2^-40 (error below 4.6e-13, and that of
+A query's R-precision and MAP@R are rounded to multiples of 2^-52 (error at most 2^-53, and that of
 their mean likewise) and added as integers of any size, so sums depend neither on the order of the
 queries nor on how they are shared out.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_UNIT = 1 << 40
+_UNIT_BITS = 52
 NOT_LISTED = np.iinfo(np.int64).max
 """Rank of a query whose class does not occur in its list."""
 
@@ -35,8 +35,8 @@ class RetrievalSums:
     Attributes:
         num_queries: Queries that were counted.
         hits_at: For each K of Recall@K, the queries with a hit among the first K.
-        r_precision_units: Sum of R-precision in units of 2^-40.
-        map_at_r_units: Sum of MAP@R in units of 2^-40.
+        r_precision_units: Sum of R-precision in units of 2^-52.
+        map_at_r_units: Sum of MAP@R in units of 2^-52.
     """
 
     num_queries: int
@@ -71,7 +71,7 @@ def recall_partial(rank_Q: np.ndarray, recall_at: Sequence[int]) -> tuple[int, .
 
 
 def ranking_partial(relevant_QK: np.ndarray, num_relevant_Q: np.ndarray) -> tuple[int, int]:
-    """Return the sums of R-precision and MAP@R over queries, in units of 2^-40.
+    """Return the sums of R-precision and MAP@R over queries, in units of 2^-52.
 
     Args:
         relevant_QK: Whether each neighbour, nearest first, has the query's class, (Q, K) bool;
@@ -112,11 +112,13 @@ def finish(total: RetrievalSums, recall_at: Sequence[int]) -> RetrievalMeans:
     # Quotients of Python integers are rounded once, whatever their size.
     return RetrievalMeans(
         {k: hits / total.num_queries for k, hits in zip(recall_at, total.hits_at, strict=True)},
-        total.r_precision_units / (_UNIT * total.num_queries),
-        total.map_at_r_units / (_UNIT * total.num_queries),
+        total.r_precision_units / (total.num_queries << _UNIT_BITS),
+        total.map_at_r_units / (total.num_queries << _UNIT_BITS),
     )
 
 
 def _units(values_Q: np.ndarray) -> int:
-    # Blocks are far smaller than the 2^23 queries at which int64 would overflow.
-    return int(np.rint(values_Q * _UNIT).astype(np.int64).sum())
+    units_Q = np.rint(values_Q * 2.0**_UNIT_BITS).astype(np.int64)
+    # Upper and lower halves are added apart: int64 would overflow at 2,048 queries.
+    half = _UNIT_BITS // 2
+    return (int((units_Q >> half).sum()) << half) + int((units_Q & ((1 << half) - 1)).sum())

@@ -1,6 +1,6 @@
 """Float32 distances with a proven bound: they propose and sort out, they never decide.
 
-A gallery shard's rows are shifted by its mean and scaled by a power of two before they are rounded
+A gallery shard's rows are shifted by a middle and scaled by a power of two before they are rounded
 to float32 again, y = fl(s (x - m)). Neither changes which rows are near; the shift keeps the bound
 small for embeddings that lie far from the origin or close together, the scale keeps the squares
 in float32's range. The approximate distance is a(q, g) = |y_q|^2 + |y_g|^2 - 2 y_q . y_g in any
@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from dml_dist.search.exact import chunks
+
+_CENTER_SAMPLE = 1024
 
 
 @contextmanager
@@ -77,11 +79,7 @@ class Approximation:
             radius: A number that no stored row's norm exceeds, queries included.
         """
         num_rows, width = stored_ND.shape
-        self._center_D = torch.zeros(width, dtype=torch.float64, device=stored_ND.device)
-        for low, high in chunks(num_rows, width, stored_ND.device):
-            self._center_D += stored_ND[low:high].sum(dim=0, dtype=torch.float64) / num_rows
-        # Rounded to float32, so that rows that all agree are shifted to exactly zero.
-        self._center_D = self._center_D.to(torch.float32).to(torch.float64)
+        self._center_D = _center(stored_ND)
         self._scale = 2.0 ** -math.frexp(radius)[1] if radius > 0 else 1.0
         self._coefficient = 1.05 * (width + 16) * 2.0**-24
         self._underflow = width * 2.0**-120
@@ -122,6 +120,17 @@ class Approximation:
             rows = stored_ND[low:high].to(torch.float64)
             shifted_ND[low:high] = (rows - self._center_D) * self._scale
         return shifted_ND
+
+
+def _center(stored_ND: Tensor) -> Tensor:
+    """Return the median of each coordinate over some evenly spaced rows, (D,) float64.
+
+    A median stays near most rows when a few are far off, and is a row's own value when all agree.
+    """
+    if not len(stored_ND):
+        return torch.zeros(stored_ND.shape[1], dtype=torch.float64, device=stored_ND.device)
+    sample_SD = stored_ND[:: -(-len(stored_ND) // _CENTER_SAMPLE)]
+    return sample_SD.median(dim=0).values.to(torch.float64)
 
 
 def _square_norms(rows_ND: Tensor) -> Tensor:

@@ -29,11 +29,13 @@ from dml_dist.search.neighbors import (
 from dml_dist.search.propose import Backend, propose
 
 # Float32 products looked at while they are in a core's cache; a GPU wants large ones.
-_TILE_QUERIES = {"cpu": 256, "cuda": 4096}
+_TILE_QUERIES = {"cpu": 128, "cuda": 4096}
 _TILE_GALLERY = {"cpu": 1024, "cuda": 16384}
 _BYTES_PER_PRODUCT = 8
 # A pair in doubt: two indices, distance, row, and their sorted copies.
 _BYTES_PER_PAIR = 96
+# Pairs in doubt are decided many at once; of trained embeddings, a query has a few in all.
+_PAIRS_A_QUERY = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,7 @@ class GalleryShard:
         self.row_N = row_N
         self._backend: Backend = backend
         self._memory_bytes = memory_bytes
+        self._pairs_at_once = max(1, memory_bytes // 4 // _BYTES_PER_PAIR)
         self._approximation = Approximation(vectors_ND, radius)
         # Rows grouped by class: the rows of class c are _by_class[starts of c : end of c].
         self._sorted_class_N, self._by_class_N = class_N.sort(stable=True)
@@ -128,7 +131,7 @@ class GalleryShard:
         count_Q = torch.searchsorted(self._sorted_class_N, queries.class_Q, right=True) - low_Q
         end_Q = count_Q.cumsum(0)
         num_pairs = int(end_Q[-1]) if len(queries) else 0
-        step = max(1, self._memory_bytes // _BYTES_PER_PAIR)
+        step = self._pairs_at_once
         for start in range(0, num_pairs, step):
             pair_P = torch.arange(start, min(start + step, num_pairs), device=end_Q.device)
             query_P = torch.searchsorted(end_Q, pair_P, right=True)
@@ -137,40 +140,73 @@ class GalleryShard:
             found = merge_neighbors([found, part], 1)
         return found
 
-    def count_closer(self, queries: Queries, distance_Q: Tensor, row_Q: Tensor) -> Tensor:
+    def count_closer(
+        self, queries: Queries, distance_Q: Tensor, row_Q: Tensor, limit: int
+    ) -> Tensor:
         """Return how many rows of this shard come before (distance, row), (Q,) int64.
 
         Args:
             queries: Q queries; their own rows are not counted.
             distance_Q: Exact distances, float64.
             row_Q: Global rows that stand at these distances.
+            limit: Counts of this size or more are only known to be so: in collapsed embeddings
+                nearly every row is in doubt, and looking at all of them would take hours.
         """
         closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
-        for low, high in self._query_tiles(len(queries)):
-            tile = queries.select(torch.arange(low, high, device=self.row_N.device))
-            closer_Q[low:high] = self._count_tile(tile, distance_Q[low:high], row_Q[low:high])
+        if not len(self):
+            return closer_Q
+        with full_precision():
+            for low, high in self._query_tiles(len(queries)):
+                tile = queries.select(torch.arange(low, high, device=self.row_N.device))
+                closer_Q[low:high] = self._count_tile(
+                    tile, distance_Q[low:high], row_Q[low:high], limit
+                )
         return closer_Q
 
-    def _count_tile(self, queries: Queries, distance_Q: Tensor, row_Q: Tensor) -> Tensor:
+    def _count_tile(
+        self, queries: Queries, distance_Q: Tensor, row_Q: Tensor, limit: int
+    ) -> Tensor:
         closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
         approximate = self._approximation.of_queries(queries.vectors_QD)
         lower_Q, upper_Q = self._doubtful(approximate, distance_Q)
+        waiting: list[tuple[Tensor, Tensor]] = []
+        num_waiting = 0
         for low, block_QG in self._products(queries, approximate):
-            sure_Q = (block_QG < lower_Q[:, None]).sum(dim=1)
+            sure_QG, near_QG = block_QG < lower_Q[:, None], block_QG <= upper_Q[:, None]
+            sure_Q = sure_QG.sum(dim=1)
             closer_Q += sure_Q
             # Few queries have a row in doubt in one block: look for pairs in their rows only.
-            some = ((block_QG <= upper_Q[:, None]).sum(dim=1) > sure_Q).nonzero()[:, 0]
-            part = block_QG[some]
-            doubt = (part <= upper_Q[some, None]) & ~(part < lower_Q[some, None])
-            for query_P, position_P in self._pairs(doubt):
-                query_P = some[query_P]
-                position_P = position_P + low
-                exact_P = pair_distances(queries.vectors_QD, query_P, self.vectors_ND, position_P)
-                before = (exact_P < distance_Q[query_P]) | (
-                    (exact_P == distance_Q[query_P]) & (self.row_N[position_P] < row_Q[query_P])
-                )
-                closer_Q += torch.bincount(query_P[before], minlength=len(queries))
-        return closer_Q
+            some = (near_QG.sum(dim=1) > sure_Q).nonzero()[:, 0]
+            pair_P2 = (near_QG[some] ^ sure_QG[some]).nonzero()
+            waiting.append((some[pair_P2[:, 0]], pair_P2[:, 1] + low))
+            num_waiting += len(pair_P2)
+            if num_waiting > min(self._pairs_at_once, _PAIRS_A_QUERY * len(queries)):
+                closer_Q += self._count_pairs(queries, waiting, distance_Q, row_Q)
+                waiting, num_waiting = [], 0
+                # No pair of a query that has reached the limit is looked at any more.
+                lower_Q = lower_Q.masked_fill(closer_Q >= limit, -torch.inf)
+                upper_Q = upper_Q.masked_fill(closer_Q >= limit, -torch.inf)
+        return closer_Q + self._count_pairs(queries, waiting, distance_Q, row_Q)
+
+    def _count_pairs(
+        self,
+        queries: Queries,
+        pairs: list[tuple[Tensor, Tensor]],
+        distance_Q: Tensor,
+        row_Q: Tensor,
+    ) -> Tensor:
+        """Return how many of loose (query, position) pairs come before (distance, row)."""
+        closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
+        if not pairs:
+            return closer_Q
+        query_P = torch.cat([query_P for query_P, _ in pairs])
+        position_P = torch.cat([position_P for _, position_P in pairs])
+        exact_P = pair_distances(queries.vectors_QD, query_P, self.vectors_ND, position_P)
+        limit_P = distance_Q[query_P]
+        before_P = (exact_P < limit_P) | (
+            (exact_P == limit_P) & (self.row_N[position_P] < row_Q[query_P])
+        )
+        return torch.bincount(query_P[before_P], minlength=len(queries))
 
     def _nearest_within(self, queries: Queries, distance_Q: Tensor, num_places: int) -> Neighbors:
         """Return the nearest rows, given a distance within which K of them are known to lie."""
@@ -184,6 +220,10 @@ class GalleryShard:
                 for query_P, position_P in self._pairs(block_QG <= upper_Q[:, None]):
                     part = self._decide_pairs(tile, query_P, position_P + start, num_places)
                     found = merge_neighbors([found, part], num_places)
+                # Rows to come have higher numbers: they cannot enter a list full of zeros.
+                upper_Q = upper_Q.masked_fill(found.distance_QK[:, -1] == 0, -torch.inf)
+                if bool((upper_Q == -torch.inf).all()):
+                    break
             parts.append(found)
         return Neighbors(
             torch.cat([part.distance_QK for part in parts]),
@@ -223,31 +263,28 @@ class GalleryShard:
 
     def _products(self, queries: Queries, approximate: Thresholds) -> Iterator[tuple[int, Tensor]]:
         """Yield blocks of partial distances with their first position; a query's own is inf."""
-        own_Q = torch.searchsorted(self.row_N, queries.row_Q)
-        inside = own_Q < len(self)
-        inside &= self.row_N[own_Q.clamp(max=max(len(self) - 1, 0))] == queries.row_Q
+        own_Q = torch.searchsorted(self.row_N, queries.row_Q).clamp(max=len(self) - 1)
+        inside = self.row_N[own_Q] == queries.row_Q
         tile = self._gallery_tile(len(queries))
         buffer = torch.empty(len(queries) * tile, device=self.row_N.device)
-        with full_precision():
-            for low in range(0, len(self), tile):
-                high = min(low + tile, len(self))
-                out = buffer[: len(queries) * (high - low)].view(len(queries), high - low)
-                block_QG = self._approximation.partial_distances(
-                    approximate.rows_QD, low, high, out=out
-                )
-                here = (inside & (own_Q >= low) & (own_Q < high)).nonzero()[:, 0]
-                block_QG[here, own_Q[here] - low] = torch.inf
-                yield low, block_QG
+        for low in range(0, len(self), tile):
+            high = min(low + tile, len(self))
+            out = buffer[: len(queries) * (high - low)].view(len(queries), high - low)
+            block_QG = self._approximation.partial_distances(
+                approximate.rows_QD, low, high, out=out
+            )
+            here = (inside & (own_Q >= low) & (own_Q < high)).nonzero()[:, 0]
+            block_QG[here, own_Q[here] - low] = torch.inf
+            yield low, block_QG
 
     def _pairs(self, chosen_QG: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the (query, column) pairs of a mask, few enough at a time for the memory."""
         pairs_P2 = chosen_QG.nonzero()
-        step = max(1, self._memory_bytes // 2 // _BYTES_PER_PAIR)
-        for part in pairs_P2.split(step):
+        for part in pairs_P2.split(self._pairs_at_once):
             yield part[:, 0], part[:, 1]
 
     def _query_tiles(self, num_queries: int) -> Iterator[tuple[int, int]]:
-        step = _TILE_QUERIES.get(self.row_N.device.type, 256)
+        step = _TILE_QUERIES.get(self.row_N.device.type, 128)
         step = max(1, min(step, self._memory_bytes // (64 * _BYTES_PER_PRODUCT)))
         for low in range(0, num_queries, step):
             yield low, min(low + step, num_queries)
@@ -256,4 +293,4 @@ class GalleryShard:
         step = _TILE_GALLERY.get(self.row_N.device.type, 1024)
         # A mask's pairs take 16 bytes each, should all of a block be in doubt.
         room = self._memory_bytes // 2 // (num_queries * (_BYTES_PER_PRODUCT + 16))
-        return max(1, min(step, room, max(1, len(self))))
+        return max(1, min(step, room, len(self)))

@@ -38,16 +38,18 @@ class ShardedGallery:
         parts = self._gather(part)
         return merge_neighbors(parts, num_places) if self._comm.rank == owner else None
 
-    def rank_of_class(self, queries: Queries) -> Tensor:
+    def rank_of_class(self, queries: Queries, limit: int) -> Tensor:
         """Return how many gallery rows come before the nearest row of a query's class, (Q,) int64.
 
-        Every query must have another row of its class in the gallery.
+        Args:
+            queries: Q queries, each with another row of its class in the gallery.
+            limit: Ranks of this size or more are only known to be so.
         """
         nearest = self._shard.nearest_of_class(queries)
         if self._comm.world_size > 1:
             nearest = merge_neighbors(self._gather(nearest), 1)
         closer_Q = self._shard.count_closer(
-            queries, nearest.distance_QK[:, 0], nearest.row_QK[:, 0]
+            queries, nearest.distance_QK[:, 0], nearest.row_QK[:, 0], limit
         )
         return self._comm.all_reduce_sum(closer_Q, what="count closer gallery rows")
 

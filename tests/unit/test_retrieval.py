@@ -35,9 +35,7 @@ def test_equals_brute_force_for_both_backends_and_any_memory(name: str, distance
     rankings = expected.pop("rankings")
     first = None
     for variant in VARIANTS:
-        result = _evaluate(
-            case, recall_at=RECALL_AT, distance=distance, neighbors=7, **variant
-        )
+        result = _evaluate(case, recall_at=RECALL_AT, distance=distance, neighbors=7, **variant)
         for key, value in result.as_dict().items():
             if key in ("r_precision", "map_at_r"):
                 assert abs(value - expected[key]) <= 1e-12, (variant, key)

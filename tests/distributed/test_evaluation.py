@@ -1,0 +1,107 @@
+"""Evaluation on several ranks: the digits of one process, and one error for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dml_dist.errors import DataError
+from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
+from dml_dist.parallel.comm import Comm
+from dml_dist.topology import Topology
+from tests.ranks import run_ranks
+from tests.retrieval_cases import cases
+
+RECALL_AT = (1, 2, 5, 20, 500)
+OPTIONS: list[dict[str, Any]] = [
+    {"distance": "cosine", "backend": "faiss", "memory_mb": 512.0},
+    {"distance": "euclidean", "backend": "torch", "memory_mb": 0.5},
+]
+# Shares of the rows: uneven, and one rank without any.
+SHARES = {1: [(1.0,)], 2: [(0.3, 0.7)], 3: [(0.45, 0.0, 0.55)]}
+
+
+def _bounds(count: int, shares: tuple[float, ...]) -> list[int]:
+    return [0, *np.rint(np.cumsum(shares) * count).astype(int).tolist()]
+
+
+def _comm(topology: Topology) -> Comm:
+    return Comm.from_default_group() if topology.world_size > 1 else Comm.single()
+
+
+def _summary(result: RetrievalResult) -> dict[str, Any]:
+    assert result.neighbors is not None
+    assert result.query_rows is not None
+    return {
+        **result.as_dict(),
+        "query_rows": result.query_rows.tolist(),
+        "neighbors": result.neighbors.tolist(),
+    }
+
+
+def _all_cases(topology: Topology) -> dict[str, list[dict[str, Any]]]:
+    comm = _comm(topology)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, case in cases().items():
+        for shares in SHARES[topology.world_size]:
+            bounds = _bounds(len(case.labels), shares)
+            part = slice(bounds[topology.rank], bounds[topology.rank + 1])
+            for options in OPTIONS:
+                result = evaluate(
+                    case.embeddings[part],
+                    case.labels[part],
+                    roles=None if case.roles is None else case.roles[part],
+                    recall_at=RECALL_AT,
+                    neighbors=4,
+                    comm=comm,
+                    **options,
+                )
+                key = f"{name}, {options['distance']}"
+                results.setdefault(key, []).append(_summary(result))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_digits_of_one_process_on_every_rank(world_size: int) -> None:
+    expected = _all_cases(Topology())
+    for rank, results in enumerate(run_ranks(_all_cases, world_size)):
+        for key, listed in results.items():
+            for result in listed:
+                assert result == expected[key][0], (rank, key)
+
+
+def _bad_row_on_rank_1(topology: Topology) -> str:
+    x = np.eye(4, dtype=np.float32)
+    if topology.rank == 1:
+        x[3, 0] = np.nan
+    with pytest.raises(DataError) as caught:
+        evaluate(x, np.array([0, 0, 1, 1]), comm=_comm(topology))
+    return str(caught.value)
+
+
+def _widths_differ(topology: Topology) -> str:
+    x = np.zeros((2, 3 + topology.rank), dtype=np.float32)
+    with pytest.raises(DataError) as caught:
+        evaluate(x, np.array([0, 0]), comm=_comm(topology))
+    return str(caught.value)
+
+
+def _nothing_to_count(topology: Topology) -> str:
+    labels = np.arange(2) + 2 * topology.rank
+    with pytest.raises(DataError) as caught:
+        evaluate(np.eye(2, dtype=np.float32), labels, comm=_comm(topology))
+    return str(caught.value)
+
+
+def _errors(topology: Topology) -> list[str]:
+    return [_bad_row_on_rank_1(topology), _widths_differ(topology), _nothing_to_count(topology)]
+
+
+def test_an_error_is_raised_on_all_ranks() -> None:
+    for bad_row, widths, nothing in run_ranks(_errors, 2):
+        assert "rank 1" in bad_row
+        assert "row 3, column 0" in bad_row
+        assert "[(2, 3), (2, 4)]" in widths
+        assert "4 queries" in nothing
