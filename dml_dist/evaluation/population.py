@@ -63,6 +63,11 @@ class Population:
         return row_Q[np.argsort(self.num_relevant_N[row_Q], kind="stable")]
 
     @property
+    def num_gallery(self) -> int:
+        """Rows of the gallery."""
+        return int(np.count_nonzero(self.is_gallery_N))
+
+    @property
     def num_lone_queries(self) -> int:
         """Queries without any other gallery row of their class."""
         return int(np.count_nonzero(self.is_query_N & (self.num_relevant_N == 0)))
@@ -114,7 +119,7 @@ def gather_population(local: LocalRows, comm: Comm) -> Population:
     if population.num_lone_queries == np.count_nonzero(is_query_N):
         raise DataError(
             "required at least one query with another gallery row of its class, got "
-            f"{np.count_nonzero(is_query_N)} queries, {np.count_nonzero(is_gallery_N)} gallery "
+            f"{np.count_nonzero(is_query_N)} queries, {population.num_gallery} gallery "
             "rows and no such pair; check labels and roles"
         )
     return population

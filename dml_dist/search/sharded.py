@@ -76,8 +76,9 @@ def queries_per_block(memory_bytes: int, num_places: int, width: int, world_size
     """
     proposed = num_places + 5 + num_places // 8
     # Proposals (12 bytes, twice that in Faiss), indices, distances, rows and their sorted copies;
-    # gathered lists and their sorted copies; vectors as stored, shifted and in float64.
-    per_query = 112 * proposed + 64 * num_places * (world_size - 1) + 24 * width
+    # gathered lists and their sorted copies; hits and precisions of the metrics; vectors as
+    # stored, shifted and in float64.
+    per_query = 112 * proposed + 64 * num_places * world_size + 24 * width
     # Faiss multiplies blocks of queries with 1,024 gallery rows.
     return max(1, min(_LARGEST_BLOCK, memory_bytes // 2 // (per_query + 4 * 1024)))
 

@@ -8,7 +8,7 @@ import torch
 
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
-from tests.oracles_retrieval import retrieval
+from tests.oracles_retrieval import exact_distances, retrieval, stored
 from tests.retrieval_cases import Case, cases
 
 CASES = cases()
@@ -33,6 +33,7 @@ def test_equals_brute_force_for_both_backends_and_any_memory(name: str, distance
         case.embeddings, case.labels, recall_at=RECALL_AT, distance=distance, roles=case.roles
     )
     rankings = expected.pop("rankings")
+    distances = exact_distances(stored(case.embeddings, distance))
     first = None
     for variant in VARIANTS:
         result = _evaluate(case, recall_at=RECALL_AT, distance=distance, neighbors=7, **variant)
@@ -44,6 +45,9 @@ def test_equals_brute_force_for_both_backends_and_any_memory(name: str, distance
         first = first or result.as_dict()
         assert result.as_dict() == first, variant
         assert result.query_rows.tolist() == sorted(rankings)
+        listed_distances = distances[result.query_rows[:, None], result.neighbors]
+        listed_distances[result.neighbors < 0] = np.inf
+        np.testing.assert_array_equal(result.neighbor_distances, listed_distances)
         for row, listed in zip(result.query_rows, result.neighbors, strict=True):
             assert [g for g in listed if g >= 0] == rankings[int(row)][: len(listed)][:7]
 
