@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
+from dml_dist.config.base import Section
 from dml_dist.config.data import DataConfig, DatasetConfig, FolderConfig, GlyphsConfig, TableConfig
 from dml_dist.data.index import INDEX_NAME, Index
 from dml_dist.errors import ConfigError, DataError
@@ -27,9 +28,12 @@ def dataset_from_options(
     """
     given = {key: value for key, value in options.items() if value is not None}
     rule = {key: value for key, value in split.items() if value is not None}
-    known = {"glyphs": GlyphsConfig, "folder": FolderConfig, "table": TableConfig}[
-        name
-    ].model_fields
+    sections: dict[str, type[Section]] = {
+        "glyphs": GlyphsConfig,
+        "folder": FolderConfig,
+        "table": TableConfig,
+    }
+    known = sections[name].model_fields
     seed = given.get("seed")
     if "split" in known:
         given.pop("seed", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,44 @@ def _surroundings(
     steps: RecordWriter | None,
     evaluations: RecordWriter | None,
 ) -> Surroundings:
-    config = bench.config
-    rows = bench.split.train_rows
+    """Give the training loop its batches, its evaluation and its display."""
+
+    def show(event: ProgressEvent) -> None:
+        loss = "" if event.loss is None else f"loss {event.loss:.4f}, "
+        speed = f"{loss}{event.images_per_second:,.0f} images/s" if event.step else ""
+        bench.emit(phase("train", event.step, event.total_steps, speed))
+
+    def measure(model: EmbeddingModel, split: str, step: int) -> dict[str, float]:
+        name = bench.config.data.test_split if split == "test" else split
+        metrics = bench.measure(model, bench.rows_of(name), f"embed {name}").as_dict()
+        key = f"recall_at_{bench.config.evaluation.recall_at[0]}"
+        text = f"R@{key.rpartition('_')[2]} {metrics[key]:.4f}, MAP@R {metrics['map_at_r']:.4f}"
+        bench.emit(note(f"step {step:,}: {split} {text}"))
+        return metrics
+
+    return Surroundings(
+        checkpoints=folder.checkpoints,
+        attempt=attempt,
+        batches=_batches(plan, bench),
+        class_ids=bench.split.class_ids,
+        evaluate=measure,
+        report=show,
+        step_records=steps,
+        evaluation_records=evaluations,
+    )
+
+
+def _batches(plan: RunPlan, bench: Bench) -> Callable[[int, int], Iterable[Batch]]:
+    """Return the function from first step and step after the last to this rank's batches."""
+    data, rows = bench.config.data, bench.split.train_rows
     batches = build_plan(
-        config.data.batches,
+        data.batches,
         rows=rows,
         labels=bench.index.label[rows],
         tar_shard=bench.index.tar_shard[rows],
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        world_size=bench.topology.world_size,
+        seed=bench.config.seed,
+        global_batch_size=plan.global_batch_size,
+        world_size=plan.world_size,
     )
 
     def load(first: int, end: int) -> Iterable[Batch]:
@@ -135,41 +163,15 @@ def _surroundings(
             bench.index,
             batches,
             bench.transform,
-            seed=config.seed,
+            seed=bench.config.seed,
             topology=bench.topology,
             start_step=first,
             end_step=end,
-            workers=config.data.loader_workers,
-            prefetch=config.data.prefetch,
+            workers=data.loader_workers,
+            prefetch=data.prefetch,
         )
 
-    def measure(model: EmbeddingModel, split: str, step: int) -> dict[str, float]:
-        name = config.data.test_split if split == "test" else split
-        result = bench.measure(model, bench.rows_of(name), f"embed {name}").as_dict()
-        bench.emit(
-            note(
-                f"step {step:,}: {split} R@{config.evaluation.recall_at[0]} "
-                f"{result[f'recall_at_{config.evaluation.recall_at[0]}']:.4f}, "
-                f"MAP@R {result['map_at_r']:.4f}"
-            )
-        )
-        return result
-
-    def show(event: ProgressEvent) -> None:
-        loss = "" if event.loss is None else f"loss {event.loss:.4f}, "
-        speed = f"{loss}{event.images_per_second:,.0f} images/s" if event.step else ""
-        bench.emit(phase("train", event.step, event.total_steps, speed))
-
-    return Surroundings(
-        checkpoints=folder.checkpoints,
-        attempt=attempt,
-        batches=load,
-        class_ids=bench.split.class_ids,
-        evaluate=measure,
-        report=show,
-        step_records=steps,
-        evaluation_records=evaluations,
-    )
+    return load
 
 
 def _finish(

@@ -184,8 +184,7 @@ class _Drain:
 @contextlib.contextmanager
 def _ray(launch: LaunchConfig) -> Iterator[None]:
     """A connection to the named cluster, or a cluster of this machine for as long as it is used."""
-    local = launch.address is None
-    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if local else {})).items():
+    for name, value in (_ENVIRONMENT | ({} if launch.address else _LOCAL_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -196,10 +195,14 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_config": ray.LoggingConfig(encoding="TEXT", log_level="ERROR"),
-        "runtime_env": {"env_vars": {"PYTHONPATH": import_path}} if local else None,
+        "runtime_env": None if launch.address else {"env_vars": {"PYTHONPATH": import_path}},
     }
     try:
-        if local:
+        if launch.address:
+            _require_listener(launch.address)
+            ray.init(address=launch.address, **options)
+            _require_resources(launch)
+        else:
             needed = math.ceil(launch.num_workers * launch.cpus_per_rank)
             ray.init(
                 address="local",
@@ -208,10 +211,6 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **options,
             )
-        else:
-            _require_listener(launch.address)
-            ray.init(address=launch.address, **options)
-            _require_resources(launch)
     except (OSError, RuntimeError) as error:
         where = (
             f"launch.address {launch.address}" if launch.address else "a cluster on this machine"
