@@ -9,8 +9,10 @@ An event is a small dictionary, so that it crosses process borders as it is:
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +46,30 @@ def note(text: str) -> Event:
 
 def discard(event: Event) -> None:
     """Take an event and show nothing: the emitter of ranks that have no display."""
+
+
+class _Notes(logging.Handler):
+    def __init__(self, emit: Emit) -> None:
+        super().__init__(logging.WARNING)
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a log record as a note."""
+        self._emit(note(f"{record.levelname.lower()}: {record.getMessage()}"))
+
+
+@contextmanager
+def warnings_as_notes(emit: Emit) -> Iterator[None]:
+    """Send the package's warnings where progress goes: a rank's own output may reach nobody."""
+    logger, handler = logging.getLogger("dml_dist"), _Notes(emit)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
 class Display:
@@ -80,7 +106,7 @@ class Display:
         """Show one event."""
         match event["kind"]:
             case "note":
-                self._console.print(event["text"], highlight=False, markup=False)
+                self._console.print(event["text"], highlight=False, markup=False, soft_wrap=True)
             case "phase":
                 self._show_phase(event["phase"], event["done"], event["total"], event["detail"])
 
@@ -90,7 +116,7 @@ class Display:
             if done >= total or now - self._last_line.get(name, 0.0) >= SECONDS_BETWEEN_LINES:
                 self._last_line[name] = now
                 line = f"{name}: {done:,} of {total:,}" + (f", {detail}" if detail else "")
-                self._console.print(line, highlight=False, markup=False)
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
             return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, detail=detail)

@@ -21,7 +21,7 @@ from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.bench import Bench, open_bench
 from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_queries
-from dml_dist.orchestration.progress import Emit, note, phase
+from dml_dist.orchestration.progress import Emit, discard, note, phase, warnings_as_notes
 from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
 from dml_dist.records import RecordWriter
@@ -48,12 +48,13 @@ def run_rank(assignment: Assignment, topology: Topology, comm: Comm, emit: Emit)
         The metrics, the same on every rank but for times.
     """
     _share_cores(assignment.config.launch, topology)
-    bench = open_bench(assignment.config, topology, comm, emit)
-    match assignment.kind:
-        case "train":
-            return _train(assignment, bench)
-        case "evaluate":
-            return _evaluate(assignment, bench)
+    with warnings_as_notes(emit if topology.is_main else discard):
+        bench = open_bench(assignment.config, topology, comm, emit)
+        match assignment.kind:
+            case "train":
+                return _train(assignment, bench)
+            case "evaluate":
+                return _evaluate(assignment, bench)
 
 
 def _share_cores(launch: LaunchConfig, topology: Topology) -> None:

@@ -62,6 +62,7 @@ def test_resume_after_a_cut_checkpoint(config_file: Path, cli: Cli, tmp_path: Pa
     code, output = cli("train", config_file, "--resume")
     assert code == 0, output
     assert "continuing at step 4 of 12" in output
+    assert re.search(f"warning: .*{newest.name}", output), output  # passed over, and said
     attempts = json.loads((run / "run.json").read_text())["attempts"]
     assert attempts[1]["changes"] == ["train.steps: 8 -> 12"]
 
