@@ -199,3 +199,15 @@ def test_bad_input_is_named(
 def test_no_rows_at_all() -> None:
     with pytest.raises(DataError, match="0 queries"):
         evaluate(np.zeros((0, 8), dtype=np.float32), np.zeros(0, dtype=np.int64))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_digits_of_a_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for name, case in CASES.items():
+        x = torch.from_numpy(case.embeddings)
+        options = {"roles": case.roles, "recall_at": RECALL_AT, "neighbors": 7}
+        results = [evaluate(x.to(device), case.labels, **options) for device in ("cpu", "cuda")]
+        assert results[0].as_dict() == results[1].as_dict(), name
+        np.testing.assert_array_equal(results[0].neighbors, results[1].neighbors, name)
