@@ -119,9 +119,7 @@ def resolve(
     validation_class_sizes: Sequence[int] = (),
     world_size: int,
 ) -> RunPlan:
-    """Return the plan of a run, or say in numbers why there is none.
-
-    Reads no data and starts nothing.
+    """Return the plan of a run, or say in numbers why there is none; reads no data.
 
     Args:
         config: The run's configuration.
@@ -152,23 +150,22 @@ def resolve(
     backbone, head = _count_parameters(config)
     dtype = resolve_precision(config.train.precision, "cpu").dtype
     rows = tuple(size * per_class for size in part_sizes(len(sizes), world_size))
-    slots = _state_slots(config.optim)
-    row_bytes = config.model.embedding_size * dtype.itemsize
+    batch_size = config.train.global_batch_size
     return RunPlan(
         world_size=world_size,
         num_images=len(labels),
         num_classes=len(sizes),
         num_validation_images=sum(validation_class_sizes),
         num_validation_classes=len(validation_class_sizes),
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=batch_size,
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=total_steps,
         proxy_rows=rows,
-        proxy_bytes=None if slots is None else tuple(n * row_bytes * (1 + slots) for n in rows),
+        proxy_bytes=_proxy_bytes(config, rows, dtype),
         objective_bytes=bytes_per_step(
             config.loss,
             embedding_size=config.model.embedding_size,
-            batch_sizes=part_sizes(config.train.global_batch_size, world_size),
+            batch_sizes=part_sizes(batch_size, world_size),
             dtype=dtype,
         ),
         ddp_bytes=2 * (world_size - 1) * dtype.itemsize * (backbone + head) // world_size,
@@ -224,6 +221,17 @@ def _count_parameters(config: RunConfig) -> tuple[int, int]:
     for name, parameter in model.named_parameters():
         counts[kinds[name].part] += parameter.numel()
     return counts["backbone"], counts["head"]
+
+
+def _proxy_bytes(
+    config: RunConfig, rows: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, ...] | None:
+    """Return the bytes of each rank's proxies with their optimiser state, if that is known."""
+    slots = _state_slots(config.optim)
+    if slots is None:
+        return None
+    row_bytes = config.model.embedding_size * dtype.itemsize
+    return tuple(size * row_bytes * (1 + slots) for size in rows)
 
 
 def _state_slots(config: OptimizerConfig) -> int | None:

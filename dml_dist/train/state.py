@@ -34,6 +34,11 @@ class Precision:
     dtype: torch.dtype
     autocast: torch.dtype | None
 
+    def context(self, device_type: str) -> torch.autocast:
+        """Return the context in which the network is called; it does nothing without autocast."""
+        enabled = self.autocast is not None
+        return torch.autocast(device_type, dtype=self.autocast, enabled=enabled)
+
 
 @dataclass
 class TrainState:
@@ -62,7 +67,13 @@ class TrainState:
     @property
     def owned(self) -> dict[str, Parameter]:
         """This rank's rows of the objective's tables, by name."""
-        return {name: entry[0] for name, entry in self.objective.owned_parameters().items()}
+        return {name: rows.parameter for name, rows in self.objective.owned_parameters().items()}
+
+    def count_step(self, loss: Tensor) -> None:
+        """Count an update, and note on the device whether it is the first with a bad loss."""
+        self.step += 1
+        bad = (self.first_bad_step < 0) & ~loss.isfinite()
+        self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
 
 
 def resolve_precision(
@@ -110,7 +121,7 @@ def build_state(
             comm=comm,
             dtype=precision.dtype,
         ).to(comm.device)
-        owned = {name: entry[0] for name, entry in objective.owned_parameters().items()}
+        owned = {name: rows.parameter for name, rows in objective.owned_parameters().items()}
         _check_all_owned(objective, owned)
         optimizer = build_optimizer(config.optim, parameter_groups(config.optim, model, owned))
     except Exception as caught:  # Handed to all ranks by agree.

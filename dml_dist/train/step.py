@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dml_dist.train.optim import clip_gradients, set_learning_rates
@@ -52,8 +51,7 @@ def train_step(
         update_backbone: False leaves the backbone and its optimiser state as they are.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    autocast = state.precision.autocast
-    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+    with state.precision.context(images.device.type):
         embeddings = state.network(images)
     output = state.objective(embeddings, labels, batch_sizes)
     with state.comm.guard("gradients"):
@@ -64,10 +62,7 @@ def train_step(
     if max_grad_norm is not None:
         owned = state.owned.values()
         norm = clip_gradients(state.model.parameters(), owned, max_grad_norm, state.comm)
-    loss = output.loss.detach()
-    state.step += 1
-    bad = (state.first_bad_step < 0) & ~loss.isfinite()
-    state.first_bad_step = torch.where(bad, state.step, state.first_bad_step)
+    state.count_step(output.loss.detach())
     set_learning_rates(state.optimizer, learning_rate_factor)
     state.optimizer.step()
-    return StepOutput(loss, output.statistics, norm)
+    return StepOutput(output.loss.detach(), output.statistics, norm)

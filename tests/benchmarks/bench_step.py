@@ -1,13 +1,17 @@
 """A training step against the same model in a plain PyTorch loop, and what exact resume costs.
 
-    python -m tests.benchmarks.bench_step [--steps 200] [--threads 1]
+    python -m tests.benchmarks.bench_step [--steps 200] [--model conv4] [--image-size 32]
 
 One process: the project's whole loop (records, progress, clipping off) takes turns, step by step,
 with a plain loop (network, softmax cross-entropy over cosines to the proxies, backward, Adam), so
 that both meet the same machine. Target: a ratio of at most 1.03 to the plain loop with the same
 fused Adam.
 
-Three ranks: the same step with and without DDP's `find_unused_parameters`, taking turns.
+Two and three ranks (`--ranks`): the same step with and without DDP's `find_unused_parameters`,
+taking turns.
+
+Ratios are medians over steps that followed each other. `--clock cpu` counts the CPU time of the
+training thread, which other programs on a busy machine disturb less.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,26 +45,40 @@ from tests.ranks import run_ranks
 
 NUM_CLASSES = 500
 BATCH_SIZE = 64
-IMAGE_SIZE = 32
-WARMUP = 20
+WARMUP = 10
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+BACKBONES = {
+    "conv4": {"name": "conv4", "width": 64},
+    "resnet18": {"name": "resnet18", "norm": "group"},
+}
 
 
-def configuration(steps: int) -> RunConfig:
-    """Return the quickstart's network and loss."""
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and how."""
+
+    steps: int
+    model: str
+    image_size: int
+    clock: str
+
+
+def configuration(setting: Setting) -> RunConfig:
+    """Return the run: Proxy-NCA, 128 numbers an embedding, Adam."""
     return parse_config(
         {
             "name": "bench",
             "data": {"path": "unused"},
-            "model": {"backbone": {"name": "conv4", "width": 64}, "embedding_size": 128},
-            "train": {"global_batch_size": BATCH_SIZE, "steps": steps},
+            "model": {"backbone": BACKBONES[setting.model], "embedding_size": 128},
+            "train": {"global_batch_size": BATCH_SIZE, "steps": setting.steps},
         }
     )
 
 
-def global_batch(step: int) -> tuple[Tensor, Tensor]:
+def global_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     """Return random images and class ids."""
     generator = torch.Generator().manual_seed(step % 8)
-    images = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    images = torch.randn(BATCH_SIZE, 3, size, size, generator=generator)
     return images, torch.randint(NUM_CLASSES, (BATCH_SIZE,), generator=generator)
 
 
@@ -75,20 +93,18 @@ class PlainLoop:
         self.proxies = objective.owned_parameters()["proxies"].parameter
         self.optimizer = torch.optim.Adam([*self.model.parameters(), self.proxies], fused=fused)
 
-    def step(self, images: Tensor, labels: Tensor) -> float:
-        """Make one update and return its seconds."""
-        start = time.perf_counter()
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Make one update."""
         cosines = F.normalize(self.model(images)) @ F.normalize(self.proxies).T
         loss = F.cross_entropy(18.0 * cosines, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return time.perf_counter() - start
 
 
-def against_plain_loop(steps: int) -> dict[str, list[float]]:
+def against_plain_loop(setting: Setting) -> dict[str, list[float]]:
     """Return the seconds of every step of the three loops."""
-    config = configuration(steps)
+    config, clock = configuration(setting), CLOCKS[setting.clock]
     plan = resolve(config, train_class_sizes=[12] * NUM_CLASSES, world_size=1)
     peers = {
         name: PlainLoop(config, fused=name == "plain, fused Adam")
@@ -98,12 +114,14 @@ def against_plain_loop(steps: int) -> dict[str, list[float]]:
 
     def batches(start: int, end: int) -> Iterator[Batch]:
         for step in range(start, end):
-            images, labels = global_batch(step)
-            began = time.perf_counter()
+            images, labels = global_batch(step, setting.image_size)
+            began = clock()
             yield Batch(images, labels, labels, step)
-            seconds["dml_dist"].append(time.perf_counter() - began)
+            seconds["dml_dist"].append(clock() - began)
             for name, peer in peers.items():
-                seconds[name].append(peer.step(images, labels))
+                began = clock()
+                peer.step(images, labels)
+                seconds[name].append(clock() - began)
 
     with tempfile.TemporaryDirectory() as folder:
         around = Surroundings(
@@ -119,10 +137,10 @@ def against_plain_loop(steps: int) -> dict[str, list[float]]:
     return seconds
 
 
-def with_and_without_bucket_rule(topology: Topology, steps: int) -> dict[str, list[float]]:
+def with_and_without_bucket_rule(topology: Topology, setting: Setting) -> dict[str, list[float]]:
     """Return the seconds of steps with and without `find_unused_parameters`."""
     comm = Comm.from_default_group()
-    config = configuration(steps)
+    config, clock = configuration(setting), CLOCKS[setting.clock]
     sizes = resolve(
         config, train_class_sizes=[12] * NUM_CLASSES, world_size=topology.world_size
     ).batch_sizes(0)
@@ -136,15 +154,15 @@ def with_and_without_bucket_rule(topology: Topology, steps: int) -> dict[str, li
     )
     low = sum(sizes[: topology.rank])
     seconds: dict[str, list[float]] = {name: [] for name in states}
-    for step in range(steps):
-        images, labels = global_batch(step)
+    for step in range(setting.steps):
+        images, labels = global_batch(step, setting.image_size)
         part = slice(low, low + sizes[topology.rank])
         for name, state in states.items():
             comm.barrier()
-            start = time.perf_counter()
+            start = clock()
             train_step(state, images[part], labels[part], sizes, learning_rate_factor=1.0)
             comm.barrier()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -159,30 +177,30 @@ def show(title: str, seconds: dict[str, list[float]], ratios: list[tuple[str, st
         print(f"  {one} / {two}: {ratio:.3f}")
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run both comparisons and print them."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the comparisons and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", choices=sorted(BACKBONES), default="conv4")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3])
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    one = against_plain_loop(given.steps)
-    show(
-        f"one process, {given.threads} threads, conv4 of 64 channels, {BATCH_SIZE} images of "
-        f"{IMAGE_SIZE} px, {NUM_CLASSES} classes",
-        one,
-        [("dml_dist", "plain, fused Adam"), ("dml_dist", "plain, default Adam")],
+    torch.set_num_threads(1)
+    setting = Setting(given.steps, given.model, given.image_size, given.clock)
+    what = (
+        f"{given.model}, {BATCH_SIZE} images of {given.image_size} px, {NUM_CLASSES} classes, "
+        f"one thread a rank, {given.clock} time"
     )
-    found: dict[str, Any] = {"one": one}
-    for world_size in (2, 3):
-        ranks = run_ranks(with_and_without_bucket_rule, world_size, given.steps, timeout=600.0)
-        found[f"{world_size} ranks"] = ranks[0]
+    one = against_plain_loop(setting)
+    show(f"1 rank, {what}", one, [("dml_dist", name) for name in list(one)[1:]])
+    for world_size in given.ranks:
+        ranks = run_ranks(with_and_without_bucket_rule, world_size, setting, timeout=900.0)
         show(
-            f"{world_size} ranks, gloo, one thread each",
+            f"{world_size} ranks, gloo, {what}",
             ranks[0],
             [("find_unused_parameters", "rebuilt buckets")],
         )
-    return found
 
 
 if __name__ == "__main__":

@@ -150,6 +150,19 @@ def test_optimisers_step_as_torch_does(
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("config", [AdamConfig(), SGDConfig(), RMSpropConfig(momentum=0.5)])
+def test_a_parameter_may_get_its_first_gradient_late(config: OptimizerConfig) -> None:
+    """As the backbone's do after its warm-up, in a group with parameters that have state."""
+    model = network()
+    optimizer = build_optimizer(config, parameter_groups(config, model, {}))
+    give_gradients([model.head.weight], 0)
+    optimizer.step()
+    before = model.backbone[0].weight.detach().clone()
+    give_gradients([*model.parameters()], 1)
+    optimizer.step()
+    assert not torch.equal(model.backbone[0].weight, before)
+
+
 def test_wrong_custom_optimisers() -> None:
     groups = parameter_groups(AdamConfig(), network(), proxies())
     with pytest.raises(ConfigError, match=r"required a torch.optim.Optimizer, got int"):
