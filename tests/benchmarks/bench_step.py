@@ -17,6 +17,7 @@ training thread, which other programs on a busy machine disturb less.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -147,6 +148,8 @@ def with_and_without_bucket_rule(topology: Topology, setting: Setting) -> dict[s
     states: dict[str, TrainState] = {}
     for name in ("find_unused_parameters", "rebuilt buckets"):
         states[name] = build_state(config, num_classes=NUM_CLASSES, comm=comm)
+    states["rebuilt buckets"].network = states["rebuilt buckets"].model
+    gc.collect()  # The first DDP's hooks go with it.
     states["rebuilt buckets"].network = DistributedDataParallel(
         states["rebuilt buckets"].model,
         process_group=comm.group,
