@@ -1,0 +1,62 @@
+"""Distributed training and exact evaluation of image embeddings.
+
+The names below are for programs with a training loop of their own; they need neither Ray nor a
+run. Each is loaded when it is first used, so that `import dml_dist` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dml_dist.data.batches import PlanSampler, ShardDataset
+    from dml_dist.data.datasets import build_importer
+    from dml_dist.data.index import read_index
+    from dml_dist.data.plans import build_plan
+    from dml_dist.data.transforms import build_transform
+    from dml_dist.data.write_shards import import_dataset
+    from dml_dist.evaluation.retrieval import evaluate
+    from dml_dist.losses.proxy_nca import proxy_nca_loss
+    from dml_dist.models.build import build_model
+    from dml_dist.parallel.build import build_objective
+    from dml_dist.parallel.comm import Comm
+    from dml_dist.topology import Topology
+
+_HOMES = {
+    "Comm": "parallel.comm",
+    "PlanSampler": "data.batches",
+    "ShardDataset": "data.batches",
+    "Topology": "topology",
+    "build_importer": "data.datasets",
+    "build_model": "models.build",
+    "build_objective": "parallel.build",
+    "build_plan": "data.plans",
+    "build_transform": "data.transforms",
+    "evaluate": "evaluation.retrieval",
+    "import_dataset": "data.write_shards",
+    "proxy_nca_loss": "losses.proxy_nca",
+    "read_index": "data.index",
+}
+
+__all__ = [
+    "Comm",
+    "PlanSampler",
+    "ShardDataset",
+    "Topology",
+    "build_importer",
+    "build_model",
+    "build_objective",
+    "build_plan",
+    "build_transform",
+    "evaluate",
+    "import_dataset",
+    "proxy_nca_loss",
+    "read_index",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -35,43 +35,17 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.timeout(300)
-def test_killed_worker_and_final_weights_equal_the_uninterrupted_run(
+@pytest.mark.timeout(400)
+def test_killed_worker_and_final_error(
     config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    mark = tmp_path / "killed"
-    config = yaml.safe_load(config_file.read_text())
-    config["data"]["transform"] = {
-        "name": "custom",
-        "target": "tests.e2e.killer:KillOnce",
-        "options": {"mark": str(mark), "after": 70},
-    }
-    config_file.write_text(yaml.safe_dump(config))
-
-    code, output = cli(
-        *("train", config_file, "--launcher", "ray", "--workers", 2, "--run-dir", "under-ray")
-    )
-    assert code == 0, output
-    assert mark.exists()  # rank 1 was killed at the sixth of twelve steps
-    attempts = json.loads((tmp_path / "under-ray/run.json").read_text())["attempts"]
-    assert [attempt["attempt"] for attempt in attempts] == [1, 2]
+    # Rank 1 is killed at the sixth of twelve steps, after a checkpoint at the fourth.
+    output = _equals_the_uninterrupted_run(2, 70, config_file, cli, tmp_path, monkeypatch)
     assert "continuing at step 4 of 12" in output
     assert "R@1" in output
     assert output.strip().splitlines()[-1].endswith("under-ray")
 
-    torchrun(2, "train", config_file, "--run-dir", "uninterrupted", cwd=tmp_path)
-    killed, whole = _weights(tmp_path / "under-ray"), _weights(tmp_path / "uninterrupted")
-    assert killed.keys() == whole.keys()
-    assert any("proxies" in name for name in whole)
-    for name, tensor in whole.items():
-        assert torch.equal(killed[name], tensor), name
-    metrics = [
-        json.loads((tmp_path / run / "metrics.json").read_text())["trained"]
-        for run in ("under-ray", "uninterrupted")
-    ]
-    assert metrics[0] == metrics[1]
-
+    config = yaml.safe_load(config_file.read_text())
     _damage_a_sample(Path(config["data"]["path"]), tmp_path / "damaged")
     code, output = cli(
         *("train", config_file, "--launcher", "ray", "--workers", 2, "--run-dir", "broken"),
@@ -82,6 +56,64 @@ def test_killed_worker_and_final_weights_equal_the_uninterrupted_run(
     assert "Traceback" not in output
     attempts = json.loads((tmp_path / "broken/run.json").read_text())["attempts"]
     assert len(attempts) == 1  # bad data is final: the ranks were not started again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num_workers", "after"),
+    [(2, 0), (2, 40), (2, 100), (2, 150), (3, 0), (3, 30), (3, 60), (3, 90)],
+)
+def test_killed_worker_again_and_again(
+    num_workers: int,
+    after: int,
+    config_file: Path,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _equals_the_uninterrupted_run(num_workers, after, config_file, cli, tmp_path, monkeypatch)
+
+
+def _equals_the_uninterrupted_run(
+    num_workers: int,
+    after: int,
+    config_file: Path,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """Train under Ray with a SIGKILL to rank 1 after a number of its images, and compare."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    mark = tmp_path / "killed"
+    config = yaml.safe_load(config_file.read_text())
+    config["data"]["transform"] = {
+        "name": "custom",
+        "target": "tests.e2e.killer:KillOnce",
+        "options": {"mark": str(mark), "after": after},
+    }
+    config_file.write_text(yaml.safe_dump(config))
+    code, output = cli(
+        *("train", config_file, "--launcher", "ray", "--workers", num_workers),
+        *("--run-dir", "under-ray"),
+    )
+    assert code == 0, output
+    assert mark.exists()
+    attempts = json.loads((tmp_path / "under-ray/run.json").read_text())["attempts"]
+    assert [attempt["attempt"] for attempt in attempts] == [1, 2]
+
+    torchrun(num_workers, "train", config_file, "--run-dir", "uninterrupted", cwd=tmp_path)
+    killed, whole = _weights(tmp_path / "under-ray"), _weights(tmp_path / "uninterrupted")
+    assert killed.keys() == whole.keys()
+    assert any("proxies" in name for name in whole)
+    for name, tensor in whole.items():
+        assert torch.equal(killed[name], tensor), name
+    metrics = [
+        json.loads((tmp_path / run / "metrics.json").read_text())["trained"]
+        for run in ("under-ray", "uninterrupted")
+    ]
+    assert metrics[0] == metrics[1]
+    return output
 
 
 def _damage_a_sample(source: Path, target: Path) -> None:
