@@ -28,6 +28,7 @@ INDEX_NAME = "index.parquet"
 # What an import keeps in its folder until the index stands.
 PROGRESS_FOLDER = ".import"
 _DIGEST = b"dml_dist.import"
+_DESCRIPTION = b"dml_dist.description"
 _SHOWN = 20
 _log = logging.getLogger(__name__)
 
@@ -100,12 +101,13 @@ class Index:
         return rows
 
 
-def write_index(index: Index, *, digest: str = "") -> None:
+def write_index(index: Index, *, digest: str = "", description: str = "") -> None:
     """Write index.parquet into the index's folder, at once or not at all.
 
     Args:
         index: What to write.
         digest: Identifies the import that made the shards; empty for shards made elsewhere.
+        description: Says what was imported, in the words of who did; empty when unknown.
     """
     label = pa.array(index.label.astype(np.int32))
     columns: dict[str, pa.Array] = {
@@ -125,7 +127,8 @@ def write_index(index: Index, *, digest: str = "") -> None:
         "split": pa.array(index.split, pa.string()).dictionary_encode(),
         "role": pa.array(index.role, pa.string()).dictionary_encode(),
     }
-    table = pa.table(columns).replace_schema_metadata({_DIGEST: digest.encode()})
+    metadata = {_DIGEST: digest.encode(), _DESCRIPTION: description.encode()}
+    table = pa.table(columns).replace_schema_metadata(metadata)
     with open_atomic(index.root / INDEX_NAME) as file:
         pq.write_table(table, file, compression="zstd")
 
@@ -253,11 +256,14 @@ def class_sorted_warnings(index: Index) -> list[str]:
 
 def import_digest(root: Path) -> str | None:
     """Return the digest given to `write_index`, None when the folder has no index."""
-    path = root / INDEX_NAME
-    if not path.exists():
+    if not (root / INDEX_NAME).exists():
         return None
-    metadata = index_table.read_table(path).schema.metadata or {}
-    return metadata.get(_DIGEST, b"").decode()
+    return _metadata(root, _DIGEST)
+
+
+def import_description(root: Path) -> str:
+    """Return the description given to `write_index`, "" when it is unknown or there is no index."""
+    return _metadata(root, _DESCRIPTION) if (root / INDEX_NAME).exists() else ""
 
 
 def bytes_needed(index: Index) -> np.ndarray:
@@ -265,6 +271,10 @@ def bytes_needed(index: Index) -> np.ndarray:
     needed = np.zeros(len(index.tar_shards), dtype=np.int64)
     np.maximum.at(needed, index.tar_shard, index.offset + index.length)
     return needed
+
+
+def _metadata(root: Path, name: bytes) -> str:
+    return index_table.read_metadata(root / INDEX_NAME).get(name, b"").decode()
 
 
 def _check_values(index: Index, path: Path) -> None:

@@ -48,6 +48,18 @@ def read_table(path: Path) -> pa.Table:
     return table
 
 
+def read_metadata(path: Path) -> dict[bytes, bytes]:
+    """Return what the file's schema keeps beside the columns.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    try:
+        return pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise unusable(path, f"it cannot be read as parquet ({error})") from error
+
+
 def unusable(path: Path, why: str) -> DataError:
     """Return the error for an index that cannot be used, with the way out."""
     return DataError(f"{path}: {why}; make it anew with `dml-dist data index {path.parent}`")

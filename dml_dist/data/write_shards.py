@@ -23,6 +23,7 @@ from dml_dist.data.index import (
     INDEX_NAME,
     PROGRESS_FOLDER,
     Index,
+    import_description,
     import_digest,
     read_index,
     write_index,
@@ -58,6 +59,7 @@ def import_dataset(
     samples_per_shard: int = 1000,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    description: str = "",
 ) -> Index:
     """Write the images of a data set into tar shards, then their index.
 
@@ -70,6 +72,8 @@ def import_dataset(
         samples_per_shard: Largest number of images in a tar shard, >= 1.
         processes: Number of writer processes; None takes one for each CPU core.
         progress: Called with (images written, all images), at the start and after each tar shard.
+        description: Kept with the index (`dml_dist.data.index.import_description`); it does not
+            tell one import from another.
 
     Returns:
         The index, also written to `out`/index.parquet.
@@ -86,7 +90,10 @@ def import_dataset(
         shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
         if progress is not None:
             progress(plan.num_images, plan.num_images)
-        return read_index(out)
+        index = read_index(out)
+        if description not in ("", import_description(out)):
+            write_index(index, digest=plan.digest, description=description)
+        return index
     _refuse_other_data(out, plan.digest)
     folder = out / PROGRESS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +103,7 @@ def import_dataset(
         write_json_atomic(folder / "plan.json", {"digest": plan.digest})
         _write_missing(plan, processes, progress)
         index = _collect_index(plan, out)
-        write_index(index, digest=plan.digest)
+        write_index(index, digest=plan.digest, description=description)
         shutil.rmtree(folder)
     return index
 

@@ -15,7 +15,13 @@ import pytest
 from PIL import Image
 
 from dml_dist.data import tar_shard, write_shards
-from dml_dist.data.index import INDEX_NAME, PROGRESS_FOLDER, read_index
+from dml_dist.data.index import (
+    INDEX_NAME,
+    PROGRESS_FOLDER,
+    build_index,
+    import_description,
+    read_index,
+)
 from dml_dist.data.sample import FileSource, Sample
 from dml_dist.data.verify import verify
 from dml_dist.data.write_shards import import_dataset
@@ -119,6 +125,21 @@ def test_finished_import_is_read_and_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="must be a folder"):
         write(tmp_path / "file")
+
+
+def test_the_description_of_an_import_is_kept_and_renewed(tmp_path: Path) -> None:
+    assert import_description(tmp_path) == ""
+    texts = ['{"name": "glyphs"}', "", "Łódź"]
+    for given, kept in zip(texts, [texts[0], texts[0], texts[2]], strict=True):
+        index = import_dataset(noise_importer(), tmp_path, processes=1, description=given)
+        assert import_description(tmp_path) == kept
+        assert read_index(tmp_path).keys.tolist() == index.keys.tolist()
+    (tmp_path / INDEX_NAME).unlink()
+    build_index(tmp_path, processes=1)
+    assert import_description(tmp_path) == ""
+    (tmp_path / INDEX_NAME).write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        import_description(tmp_path)
 
 
 def killed_import(
