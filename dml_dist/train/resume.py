@@ -49,7 +49,8 @@ def check_plan(folder: Path, manifest: Manifest, config: RunConfig, plan: RunPla
     """Refuse data or a length of the run that a checkpoint cannot go on with.
 
     Raises:
-        CheckpointError: If the training images changed, or the schedule would have been another.
+        CheckpointError: If the training images changed, the run would end before the checkpoint,
+            or the schedule would have been another.
     """
     saved = (manifest.num_images, manifest.num_classes)
     if saved != (plan.num_images, plan.num_classes):
@@ -57,6 +58,12 @@ def check_plan(folder: Path, manifest: Manifest, config: RunConfig, plan: RunPla
             f"required the training data of {folder} ({saved[0]} images of {saved[1]} classes), "
             f"got {plan.num_images} images of {plan.num_classes} classes; give data.path the data "
             "it was saved with, or start a new run"
+        )
+    if manifest.step > plan.total_steps:
+        raise CheckpointError(
+            f"required at least the {manifest.step} steps that {folder} has made, got a run of "
+            f"{plan.total_steps} steps in all; raise train.steps or train.epochs, or start a new "
+            "run in another folder"
         )
     if depends_on_total_steps(config.schedule) and manifest.total_steps != plan.total_steps:
         raise CheckpointError(

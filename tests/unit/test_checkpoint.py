@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
-    os.system(f"cp -r {finished} {tmp_path}/run")
-    return tmp_path / "run"
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_what_a_checkpoint_holds(finished: Path) -> None:
@@ -179,6 +178,12 @@ def test_more_steps_under_a_cosine_are_refused(tmp_path: Path) -> None:
     longer = small_config(**cosine, train__steps=9)
     with pytest.raises(CheckpointError, match=r"required 6 steps in all.*schedule cosine depends"):
         small_run(tmp_path, longer, attempt=2).train(resume=True)
+
+
+def test_fewer_steps_than_already_made_are_refused(run: Path) -> None:
+    shorter = small_config(train__steps=4)
+    with pytest.raises(CheckpointError, match=r"at least the 6 steps.*-a1 .*got a run of 4 steps"):
+        small_run(run, shorter, attempt=2).train(resume=True)
 
 
 def test_other_data_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
