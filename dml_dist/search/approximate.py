@@ -37,12 +37,19 @@ _CENTER_SAMPLE = 1024
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Have float32 matrix products carried out in float32 inside the block."""
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Have float32 matrix products carried out in float32 inside the block.
+
+    Neither the precision that the caller has set nor an autocast around the block counts inside.
+
+    Args:
+        device: Where the products are taken.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

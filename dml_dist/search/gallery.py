@@ -106,7 +106,7 @@ class GalleryShard:
         """
         if not len(self) or not len(queries):
             return empty_neighbors(len(queries), num_places, self.row_N.device)
-        with full_precision():
+        with full_precision(self.row_N.device):
             approximate = self._approximation.of_queries(queries.vectors_QD)
             # One more for the query itself, some more so that rounding leaves few queries open.
             wanted = num_places + 5 + num_places // 8
@@ -155,7 +155,7 @@ class GalleryShard:
         closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
         if not len(self):
             return closer_Q
-        with full_precision():
+        with full_precision(self.row_N.device):
             for low, high in self._query_tiles(len(queries)):
                 tile = queries.select(torch.arange(low, high, device=self.row_N.device))
                 closer_Q[low:high] = self._count_tile(

@@ -80,7 +80,7 @@ def test_the_bound_holds(scale: float, offset: float) -> None:
     x = (_normal(400, 64) + offset) * scale
     shard = Approximation(x, float(x.to(torch.float64).norm(dim=1).max()))
     queries = shard.of_queries(x[:50])
-    with full_precision():
+    with full_precision(torch.device("cpu")):
         partial = shard.partial_distances(queries.rows_QD, 0, 400)
     approximate = partial.to(torch.float64) + queries.square_Q[:, None]
     query, row = torch.cartesian_prod(torch.arange(50), torch.arange(400)).T
@@ -116,6 +116,20 @@ def test_low_matmul_precision_of_the_caller_changes_nothing() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert result == expected
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("width", [2, 64])
+def test_autocast_around_an_evaluation_changes_nothing(width: int, distance: str) -> None:
+    labels = np.arange(600) % 30
+    rng = np.random.default_rng(6)
+    x = 5.0 + rng.standard_normal((30, width))[labels] + 0.1 * rng.standard_normal((600, width))
+    options = {"backend": "torch", "distance": distance, "neighbors": 10, "recall_at": (1, 50)}
+    expected = evaluate(x, labels, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = evaluate(x, labels, **options)
+    assert result.as_dict() == expected.as_dict()
+    np.testing.assert_array_equal(result.neighbors, expected.neighbors)
 
 
 # ---------------------------------------------------------------- lists and counts
