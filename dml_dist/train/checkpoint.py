@@ -27,6 +27,7 @@ from dml_dist.train.checkpoint_files import (
     Manifest,
     PartFile,
     checkpoint_folders,
+    is_whole,
     read_part,
     write_part,
 )
@@ -48,7 +49,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, manifest: Manifest, *,
         checkpoints: Folder of the run's checkpoints.
         state: What is saved.
         manifest: What it is; its files and world size are filled in here.
-        keep: Number of newest checkpoints that are kept, beside `manifest.best`.
+        keep: Number of newest whole checkpoints that are kept, beside `manifest.best`.
 
     Returns:
         The checkpoint's folder.
@@ -90,10 +91,11 @@ def load_checkpoint(folder: Path, manifest: Manifest, state: TrainState) -> None
         _load(folder, manifest, state)
     except CheckpointError as caught:
         error = caught
-    except (OSError, RuntimeError, KeyError) as caught:
+    except Exception as caught:  # Handed to all ranks by agree: torch.load raises many classes.
         error = CheckpointError(
-            f"required the state of this network and objective in {folder}, got {caught}; "
-            "use the configuration and data the checkpoint was saved with"
+            f"required the state of this network and objective in {folder}, got "
+            f"{type(caught).__name__}: {caught}; use the configuration and data the checkpoint "
+            "was saved with"
         )
     state.comm.agree(error, what="loading a checkpoint")
 
@@ -168,10 +170,18 @@ def _take_name(temporary: Path, final: Path) -> None:
 
 
 def _delete_old(checkpoints: Path, manifest: Manifest, keep: int) -> None:
-    """Keep the newest checkpoints and the best one."""
+    """Keep the newest whole checkpoints and the best one; what is older goes, damaged or not.
+
+    Those of earlier attempts are verified, as long as they are among the newest ones: what a disk
+    damaged must not take the place of a whole one. This attempt has just written its own.
+    """
     best = manifest.best.folder if manifest.best else None
-    for folder in checkpoint_folders(checkpoints)[keep:]:
-        if folder.name != best:
+    num_whole = 0
+    for folder in checkpoint_folders(checkpoints):
+        if num_whole < keep:
+            own = folder.name.endswith(f"-a{manifest.attempt}")
+            num_whole += own or is_whole(folder)
+        elif folder.name != best:
             _delete(folder)
 
 

@@ -256,6 +256,15 @@ def verify_checkpoint(folder: Path, only: Sequence[str] | None = None) -> Manife
     return manifest
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether nothing of a checkpoint is missing or damaged; reads all of its files."""
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def newest_checkpoint(checkpoints: Path) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint that is whole, or None when there is none at all.
 

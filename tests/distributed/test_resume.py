@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dml_dist.errors import CheckpointError
 from dml_dist.parallel.comm import Comm
 from dml_dist.records import read_records
 from dml_dist.topology import Topology
@@ -145,3 +146,25 @@ def test_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
                 for name, value in after.items():
                     difference = (value - found[precision][1][name]).abs().max()
                     assert float(difference) <= tolerance, (saved_by, precision, name)
+
+
+def fail_to_load(topology: Topology, root: str) -> str:
+    """Load a checkpoint that the last rank cannot unpickle; return this rank's error."""
+    comm = Comm.from_default_group()
+    run = SmallRun(topology, comm, small_config(train__steps=3), Path(root) / "run")
+    run.train()
+    folder = run.folder / "checkpoints" / AT_THREE
+    manifest = verify_checkpoint(folder)
+    if topology.rank == topology.world_size - 1:
+        folder = Path(shutil.copytree(folder, Path(root) / "own"))
+        (folder / "model.pt").write_bytes(b"not written by torch")
+    loaded = build_state(run.config, num_classes=run.plan.num_classes, comm=comm)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder, manifest, loaded)
+    return str(caught.value)
+
+
+def test_an_unreadable_checkpoint_on_one_rank_ends_all_ranks(tmp_path: Path) -> None:
+    for message in run_ranks(fail_to_load, 2, str(tmp_path), timeout=20.0):
+        assert message.startswith("rank 1 of 2: required the state of this network")
+        assert "UnpicklingError" in message

@@ -138,6 +138,38 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000008-a1", "step_00000007-a1", "step_00000004-a1"]
 
 
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    def attempt(number: int, steps: int) -> None:
+        config = small_config(checkpoint__every_steps=1, checkpoint__keep=2, train__steps=steps)
+        run = small_run(tmp_path, config, attempt=number, validation=False)
+        run.train(resume=True)
+
+    attempt(1, 3)
+    newest = tmp_path / "checkpoints" / "step_00000003-a1"
+    (newest / "model.pt").write_bytes(b"")
+    attempt(2, 3)
+    assert names(tmp_path) == ["step_00000003-a2", "step_00000003-a1", "step_00000002-a1"]
+    attempt(3, 4)
+    assert names(tmp_path) == ["step_00000004-a3", "step_00000003-a2"]
+
+
+def test_an_older_damaged_checkpoint_does_not_count_either(tmp_path: Path) -> None:
+    keep = {"checkpoint__every_steps": 1, "checkpoint__keep": 3}
+    small_run(tmp_path, small_config(**keep, train__steps=3), validation=False).train()
+    path = tmp_path / "checkpoints" / "step_00000002-a1" / "optim.pt"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    longer = small_config(**keep, train__steps=4)
+    small_run(tmp_path, longer, attempt=2, validation=False).train(resume=True)
+    assert names(tmp_path) == [
+        "step_00000004-a2",
+        "step_00000003-a1",
+        "step_00000002-a1",
+        "step_00000001-a1",
+    ]
+
+
 def test_without_validation_the_last_is_the_result(tmp_path: Path) -> None:
     config = small_config(checkpoint__every_steps="null")
     result = small_run(tmp_path, config, validation=False).train()
