@@ -56,19 +56,21 @@ def split_rows(parameter: Parameter, state: State) -> tuple[dict[str, Tensor], S
     """Divide the state of a table's rows into what is kept per row and what all ranks share.
 
     Raises:
-        CheckpointError: If a tensor is neither: such an optimiser cannot be resharded.
+        CheckpointError: If a tensor is neither: such an optimiser cannot be resharded. A vector
+            is never per row: its length may equal the number of rows by chance.
     """
     rows, shared = {}, {}
+    per_row = (parameter.shape[0], *[1] * (parameter.ndim - 1))
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             shared[key] = value
-        elif value.shape[0] == parameter.shape[0]:
+        elif value.shape in (parameter.shape, per_row):
             rows[key] = value
         else:
             raise CheckpointError(
-                f"required optimiser state with one row for each of {parameter.shape[0]} proxies, "
-                f"got {key!r} of shape {tuple(value.shape)}; use an optimiser whose state is per "
-                "element"
+                f"required optimiser state of shape {tuple(parameter.shape)} or {per_row}, as the "
+                f"proxies of this rank, got {key!r} of shape {tuple(value.shape)}; use an "
+                "optimiser whose state is per element"
             )
     return rows, shared
 

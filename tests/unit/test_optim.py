@@ -228,5 +228,7 @@ def test_rows_are_cut_and_joined() -> None:
     joined = join_rows(halves)
     assert torch.equal(joined["exp_avg"], state["exp_avg"])
     assert joined["beta"] == 0.5
-    with pytest.raises(CheckpointError, match="per element"):
-        split_rows(parameter, {"factor": torch.zeros(3)})
+    assert set(split_rows(parameter, {"row_variance": torch.zeros(4, 1)})[0]) == {"row_variance"}
+    for shape in ((3,), (4,), (1, 2), (4, 3), (4, 2, 1)):
+        with pytest.raises(CheckpointError, match="per element"):
+            split_rows(parameter, {"factor": torch.zeros(shape)})
