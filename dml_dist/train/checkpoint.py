@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, manifest: Manifest, *,
         The checkpoint's folder.
 
     Raises:
-        RunError: If a rank could not write, or weights are not finite.
+        RunError: If a rank could not write.
     """
     comm = state.comm
     final = checkpoints / manifest.folder
@@ -133,7 +133,6 @@ def _prepare(temporary: Path) -> None:
 
 def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
     """Write this rank's files."""
-    _check_finite(state)
     states = named_states(state.optimizer)
     parts = []
     if state.comm.topology.is_main:
@@ -146,18 +145,6 @@ def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
         file = f"{name}-{low}-{high}.pt"
         parts.append(write_part(folder, file, value, table=name, low=low, high=high))
     return parts
-
-
-def _check_finite(state: TrainState) -> None:
-    """Refuse to save weights that are not finite."""
-    named: Mapping[str, Tensor] = {**state.model.state_dict(), **state.owned}
-    for name, value in named.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise RunError(
-                f"required finite weights, got non-finite ones in {name} at step {state.step}; "
-                "lower the learning rate or set train.max_grad_norm; the checkpoint before it "
-                "is kept"
-            )
 
 
 def _take_name(temporary: Path, final: Path) -> None:

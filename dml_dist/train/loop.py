@@ -26,7 +26,7 @@ from dml_dist.train.meter import Meter
 from dml_dist.train.plan import RunPlan
 from dml_dist.train.resume import check_plan, check_resume
 from dml_dist.train.schedule import learning_rate_factor
-from dml_dist.train.state import TrainState, build_state, share_buffers
+from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
 from dml_dist.train.step import train_step
 from dml_dist.train.surroundings import ProgressEvent, Surroundings, TrainResult
 
@@ -137,7 +137,7 @@ class _Loop:
             max_grad_norm=config.train.max_grad_norm,
             update_backbone=step >= config.train.backbone_warmup_epochs * self.plan.steps_per_epoch,
         )
-        values = {"loss": output.loss, **output.statistics}
+        values = dict(output.statistics)
         if output.gradient_norm is not None:
             values["gradient_norm"] = output.gradient_norm
         self.meter.add(values, sum(sizes), data_seconds)
@@ -173,6 +173,7 @@ class _Loop:
         if not (saves or validates or self._tests(step)):
             return
         share_buffers(self.state.model, self.state.comm)
+        check_finite(self.state)
         improved = self._validate(step) if validates else False
         if self._tests(step):
             metrics = self._measure("test", step)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.errors import ConfigError
+from dml_dist.errors import ConfigError, RunError
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.build import build_objective
@@ -148,6 +148,27 @@ def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
     if comm.world_size > 1 and model.has_changing_buffers:
         for buffer in model.buffers():
             buffer.copy_(comm.broadcast(buffer, 0, what="running statistics"))
+
+
+def check_finite(state: TrainState) -> None:
+    """Refuse weights that are not finite; every rank calls this.
+
+    A gradient can overflow where the loss is finite: only the weights tell, before they are
+    measured or saved.
+
+    Raises:
+        RunError: If a rank has such weights; it names them.
+    """
+    error = None
+    for name, value in {**state.model.state_dict(), **state.owned}.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            error = RunError(
+                f"required finite weights, got non-finite ones in {name} at step {state.step}; "
+                "lower the learning rate or set train.max_grad_norm; the checkpoint before it "
+                "is kept"
+            )
+            break
+    state.comm.agree(error, what="finite weights")
 
 
 class _SpareParameter(nn.Module):

@@ -16,12 +16,11 @@ class StepOutput:
     """What a step leaves to be read later; reading a value waits for the device.
 
     Attributes:
-        loss: 0-d; the loss of the global batch, equal on every rank.
-        statistics: 0-d tensors of the objective, by name.
+        statistics: 0-d tensors of the objective, by name, the same on every rank; the loss of the
+            global batch is `loss`.
         gradient_norm: 0-d; the norm before clipping, or None without clipping.
     """
 
-    loss: Tensor
     statistics: dict[str, Tensor]
     gradient_norm: Tensor | None
 
@@ -65,4 +64,4 @@ def train_step(
     state.count_step(output.loss.detach())
     set_learning_rates(state.optimizer, learning_rate_factor)
     state.optimizer.step()
-    return StepOutput(output.loss.detach(), output.statistics, norm)
+    return StepOutput(output.statistics, norm)
