@@ -91,7 +91,8 @@ def evaluate(
         roles: (N,) "query", "gallery" or "both"; none means both for all.
         backend: "auto", "faiss" or "torch": what proposes neighbours.
         memory_mb: Bound on this rank's working memory in MiB, beside its embeddings, two float32
-            copies of them, and buffers of the libraries (some 30 MiB).
+            copies of them (a third one of the gallery's rows where some rows are queries only),
+            and buffers of the libraries (some 30 MiB).
         comm: The ranks; none means this process alone. Every rank calls this.
         neighbors: How many neighbours of every counted query the result shall list.
 

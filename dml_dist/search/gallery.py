@@ -110,7 +110,9 @@ class GalleryShard:
             approximate = self._approximation.of_queries(queries.vectors_QD)
             # One more for the query itself, some more so that rounding leaves few queries open.
             wanted = num_places + 5 + num_places // 8
-            proposals = propose(self._approximation, approximate, wanted, self._backend)
+            proposals = propose(
+                self._approximation, approximate, wanted, self._backend, self._memory_bytes
+            )
             found = self._decide(queries, proposals.position_QK, num_places)
             last_Q = found.distance_QK[:, -1] * self._approximation.scale_square
             doubt_Q = self._approximation.bound(approximate.norm_Q, last_Q)

@@ -19,6 +19,8 @@ from dml_dist.search.approximate import Approximation, Thresholds
 Backend = Literal["faiss", "torch"]
 
 _GALLERY_TILE = {"cpu": 2048, "cuda": 32768}
+# A float32 product and what topk makes of it.
+_BYTES_PER_PRODUCT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,11 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
 
 
 def propose(
-    gallery: Approximation, queries: Thresholds, num_candidates: int, backend: Backend
+    gallery: Approximation,
+    queries: Thresholds,
+    num_candidates: int,
+    backend: Backend,
+    memory_bytes: int,
 ) -> Proposals:
     """Return `num_candidates` rows near each query, or every row when there are no more.
 
@@ -69,6 +75,8 @@ def propose(
         queries: The queries' float32 rows, Q of them.
         num_candidates: K, >= 1.
         backend: "faiss" or "torch".
+        memory_bytes: Bound on this rank's working memory, half of it for products; Faiss takes
+            blocks of its own.
     """
     num_rows, num_queries = gallery.rows_ND.shape[0], queries.rows_QD.shape[0]
     if num_candidates >= num_rows:
@@ -80,9 +88,17 @@ def propose(
         case "faiss":
             return _propose_faiss(gallery, queries, num_candidates)
         case "torch":
-            return _propose_torch(gallery, queries, num_candidates)
+            device = gallery.rows_ND.device.type
+            tile = gallery_tile(device, num_queries, memory_bytes)
+            return _propose_torch(gallery, queries, num_candidates, tile)
         case _:
             assert_never(backend)
+
+
+def gallery_tile(device_type: str, num_queries: int, memory_bytes: int) -> int:
+    """Return how many gallery rows are multiplied with `num_queries` queries at once, >= 1."""
+    room = memory_bytes // 2 // (_BYTES_PER_PRODUCT * max(1, num_queries))
+    return max(1, min(_GALLERY_TILE.get(device_type, 2048), room))
 
 
 def _propose_faiss(gallery: Approximation, queries: Thresholds, num_candidates: int) -> Proposals:
@@ -101,9 +117,10 @@ def _propose_faiss(gallery: Approximation, queries: Thresholds, num_candidates: 
     return Proposals(torch.from_numpy(position_QK).to(device), farthest_Q.to(device))
 
 
-def _propose_torch(gallery: Approximation, queries: Thresholds, num_candidates: int) -> Proposals:
-    num_rows, device = gallery.rows_ND.shape[0], gallery.rows_ND.device
-    tile = max(num_candidates, _GALLERY_TILE.get(device.type, 2048))
+def _propose_torch(
+    gallery: Approximation, queries: Thresholds, num_candidates: int, tile: int
+) -> Proposals:
+    num_rows = gallery.rows_ND.shape[0]
     best: tuple[Tensor, Tensor] | None = None
     for low in range(0, num_rows, tile):
         high = min(low + tile, num_rows)
@@ -115,7 +132,9 @@ def _propose_torch(gallery: Approximation, queries: Thresholds, num_candidates: 
         if best is not None:
             values = torch.cat([best[0], values], dim=1)
             positions = torch.cat([best[1], positions], dim=1)
-            values, kept = values.topk(num_candidates, dim=1, largest=False, sorted=False)
+            values, kept = values.topk(
+                min(num_candidates, values.shape[1]), dim=1, largest=False, sorted=False
+            )
             positions = positions.gather(1, kept)
         best = values, positions
     assert best is not None, "a shard without rows has no proposals to make"

@@ -79,7 +79,8 @@ def queries_per_block(memory_bytes: int, num_places: int, width: int, world_size
     # gathered lists and their sorted copies; hits and precisions of the metrics; vectors as
     # stored, shifted and in float64.
     per_query = 112 * proposed + 64 * num_places * world_size + 24 * width
-    # Faiss multiplies blocks of queries with 1,024 gallery rows.
+    # Faiss multiplies blocks of queries with 1,024 gallery rows; torch's block has the other half
+    # of the memory (`propose.gallery_tile`).
     return max(1, min(_LARGEST_BLOCK, memory_bytes // 2 // (per_query + 4 * 1024)))
 
 

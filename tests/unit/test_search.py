@@ -167,7 +167,7 @@ def test_a_useless_proposer_costs_time_and_not_exactness(
     monkeypatch: pytest.MonkeyPatch, memory_bytes: int
 ) -> None:
     def first_rows(
-        rows: Approximation, queries: object, num_candidates: int, backend: str
+        rows: Approximation, queries: object, num_candidates: int, *_: object
     ) -> Proposals:
         position = torch.arange(num_candidates).expand(len(x), num_candidates)
         return Proposals(position, torch.full((len(x),), -torch.inf, dtype=torch.float64))
@@ -209,13 +209,15 @@ def test_an_empty_shard_lists_nothing_and_counts_nothing() -> None:
 # ---------------------------------------------------------------- backends
 
 
-def test_both_backends_propose_the_nearest_rows() -> None:
+# In the last one a block of products is narrower than the list of candidates.
+@pytest.mark.parametrize("memory_bytes", [1 << 24, 1 << 15])
+def test_both_backends_propose_the_nearest_rows(memory_bytes: int) -> None:
     x = _normal(5000, 16)
     shard = Approximation(x, float(x.norm(dim=1).max()))
     queries = shard.of_queries(x[:100])
     expected = torch.cdist(x[:100].double(), x.double()).topk(20, largest=False)[1]
     for backend in ("faiss", "torch"):
-        found = propose.propose(shard, queries, 30, backend)
+        found = propose.propose(shard, queries, 30, backend, memory_bytes)
         assert (expected[:, :, None] == found.position_QK[:, None, :]).any(dim=2).all()
         assert found.farthest_Q.isfinite().all()
 
