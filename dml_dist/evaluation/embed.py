@@ -42,7 +42,8 @@ def embed(
     batches that are to give the same digits must be cut the same way.
 
     Args:
-        model: images (b, 3, H, W) -> embeddings (b, D), on `device`.
+        model: images (b, 3, H, W) -> embeddings (b, D), on `device`; it is given images of the
+            type of its first floating parameter, float32 when it has none.
         batches: This rank's batches.
         device: Where the model is.
         precision: Type of autocast, or none for the model's own.
@@ -57,6 +58,7 @@ def embed(
     rows: list[np.ndarray] = []
     done = 0
     device = torch.device(device)
+    dtype = _floating_type(model)
     autocast = (
         nullcontext()
         if precision is None
@@ -64,7 +66,7 @@ def embed(
     )
     with _evaluation_mode(model), torch.inference_mode(), autocast:
         for batch in batches:
-            images = batch.images.to(device, non_blocking=True)
+            images = batch.images.to(device, dtype, non_blocking=True)
             # The copy to the host waits for the device.
             embeddings.append(model(images).to(torch.float32).cpu().numpy())
             labels.append(batch.labels.numpy())
@@ -79,6 +81,11 @@ def embed(
             np.zeros(0, dtype=np.int64),
         )
     return np.concatenate(embeddings), np.concatenate(labels), np.concatenate(rows)
+
+
+def _floating_type(model: nn.Module) -> torch.dtype:
+    types = (parameter.dtype for parameter in model.parameters())
+    return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
 
 
 @contextmanager

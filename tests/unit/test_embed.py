@@ -72,6 +72,18 @@ def test_autocast_computes_in_bfloat16_and_gives_float32() -> None:
     assert 0 < np.abs(cast - plain).max() < 0.1
 
 
+def test_a_model_is_given_images_of_its_own_type() -> None:
+    model = _model().double()
+    found, _, _ = embed(model, _batches(), device="cpu")
+    model.eval()
+    with torch.no_grad():
+        expected = torch.cat([model(batch.images.double()) for batch in _batches()])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.float().numpy())
+    plain, _, _ = embed(nn.Flatten(), _batches(), device="cpu")
+    assert plain.shape == (7, 48)
+
+
 def test_no_batches_give_no_rows() -> None:
     embeddings, labels, rows = embed(_model(), [], device="cpu")
     assert (embeddings.shape, labels.shape, rows.shape) == ((0, 0), (0,), (0,))
