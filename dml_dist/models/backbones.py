@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 from urllib.parse import urlparse
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dml_dist.config.custom import load_target
 from dml_dist.config.model import (
+    BackboneConfig,
     Conv4Config,
     CustomBackboneConfig,
     ResNet18Config,
@@ -65,7 +66,7 @@ def build_resnet(
         )
     )
     if pretrained and config.weights != "none":
-        _load(trunk, _read_weights(config.name, config.weights), config.weights)
+        _load(trunk, _read_weights(config), config.weights)
     return trunk, network.fc.in_features
 
 
@@ -98,21 +99,42 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
     return module, num_features
 
 
+def check_weights(config: BackboneConfig) -> None:
+    """Refuse `weights` that name nothing, without building or downloading anything.
+
+    Args:
+        config: The backbone; a relative path is looked up from the current folder.
+
+    Raises:
+        ConfigError: If they are neither none, nor a weight name of this network, nor a file.
+    """
+    match config:
+        case ResNet18Config() | ResNet50Config():
+            known = sorted(torchvision.models.get_model_weights(config.name).__members__)
+            named = config.weights == "none" or config.weights in known
+            if not named and not Path(config.weights).is_file():
+                raise ConfigError(
+                    f"model.backbone.weights: required none, one of {known}, or the path of a "
+                    f"state dict, got {config.weights!r}, which is neither a name of {config.name} "
+                    "nor a file"
+                )
+        case Conv4Config() | CustomBackboneConfig():
+            return
+        case _:
+            assert_never(config)
+
+
 def _group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(_RESNET_GROUPS, num_channels)
 
 
-def _read_weights(network: str, weights: str) -> dict[str, Tensor]:
+def _read_weights(config: ResNet18Config | ResNet50Config) -> dict[str, Tensor]:
     """Return the state dict that `weights` names: a torchvision weight name or a file."""
-    known = torchvision.models.get_model_weights(network)
-    if weights in known.__members__:
-        return _download(known[weights], weights)
-    path = Path(weights)
-    if not path.is_file():
-        raise ConfigError(
-            f"model.backbone.weights: required none, one of {sorted(known.__members__)}, or the "
-            f"path of a state dict, got {weights!r}, which is neither a name nor a file"
-        )
+    check_weights(config)
+    known = torchvision.models.get_model_weights(config.name)
+    if config.weights in known.__members__:
+        return _download(known[config.weights], config.weights)
+    path = Path(config.weights)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen unrelated classes.

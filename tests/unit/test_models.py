@@ -19,6 +19,7 @@ from dml_dist.config.model import (
     ResNet50Config,
 )
 from dml_dist.errors import ConfigError
+from dml_dist.models.backbones import check_weights
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import parameter_kinds
 from dml_dist.models.pooling import build_pooling
@@ -194,8 +195,34 @@ def test_weights_from_a_file_and_frozen_batch_norm(tmp_path: Path) -> None:
 def test_weights_are_left_out_where_a_checkpoint_follows(tmp_path: Path) -> None:
     config = ModelConfig(backbone=ResNet18Config(weights=str(tmp_path / "gone.pth")))
     build_model(config, seed=0, pretrained=False)
-    with pytest.raises(ConfigError, match=r"neither a name nor a file"):
+    with pytest.raises(ConfigError, match=r"neither a name of resnet18 nor a file"):
         build_model(config, seed=0)
+
+
+def test_weights_are_checked_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_nothing(**_: Any) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr(torchvision.models, "resnet18", build_nothing)
+    monkeypatch.setattr(torchvision.models, "resnet50", build_nothing)
+    path = tmp_path / "weights.pth"
+    path.touch()
+    for backbone in (
+        Conv4Config(),
+        ResNet18Config(norm="group"),
+        ResNet18Config(weights="IMAGENET1K_V1"),
+        ResNet50Config(weights="IMAGENET1K_V2"),
+        ResNet50Config(weights=str(path)),
+        CustomBackboneConfig(target="nowhere:nothing"),
+    ):
+        check_weights(backbone)
+    for wrong in ("IMAGENET1K_V2", str(tmp_path / "gone.pth"), str(tmp_path)):
+        with pytest.raises(
+            ConfigError, match=r"one of \['DEFAULT', 'IMAGENET1K_V1'\].*of resnet18 nor a"
+        ):
+            check_weights(ResNet18Config(weights=wrong))
 
 
 def test_wrong_weight_files(tmp_path: Path) -> None:
