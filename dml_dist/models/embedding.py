@@ -40,6 +40,7 @@ class EmbeddingModel(nn.Module):
         head: Linear layer to the embedding.
         freeze_batch_norm: Batch normalisation stays in evaluation mode while training: it uses
             its running statistics and never updates them; its affine parameters are trained.
+        holds_backbone: The same for the time being, see `hold_backbone`.
         channels_last: Memory format of the images given to the backbone.
     """
 
@@ -59,6 +60,7 @@ class EmbeddingModel(nn.Module):
         self.norm = norm
         self.head = head
         self.freeze_batch_norm = freeze_batch_norm
+        self.holds_backbone = False
         self.channels_last = channels_last
 
     @property
@@ -91,10 +93,20 @@ class EmbeddingModel(nn.Module):
             embeddings: Tensor = self.head(self.norm(features))
             return embeddings
 
+    def hold_backbone(self, hold: bool) -> None:
+        """Begin or end the warm-up, in which the backbone stays as it is.
+
+        Its batch normalisation then is in evaluation mode, whatever `freeze_batch_norm` says: the
+        running statistics are part of what must not change. Gradients are the caller's.
+        """
+        if hold != self.holds_backbone:
+            self.holds_backbone = hold
+            self.train(self.training)
+
     def train(self, mode: bool = True) -> EmbeddingModel:
         """Set the mode; frozen batch normalisation stays in evaluation mode."""
         super().train(mode)
-        if self.freeze_batch_norm:
+        if self.freeze_batch_norm or self.holds_backbone:
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()

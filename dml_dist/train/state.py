@@ -129,7 +129,7 @@ def build_state(
     comm.agree(error, what="building the model")
     return TrainState(
         model=model,
-        network=_distribute(model, comm),
+        network=distribute(model, comm, any_may_be_unused=config.model.backbone.name == "custom"),
         objective=objective,
         optimizer=optimizer,
         comm=comm,
@@ -188,25 +188,26 @@ class _SpareParameter(nn.Module):
         return embeddings
 
 
-def _distribute(model: EmbeddingModel, comm: Comm) -> nn.Module:
+def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) -> nn.Module:
     """Return the model inside DDP, which averages gradients over ranks.
 
-    On the CPU `find_unused_parameters` keeps DDP from rebuilding its buckets after the first step.
-    The rebuilding changes the order of summation (from three ranks on), so that a resumed run,
-    whose first step is another one, would differ in the last bits from an uninterrupted one. It
-    also lets a parameter be without a gradient, as in one process.
+    A custom backbone may have parameters without a gradient, as in one process: DDP then has to
+    look for them (`find_unused_parameters`). The project's own networks use all of theirs, and on
+    a GPU the looking would wait for the device in every step.
+
+    On the CPU DDP always looks, because that keeps it from rebuilding its buckets after the first
+    step. The rebuilding changes the order of summation (from three ranks on), so that a resumed
+    run, whose first step is another one, would differ in the last bits from an uninterrupted one.
     """
     if comm.world_size == 1:
         return model
-    if comm.device.type == "cpu":
-        return DistributedDataParallel(
-            _SpareParameter(model),
-            process_group=comm.group,
-            find_unused_parameters=True,
-            gradient_as_bucket_view=True,
-        )
+    looks = any_may_be_unused or comm.device.type == "cpu"
     return DistributedDataParallel(
-        model, device_ids=[comm.device], process_group=comm.group, gradient_as_bucket_view=True
+        _SpareParameter(model) if looks else model,
+        device_ids=[comm.device] if comm.device.type == "cuda" else None,
+        process_group=comm.group,
+        find_unused_parameters=looks,
+        gradient_as_bucket_view=True,
     )
 
 

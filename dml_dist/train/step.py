@@ -47,8 +47,10 @@ def train_step(
         batch_sizes: Number of images of every rank; `batch_sizes[rank]` is b.
         learning_rate_factor: The schedule's factor for this update.
         max_grad_norm: Bound on the norm of all gradients together, or None.
-        update_backbone: False leaves the backbone and its optimiser state as they are.
+        update_backbone: False leaves the backbone, its running statistics and its optimiser state
+            as they are.
     """
+    state.model.hold_backbone(not update_backbone)
     state.optimizer.zero_grad(set_to_none=True)
     with state.precision.context(images.device.type):
         embeddings = state.network(images)

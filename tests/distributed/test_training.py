@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import checkpoint_folders
+from dml_dist.train.state import distribute
 from tests.ranks import RankFailure, run_ranks
 from tests.training_setup import (
     IMAGES_PER_CLASS,
@@ -244,6 +246,46 @@ def test_what_a_run_tells(tmp_path: Path) -> None:
         (4, "test", "literature"),
         (5, "validation", "validation"),
     ]
+
+
+def test_warm_up_leaves_the_backbone_as_it_is(tmp_path: Path) -> None:
+    """Running statistics belong to it: 4 steps of warm-up, then one without."""
+    config = small_config(
+        model__backbone=custom("NormedBackbone"),
+        train__backbone_warmup_epochs=1,
+        train__steps=5,
+        evaluation__every_steps=1,
+    )
+    run = SmallRun(Topology(), Comm.single(), config, tmp_path)
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(model: EmbeddingModel, split: Any, step: int) -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in model.backbone.state_dict().items()})
+        return {"map_at_r": 0.5}
+
+    run.evaluate = keep  # type: ignore[method-assign]
+    run.train()
+    initial = build_model(config.model, seed=config.seed).backbone.state_dict()
+    for found in seen[:4]:
+        assert all(torch.equal(found[name], value) for name, value in initial.items())
+    assert all(not torch.equal(seen[4][name], value) for name, value in initial.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("backbone", ["{name: conv4, width: 8}", custom("HalfUsedBackbone")])
+def test_where_ddp_looks_for_parameters_without_a_gradient(
+    device: str, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever there may be some; DDP itself is not made, as there may be no GPU."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        state, "DistributedDataParallel", lambda _, **options: given.update(options)
+    )
+    model = build_model(small_config(model__backbone=backbone).model, seed=0)
+    comm = SimpleNamespace(world_size=2, device=torch.device(device), group=None)
+    distribute(model, cast(Comm, comm), any_may_be_unused="Half" in backbone)
+    assert given["find_unused_parameters"] == ("Half" in backbone or device == "cpu")
+    assert given["device_ids"] == (None if device == "cpu" else [torch.device(device)])
 
 
 def lose_a_sample(topology: Topology, root: str) -> None:
