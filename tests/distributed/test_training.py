@@ -279,7 +279,7 @@ def test_where_ddp_looks_for_parameters_without_a_gradient(
     """Wherever there may be some; DDP itself is not made, as there may be no GPU."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(
-        state, "DistributedDataParallel", lambda _, **options: given.update(options)
+        "dml_dist.train.state.DistributedDataParallel", lambda _, **options: given.update(options)
     )
     model = build_model(small_config(model__backbone=backbone).model, seed=0)
     comm = SimpleNamespace(world_size=2, device=torch.device(device), group=None)
