@@ -96,6 +96,7 @@ def scan_tar_shard(task: ScanTask) -> ScannedShard:
     """Read every member of a tar shard; damage becomes a problem, not an error."""
     images: list[ScannedImage] = []
     problems: list[Problem] = []
+    overlooked: list[str] = []
     path = task.root / task.tar_shard
     complete = False
     try:
@@ -107,6 +108,7 @@ def scan_tar_shard(task: ScanTask) -> ScannedShard:
                     problems.append(Problem(task.tar_shard, key, str(error)))
                 else:
                     images += [image] if image is not None else []
+                    overlooked += _image_names(members) if image is None else []
             complete = _is_end(file.fileno(), tar.offset)
             if not complete:
                 what = (
@@ -115,6 +117,8 @@ def scan_tar_shard(task: ScanTask) -> ScannedShard:
                 problems.append(Problem(task.tar_shard, None, what))
     except (tarfile.TarError, OSError, EOFError) as error:
         problems.append(Problem(task.tar_shard, None, f"truncated or damaged: {error}"))
+    if overlooked:
+        problems.append(Problem(task.tar_shard, None, _dots_in_keys(overlooked)))
     return ScannedShard(tuple(images), tuple(problems), complete)
 
 
@@ -134,6 +138,26 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         members[extension] = member
     if current is not None:
         yield current, members
+
+
+def _image_names(members: dict[str, tarfile.TarInfo]) -> list[str]:
+    """Return the names of members that are images but for a dot before their last one."""
+    return [
+        member.name
+        for extension, member in members.items()
+        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    ]
+
+
+def _dots_in_keys(names: list[str]) -> str:
+    match = _MEMBER.fullmatch(names[0])
+    assert match is not None, "only names of this form are samples"
+    key, extension = match.groups()
+    return (
+        f"{len(names)} images have a dot in their key and would be left out: the first, "
+        f"{names[0]!r}, has the key {key!r} and the extension {extension!r}, because a key ends at "
+        "the first dot; write the tar files anew with '_' for the dots in keys"
+    )
 
 
 def _scan_sample(

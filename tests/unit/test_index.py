@@ -188,6 +188,18 @@ def test_shards_that_cannot_be_indexed(tmp_path: Path) -> None:
         build_index(tmp_path, processes=1)
 
 
+def test_images_with_dots_in_their_keys_are_not_lost_in_silence(tmp_path: Path) -> None:
+    made(tmp_path, ("whole", "1", None), ("a/k.4", "1", None), ("a/k.5", "2", None))
+    with pytest.raises(DataError, match=r"a.tar: 2 images have a dot in their key .*") as caught:
+        build_index(tmp_path, processes=1)
+    assert "'a/k.4.png', has the key 'a/k' and the extension '4.png'" in str(caught.value)
+    assert "write the tar files anew with '_'" in str(caught.value)
+    # Beside an image of its own key such a member is another part of the sample.
+    mask = [("k.png", encoded_image(0)), ("k.mask.png", encoded_image(1)), ("k.cls", b"0")]
+    write_tar(tmp_path / "a.tar", mask)
+    assert build_index(tmp_path, processes=1).keys.tolist() == ["k"]
+
+
 def test_shards_sorted_by_class_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
