@@ -28,6 +28,9 @@ app.add_typer(data_app, name="data")
 console = Console()
 error_console = Console(stderr=True)
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
+
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 SetOption = Annotated[
     list[str] | None,
@@ -54,12 +57,19 @@ def main() -> None:
             f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
         )
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        error_console.print("interrupted; `--resume` continues from the last checkpoint")
-        raise SystemExit(130) from None
+    except OSError as error:
+        error_console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        raise SystemExit(1) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            error_console.print(
+                "interrupted; repeat the command to go on with an import, "
+                "`dml-dist train CONFIG --resume` to go on with a run"
+            )
+        raise
 
 
-def _escaped(error: DmlDistError) -> str:
+def _escaped(error: Exception) -> str:
     from rich.markup import escape
 
     return escape(str(error))

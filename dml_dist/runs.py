@@ -15,10 +15,12 @@ resumption or restart. Only rank 0 writes; all files here are replaced as a whol
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -196,6 +198,23 @@ class RunFolder:
             f"required the folder of a run, got {run.path}, {found}{known}; "
             "give the folder that `dml-dist train` named in its last line"
         )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands from writing to this run; the lock ends with this process.
+
+        Raises:
+            ConfigError: If another command works on the run now.
+        """
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"required a run that no other command works on, got {self.path}, on which "
+                    "one works now; wait for it or end it, or give another --run-dir"
+                ) from None
+            yield
 
     def info(self) -> RunInfo:
         """Read run.json.

@@ -12,8 +12,9 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.data.classes import ClassSplit, split_classes
 from dml_dist.data.index import Index, read_index
 from dml_dist.data.loader import evaluation_loader
+from dml_dist.data.plans import BatchPlan, build_plan
 from dml_dist.data.transforms import Transform, build_transform
-from dml_dist.errors import ConfigError
+from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.embed import embed
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
 from dml_dist.orchestration.progress import Emit, discard, phase
@@ -53,6 +54,29 @@ class Bench:
             validation_class_sizes=_class_sizes(self.index, self.split.validation_rows),
             world_size=self.topology.world_size,
         )
+
+    def batch_plan(self) -> BatchPlan:
+        """Return the global batches of training."""
+        rows = self.split.train_rows
+        return build_plan(
+            self.config.data.batches,
+            rows=rows,
+            labels=self.index.label[rows],
+            tar_shard=self.index.tar_shard[rows],
+            seed=self.config.seed,
+            global_batch_size=self.config.train.global_batch_size,
+            world_size=self.topology.world_size,
+        )
+
+    def check_evaluable(self) -> None:
+        """Refuse validation and test classes that cannot be evaluated, before any training.
+
+        Raises:
+            DataError: If there is no test split, or no query has another image of its class.
+        """
+        _check_evaluable(self.index, self.rows_of(self.config.data.test_split), "data.test_split")
+        if len(self.split.validation_rows):
+            _check_evaluable(self.index, self.split.validation_rows, "validation")
 
     def rows_of(self, split: str) -> np.ndarray:
         """Return the index rows of `validation` (classes held out of training) or of a split.
@@ -105,7 +129,8 @@ class Bench:
             precision=precision.autocast,
             progress=show,
         )
-        self.emit(phase(title, len(rows), len(rows)))
+        if not len(own_rows):
+            self.emit(phase(title, len(rows), len(rows)))  # Fewer batches than ranks.
         return evaluate(
             embeddings,
             labels,
@@ -131,6 +156,19 @@ def open_bench(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) ->
         comm=comm,
         emit=emit if topology.is_main else discard,
     )
+
+
+def _check_evaluable(index: Index, rows: np.ndarray, what: str) -> None:
+    labels, roles = index.label[rows], index.role[rows]
+    is_query, in_gallery = roles != "gallery", roles != "query"
+    relevant = np.bincount(labels[in_gallery], minlength=len(index.class_names))[labels]
+    relevant = relevant - (is_query & in_gallery)  # A query never finds itself.
+    if not (relevant[is_query] > 0).any():
+        raise DataError(
+            f"{what}: retrieval needs a query with another gallery image of its class, got none "
+            f"among {len(rows)} images of {len(np.unique(labels))} classes in {index.root}; "
+            "give classes of at least two images"
+        )
 
 
 def _class_sizes(index: Index, rows: np.ndarray) -> list[int]:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dml_dist.config.base import Section
 from dml_dist.config.data import DataConfig, DatasetConfig, FolderConfig, GlyphsConfig, TableConfig
-from dml_dist.data.index import INDEX_NAME, Index
+from dml_dist.config.shape import is_resumable
+from dml_dist.data.index import INDEX_NAME, Index, import_description
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.orchestration.progress import Display, phase
 
@@ -73,6 +74,7 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
         index = import_dataset(
             build_importer(dataset),
             out,
+            description=describe(dataset),
             progress=lambda done, total: display(phase("write shards", done, total)),
         )
     console.print(
@@ -84,6 +86,41 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     return index
 
 
+def describe(dataset: DatasetConfig) -> str:
+    """Return the text by which shards tell which data set they were made from, paths left out."""
+    fields = {
+        name: value
+        for name, value in dataset.model_dump(mode="json").items()
+        if not is_resumable(type(dataset).model_fields[name])
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def require_same_dataset(config: DataConfig) -> None:
+    """Refuse shards that were imported from another data set than the configured one.
+
+    Raises:
+        DataError: If they were; shards that were indexed by hand do not tell.
+    """
+    path = Path(config.path)
+    imported = import_description(path)
+    if config.dataset is not None and imported and imported != describe(config.dataset):
+        raise DataError(
+            f"data.path {path} holds shards of another data set than data.dataset says: imported "
+            f"{imported}, configured {describe(config.dataset)}; give another data.path, or take "
+            "the change of data.dataset back"
+        )
+
+
+def require_index(config: DataConfig) -> None:
+    """Refuse a folder that nothing was imported into yet."""
+    if not (Path(config.path) / INDEX_NAME).exists():
+        raise DataError(
+            f"data.path needs {INDEX_NAME} before several ranks start under torchrun, "
+            f"{config.path} has none; import first, with `dml-dist data import`"
+        )
+
+
 def ensure_imported(config: DataConfig, console: Console) -> None:
     """Import the configured data set where `data.path` has no index yet.
 
@@ -92,6 +129,7 @@ def ensure_imported(config: DataConfig, console: Console) -> None:
     """
     path = Path(config.path)
     if (path / INDEX_NAME).exists():
+        require_same_dataset(config)
         return
     if config.dataset is None:
         shards = sorted(path.glob("*.tar")) if path.is_dir() else []

@@ -34,6 +34,7 @@ def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:
             "import it with `dml-dist data import`, then repeat the dry run"
         )
     index = _index_of(facts, Path(config.data.path))
+    index.rows(config.data.test_split)  # Raises when there is no such split.
     validation = _with_known_names(config.validation, index, config.data.train_split)
     split = split_classes(index, config.data, validation, config.seed)
     sizes = [

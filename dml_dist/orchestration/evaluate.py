@@ -13,6 +13,7 @@ from dml_dist.config.load import differing_paths, load_config
 from dml_dist.errors import ConfigError
 from dml_dist.files import write_json_atomic
 from dml_dist.orchestration.launch import joined, launch, on_main
+from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.progress import Display, discard
 from dml_dist.orchestration.tables import print_metrics
 from dml_dist.orchestration.tasks import Assignment
@@ -47,7 +48,7 @@ def run_evaluation(
     """
     folder = RunFolder.open(run_dir)
     recorded = load_config(folder.config_path)
-    config = load_config(folder.config_path, overrides)
+    config = with_absolute_paths(load_config(folder.config_path, overrides))
     refused = [
         difference
         for difference in differing_paths(recorded, config)

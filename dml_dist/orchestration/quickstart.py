@@ -8,10 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from dml_dist.config.load import parse_config
+from dml_dist.config.load import load_config
 from dml_dist.orchestration.train import run_training
 
 RECIPE = "quickstart.yaml"
@@ -30,8 +29,7 @@ def run_quickstart(
         run_dir: The run's folder.
         overrides: Changes to the recipe.
     """
-    text = resources.files("dml_dist.orchestration").joinpath(RECIPE).read_text(encoding="utf-8")
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"name=quickstart-{stamp}"
-    config = parse_config(yaml.safe_load(text), [name, *overrides], source=RECIPE)
+    name = f"name=quickstart-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    with resources.as_file(resources.files("dml_dist.orchestration") / RECIPE) as recipe:
+        config = load_config(recipe, [name, *overrides])
     return run_training(config, console, run_dir=run_dir)

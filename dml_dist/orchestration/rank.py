@@ -16,7 +16,6 @@ import torch
 
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.loader import Batch, train_loader
-from dml_dist.data.plans import build_plan
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.bench import Bench, open_bench
@@ -97,7 +96,9 @@ def _begin_attempt(assignment: Assignment, folder: RunFolder, plan: RunPlan, ben
             command=assignment.command,
             changes=assignment.changes,
         )
-        folder.add_facts(dict(plan.describe()))
+        coverage = bench.batch_plan().coverage(0)
+        facts = [*plan.describe(), ("images seen in an epoch", f"{coverage:.2%}")]
+        folder.add_facts(dict(facts))
         if attempt > 1:
             bench.emit(note(f"attempt {attempt} of this run"))
     return int(bench.comm.broadcast_object(attempt, what="number of the attempt"))
@@ -146,16 +147,8 @@ def _surroundings(
 
 def _batches(plan: RunPlan, bench: Bench) -> Callable[[int, int], Iterable[Batch]]:
     """Return the function from first step and step after the last to this rank's batches."""
-    data, rows = bench.config.data, bench.split.train_rows
-    batches = build_plan(
-        data.batches,
-        rows=rows,
-        labels=bench.index.label[rows],
-        tar_shard=bench.index.tar_shard[rows],
-        seed=bench.config.seed,
-        global_batch_size=plan.global_batch_size,
-        world_size=plan.world_size,
-    )
+    data = bench.config.data
+    batches = bench.batch_plan()
 
     def load(first: int, end: int) -> Iterable[Batch]:
         if first:

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import uuid
@@ -46,6 +45,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 _SECONDS_BETWEEN_DRAINS = 0.2
 _CONTROLLER_FAILURES = 3
 _SECONDS_FOR_AN_ANSWER = 5.0
+_SECONDS_FOR_MAIL = 20.0
 
 
 def run_under_ray(
@@ -70,6 +70,8 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    # A fresh name each time: Ray's own state of an earlier attempt must not come back.
+    name = f"attempt-{uuid.uuid4().hex[:12]}"
     scratch = Path(assignment.run_dir) / ".ray"
     trainer = TorchTrainer(
         ray_rank,
@@ -84,8 +86,7 @@ def _fit(
             resources_per_worker={"CPU": launch.cpus_per_rank, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            # A fresh name each time: Ray's own state of an earlier attempt must not come back.
-            name=f"attempt-{uuid.uuid4().hex[:12]}",
+            name=name,
             storage_path=str(scratch),
             failure_config=ray.train.FailureConfig(
                 max_failures=launch.max_failures, controller_failure_limit=_CONTROLLER_FAILURES
@@ -94,26 +95,45 @@ def _fit(
         ),
     )
     try:
-        with _Drain(mailbox, emit) as drain:
+        with _Drain(mailbox, emit):
             result = trainer.fit()
+    except SystemExit:  # Ray's Ctrl-C handler would end the process as if all had gone well.
+        raise KeyboardInterrupt from None
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        if drain.fatal is not None:
-            raise rebuild_error(drain.fatal) from error
+        if (fatal := _fatal(mailbox)) is not None:
+            raise rebuild_error(fatal) from error
         raise RunError(_describe(error, launch)) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if drain.fatal is not None:
-        raise rebuild_error(drain.fatal)
+        shutil.rmtree(scratch / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another command of this run may use it.
+            scratch.rmdir()
+    if (fatal := _fatal(mailbox)) is not None:
+        raise rebuild_error(fatal)
     return dict(result.return_value)
+
+
+def _fatal(mailbox: Any) -> dict[str, Any] | None:
+    """Return the event of the rank that gave up, if one did and the cluster still answers."""
+    import ray
+
+    try:
+        event: dict[str, Any] | None = ray.get(mailbox.fatal.remote(), timeout=_SECONDS_FOR_MAIL)
+    except ray.exceptions.RayError:
+        return None
+    return event
 
 
 def _describe(error: Exception, launch: LaunchConfig) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())]
-    cause = "; ".join(causes) or _last_line(error)
+    if not causes:
+        return (
+            f"Ray Train could not run {launch.num_workers} ranks: {_last_line(error)}; see whether "
+            "the cluster lives and has the CPUs (and GPUs) they need, then continue with --resume"
+        )
     return (
         f"the ranks failed {launch.max_failures + 1} times (launch.max_failures: "
-        f"{launch.max_failures} restarts): {cause}; the last checkpoint is kept: "
+        f"{launch.max_failures} restarts): {'; '.join(causes)}; the last checkpoint is kept: "
         "mend the cause and continue with --resume"
     )
 
@@ -131,9 +151,10 @@ class _Mailbox:
         self._fatal: dict[str, Any] | None = None
 
     def push(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "fatal" and self._fatal is None:
-            self._fatal = event
-        self._events.append(event)
+        if event["kind"] == "fatal":
+            self._fatal = self._fatal or event
+        else:
+            self._events.append(event)
 
     def drain(self) -> list[dict[str, Any]]:
         events, self._events = self._events, []
@@ -147,7 +168,6 @@ class _Drain:
     """Hands the mailbox's events on from a thread, while `fit` blocks the main one."""
 
     def __init__(self, mailbox: Any, emit: Emit) -> None:
-        self.fatal: dict[str, Any] | None = None
         self._mailbox = mailbox
         self._emit = emit
         self._stop = threading.Event()
@@ -168,14 +188,13 @@ class _Drain:
         while not stopping:
             stopping = self._stop.wait(_SECONDS_BETWEEN_DRAINS)
             try:
-                events = ray.get(self._mailbox.drain.remote(), timeout=20)
+                events = ray.get(self._mailbox.drain.remote(), timeout=_SECONDS_FOR_MAIL)
+            except ray.exceptions.GetTimeoutError:
+                continue  # A busy machine; what was not fetched is fetched next time.
             except ray.exceptions.RayError:
                 return  # The cluster is gone; `fit` reports why.
             for event in events:
-                if event["kind"] == "fatal":
-                    self.fatal = self.fatal or event
-                else:
-                    self._emit(event)
+                self._emit(event)
 
 
 # ---------------------------------------------------------------- the cluster
@@ -189,6 +208,7 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # A cluster that the calling program has started, such as a test's.
+        _require_resources(launch)
         yield
         return
     import_path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
@@ -199,9 +219,8 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
     }
     try:
         if launch.address:
-            _require_listener(launch.address)
+            _require_answer(launch.address)
             ray.init(address=launch.address, **options)
-            _require_resources(launch)
         else:
             needed = math.ceil(launch.num_workers * launch.cpus_per_rank)
             ray.init(
@@ -211,7 +230,7 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **options,
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         where = (
             f"launch.address {launch.address}" if launch.address else "a cluster on this machine"
         )
@@ -220,17 +239,31 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
             "`ray start --head`, correct launch.address, or leave it out to start one here"
         ) from error
     try:
+        _require_resources(launch)
         yield
     finally:
         ray.shutdown()
 
 
-def _require_listener(address: str) -> None:
-    """Raise ConnectionError when nothing listens at HOST:PORT; Ray itself would try for minutes."""
+def _require_answer(address: str) -> None:
+    """Raise ConnectionError when nothing speaks Ray's protocol at HOST:PORT.
+
+    Ray itself would try for minutes, and for ever where something else listens.
+    """
+    import grpc
+
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        with socket.create_connection((host, int(port)), timeout=_SECONDS_FOR_AN_ANSWER):
-            return
+    if not host or not port.isdigit():
+        return  # Such as `auto`, which Ray resolves by itself and refuses at once.
+    channel = grpc.insecure_channel(f"{host}:{port}")
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_SECONDS_FOR_AN_ANSWER)
+    except grpc.FutureTimeoutError:
+        raise ConnectionError(
+            f"nothing that speaks gRPC at {host}:{port} within {_SECONDS_FOR_AN_ANSWER:g} s"
+        ) from None
+    finally:
+        channel.close()
 
 
 def _require_resources(launch: LaunchConfig) -> None:
@@ -239,10 +272,9 @@ def _require_resources(launch: LaunchConfig) -> None:
     have = ray.cluster_resources().get("CPU", 0.0)
     needed = launch.num_workers * launch.cpus_per_rank
     if have < needed:
-        ray.shutdown()
         raise TopologyError(
             f"launch.num_workers {launch.num_workers} x cpus_per_rank {launch.cpus_per_rank} = "
-            f"{needed:g} CPUs are required, the cluster at {launch.address} has {have:g}; "
+            f"{needed:g} CPUs are required, the cluster {launch.address or 'here'} has {have:g}; "
             "lower launch.num_workers or launch.cpus_per_rank, or add nodes"
         )
 

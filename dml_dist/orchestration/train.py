@@ -13,24 +13,31 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dml_dist.config.data import DataConfig
 from dml_dist.config.load import differing_paths, dump_config, load_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.errors import CheckpointError
 from dml_dist.files import write_text_atomic
+from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.bench import open_bench
-from dml_dist.orchestration.datasets import ensure_imported
+from dml_dist.orchestration.datasets import (
+    ensure_imported,
+    require_index,
+    require_same_dataset,
+)
 from dml_dist.orchestration.estimate import estimate_plan
-from dml_dist.orchestration.launch import joined, launch, on_main, world_size_of
-from dml_dist.orchestration.progress import Display, discard
+from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
+from dml_dist.orchestration.paths import with_absolute_paths
+from dml_dist.orchestration.progress import Display, discard, warnings_as_notes
 from dml_dist.orchestration.tables import print_results
 from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
 from dml_dist.report import write_report
 from dml_dist.runs import RunFolder
 from dml_dist.topology import Topology
+from dml_dist.train.checkpoint_files import newest_checkpoint
 from dml_dist.train.plan import RunPlan
+from dml_dist.train.resume import check_plan
 
 
 def run_training(
@@ -50,8 +57,18 @@ def run_training(
     start = time.monotonic()
     config = with_absolute_paths(config)
     folder = RunFolder(run_dir or Path("runs") / config.name)
-    with joined(config.launch) as comm:
-        assignment = on_main(comm, lambda: _prepare(config, folder, resume, console))
+    with joined(config.launch) as comm, contextlib.ExitStack() as held:
+
+        def prepare() -> Assignment:
+            assignment = _prepare(config, folder, resume, console)
+            text = dump_config(config)
+            if not resume:
+                RunFolder.create(folder.path, text, name=config.name, seed=config.seed)
+            held.enter_context(folder.lock())
+            write_text_atomic(folder.config_path, text)
+            return assignment
+
+        assignment = on_main(comm, prepare)
         with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
             metrics = launch(assignment, comm, emit)
         metrics["seconds"]["total"] = time.monotonic() - start
@@ -68,6 +85,7 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     config = with_absolute_paths(config)
     world_size = world_size_of(config.launch)
     if (Path(config.data.path) / INDEX_NAME).exists():
+        require_same_dataset(config.data)
         plan, source = _plan(config, world_size), f"counted in {config.data.path}"
     else:
         plan, source = estimate_plan(config, world_size)
@@ -77,37 +95,30 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     console.print(table)
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the configuration with paths that hold in every process, whatever its folder."""
-    changes: dict[str, Any] = {"path": _absolute(config.data.path)}
-    if (source := getattr(config.data.dataset, "source", None)) is not None:
-        assert config.data.dataset is not None
-        changes["dataset"] = config.data.dataset.model_copy(update={"source": _absolute(source)})
-    data: DataConfig = config.data.model_copy(update=changes)
-    return config.model_copy(update={"data": data})
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
 # ---------------------------------------------------------------- before
 
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Console) -> Assignment:
-    """Check data, plan and folder, in this order, and write only when all are right."""
+    """Check configuration, folder, data and plan; write nothing but shards that are missing."""
+    launch_config = config.launch
     changes: tuple[str, ...] = ()
     if resume:
-        folder = RunFolder.open(folder.path)
-        changes = _changes(folder, config)
+        changes = _changes(RunFolder.open(folder.path), config)
     else:
         folder.require_new()
+    check_weights(config.model.backbone)
+    if launch_config.launcher == "ray" and launch_config.address is None:
+        uses_gpu(launch_config, launch_config.num_workers)
+    world_size = world_size_of(launch_config)
+    if launch_config.launcher == "torchrun" and world_size > 1:
+        require_index(config.data)  # The other ranks would wait for an import until they give up.
     ensure_imported(config.data, console)
-    plan = _plan(config, world_size_of(config.launch))
+    plan = _plan(config, world_size)
     if resume:
-        write_text_atomic(folder.config_path, dump_config(config))
-    else:
-        RunFolder.create(folder.path, dump_config(config), name=config.name, seed=config.seed)
+        with warnings_as_notes(discard):  # The ranks say what is damaged.
+            found = newest_checkpoint(folder.checkpoints)
+        if found is not None:
+            check_plan(*found, config, plan)
     _announce(plan, config, console)
     return Assignment(
         kind="train",
@@ -120,8 +131,9 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
 
 def _plan(config: RunConfig, world_size: int) -> RunPlan:
     # One rank's view is every rank's: the plan depends on their number alone.
-    topology = Topology(world_size=world_size)
-    return open_bench(config, topology, Comm.single(), discard).resolve()
+    bench = open_bench(config, Topology(world_size=world_size), Comm.single(), discard)
+    bench.check_evaluable()
+    return bench.resolve()
 
 
 def _changes(folder: RunFolder, config: RunConfig) -> tuple[str, ...]:
@@ -147,6 +159,7 @@ def _announce(plan: RunPlan, config: RunConfig, console: Console) -> None:
         f"{plan.total_steps:,} steps of {plan.global_batch_size} on {plan.world_size} "
         f"{'rank' if plan.world_size == 1 else 'ranks'} ({config.launch.launcher})",
         highlight=False,
+        soft_wrap=True,
     )
 
 

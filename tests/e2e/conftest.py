@@ -15,6 +15,7 @@ from dml_dist.cli import main
 from dml_dist.config.data import GlyphsConfig
 from dml_dist.data.datasets import build_importer
 from dml_dist.data.write_shards import import_dataset
+from dml_dist.orchestration.datasets import describe
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,8 +24,8 @@ REPOSITORY = Path(__file__).parents[2]
 def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 60 glyph classes (30 of them train) with 8 images each, in several tar shards."""
     out = tmp_path_factory.mktemp("glyphs")
-    importer = build_importer(GlyphsConfig(num_classes=60, images_per_class=8, image_size=24))
-    import_dataset(importer, out, samples_per_shard=100)
+    config = GlyphsConfig(num_classes=60, images_per_class=8, image_size=24)
+    import_dataset(build_importer(config), out, samples_per_shard=100, description=describe(config))
     return out
 
 

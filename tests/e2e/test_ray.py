@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,11 +135,45 @@ def _damage_a_sample(source: Path, target: Path) -> None:
             file.write(bytes([byte ^ 1]))
 
 
-def test_address_without_a_cluster(config_file: Path, cli: Cli, tmp_path: Path) -> None:
-    code, output = cli(
-        *("train", config_file, "--launcher", "ray"),
-        *("--set", "launch.address=127.0.0.1:1", "--run-dir", "nowhere"),
-    )
+@pytest.mark.parametrize("listens", [False, True])
+def test_address_without_a_cluster(
+    listens: bool, config_file: Path, cli: Cli, tmp_path: Path
+) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:  # Something that is no Ray: it takes the connection and never says a word.
+            server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        code, output = cli(
+            *("train", config_file, "--launcher", "ray", "--run-dir", "nowhere"),
+            *("--set", f"launch.address={address}"),
+        )
     assert code == 1, output
     assert "no Ray cluster answers" in output
-    assert "127.0.0.1:1" in output
+    assert address in output
+
+
+@pytest.mark.timeout(300)
+def test_quickstart_in_small(cli: Cli, tmp_path: Path) -> None:
+    changes = {
+        "data.dataset.num_classes": 60,
+        "data.dataset.images_per_class": 6,
+        "model.backbone.width": 16,
+        "train.steps": 20,
+        "schedule.warmup_steps": 2,
+        "evaluation.every_steps": 10,
+    }
+    sets = [part for path, value in changes.items() for part in ("--set", f"{path}={value}")]
+    code, output = cli("quickstart", *sets)
+    assert code == 0, output
+    assert "360 images of 60 classes" in output
+    assert "on 2 ranks (ray)" in output
+    assert "train: 20 of 20" in output
+    run = next((tmp_path / "runs").glob("quickstart-*"))
+    assert output.strip().splitlines()[-1] == f"results: {run}"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["trained"]["num_queries"] == 180
+    assert (run / "report/index.html").stat().st_size > 20_000
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    # Nothing of Ray's own talk reaches the user.
+    assert not re.search(r"INFO|WARNING|ray::|raylet|PlacementGroup|Traceback", output), output

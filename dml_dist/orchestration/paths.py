@@ -1,0 +1,26 @@
+"""Paths of a configuration that hold in every process, whatever folder it works in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dml_dist.config.schema import RunConfig
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration with the paths of data, data set and weights made absolute."""
+    data: dict[str, Any] = {"path": _absolute(config.data.path)}
+    if (source := getattr(config.data.dataset, "source", None)) is not None:
+        assert config.data.dataset is not None
+        data["dataset"] = config.data.dataset.model_copy(update={"source": _absolute(source)})
+    model = config.model
+    weights = getattr(model.backbone, "weights", "none")
+    if Path(weights).expanduser().is_file():  # Otherwise the name of weights of torchvision.
+        backbone = model.backbone.model_copy(update={"weights": _absolute(weights)})
+        model = model.model_copy(update={"backbone": backbone})
+    return config.model_copy(update={"data": config.data.model_copy(update=data), "model": model})
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
