@@ -195,10 +195,16 @@ def build_index(
         processes: Number of reading processes; None takes one for each CPU core.
 
     Raises:
-        DataError: If there are no tar shards, or a sample cannot be used; tar file and key named.
+        DataError: If there are no tar shards, an import into the folder was not finished, or a
+            sample cannot be used; tar file and key named.
     """
     if not root.is_dir():
         raise DataError(f"a folder with tar shards is required, {root} is none")
+    if (root / PROGRESS_FOLDER).exists():
+        raise DataError(
+            f"{root}: an import into this folder was not finished; run the import again, finished "
+            "tar shards are kept and the import writes the index"
+        )
     names = list_tar_shards(root)
     if not names:
         raise DataError(f"{root} must hold tar shards (*.tar), it holds none")

@@ -86,25 +86,41 @@ def import_dataset(
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     plan = _make_plan(importer.samples(), out, seed, samples_per_shard)
-    if import_digest(out) == plan.digest:
-        shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
-        if progress is not None:
-            progress(plan.num_images, plan.num_images)
-        index = read_index(out)
-        if description not in ("", import_description(out)):
-            write_index(index, digest=plan.digest, description=description)
+    if (index := _finished(plan, out, description, progress)) is not None:
         return index
-    _refuse_other_data(out, plan.digest)
     folder = out / PROGRESS_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
+        if (out / INDEX_NAME).exists():  # another import has ended since
+            shutil.rmtree(folder, ignore_errors=True)
+        if (index := _finished(plan, out, description, progress)) is not None:
+            return index
         for leftover in (*out.glob(".*.tar.*.tmp"), *out.glob(f".{INDEX_NAME}.*.tmp")):
             leftover.unlink()
         write_json_atomic(folder / "plan.json", {"digest": plan.digest})
         _write_missing(plan, processes, progress)
         index = _collect_index(plan, out)
         write_index(index, digest=plan.digest, description=description)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    return index
+
+
+def _finished(
+    plan: _Plan, out: Path, description: str, progress: Callable[[int, int], None] | None
+) -> Index | None:
+    """Return the index if this very import stands in `out`, None if it is to be made.
+
+    Raises:
+        DataError: If `out` holds something else.
+    """
+    if import_digest(out) != plan.digest:
+        _refuse_other_data(out, plan.digest)
+        return None
+    shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
+    if progress is not None:
+        progress(plan.num_images, plan.num_images)
+    index = read_index(out)
+    if description not in ("", import_description(out)):
+        write_index(index, digest=plan.digest, description=description)
     return index
 
 
@@ -143,7 +159,9 @@ def _refuse_other_data(out: Path, digest: str) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} must be a folder to write tar shards into, it is a file")
     plan = out / PROGRESS_FOLDER / "plan.json"
-    if (out / INDEX_NAME).exists():
+    if import_digest(out) == "":
+        what = "holds tar shards that were indexed by hand: what they were made of is not known"
+    elif (out / INDEX_NAME).exists():
         what = "holds another data set, or this one imported with other settings"
     elif plan.exists():
         if read_json(plan).get("digest") == digest:
@@ -161,7 +179,8 @@ def _refuse_other_data(out: Path, digest: str) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second import at the same time; released however we end."""
+    """Make the folder and hold it against a second import; released however we end."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
