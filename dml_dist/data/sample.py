@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -36,9 +37,32 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """An image file, stored byte for byte."""
+    """An image file, stored byte for byte.
 
-    path: str
+    It is told from others by its name, size and time of change: a replaced file is another image,
+    a folder that was moved as a whole holds the same ones.
+    """
+
+    path: str = field(repr=False)
+
+    name: str = ""
+    """The path relative to the folder of the data set; empty takes `path`."""
+
+    size: int = field(init=False)
+    """Bytes of the file when it was listed, -1 if there was none."""
+
+    mtime_ns: int = field(init=False)
+    """When it was last changed, in nanoseconds."""
+
+    def __post_init__(self) -> None:
+        try:
+            found = os.stat(self.path)
+            size, mtime_ns = found.st_size, found.st_mtime_ns
+        except OSError:  # reading it says what is wrong
+            size, mtime_ns = -1, 0
+        values = {"name": self.name or self.path, "size": size, "mtime_ns": mtime_ns}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def read(self) -> tuple[bytes, str]:
         """Return the file's bytes and its normalised extension."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -28,12 +29,20 @@ class ShardTask:
     samples: tuple[Sample, ...]
     labels: tuple[int, ...]
 
+    @property
+    def digest(self) -> str:
+        """Of the samples and their images, as far as their `repr` tells them apart."""
+        text = repr((self.samples, self.labels))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
 
 def is_complete(task: ShardTask) -> bool:
-    """Tell whether a tar shard was finished; its record is written after it."""
+    """Tell whether a tar shard of these samples was finished; its record is written after it."""
     if not (task.record.exists() and task.path.exists()):
         return False
-    return bool(read_json(task.record)["tar_bytes"] == task.path.stat().st_size)
+    record = read_json(task.record)
+    same = record["tar_bytes"] == task.path.stat().st_size and record["digest"] == task.digest
+    return bool(same)
 
 
 def write_tar_shard(task: ShardTask) -> list[str]:
@@ -49,7 +58,7 @@ def write_tar_shard(task: ShardTask) -> list[str]:
     except _BrokenImagesError as error:
         return error.problems
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    write_json_atomic(task.record, {"tar_bytes": tar_bytes, **columns})
+    write_json_atomic(task.record, {"tar_bytes": tar_bytes, "digest": task.digest, **columns})
     return []
 
 

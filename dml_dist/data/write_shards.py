@@ -47,8 +47,13 @@ class _Plan:
 
     tasks: list[ShardTask]
     class_names: list[str]
-    digest: str
     num_images: int
+
+    digest: str
+    """Of everything that the bytes depend on."""
+
+    outline: str
+    """The same without the images: an unfinished import may go on after one was replaced."""
 
 
 def import_dataset(
@@ -96,7 +101,7 @@ def import_dataset(
             return index
         for leftover in (*out.glob(".*.tar.*.tmp"), *out.glob(f".{INDEX_NAME}.*.tmp")):
             leftover.unlink()
-        write_json_atomic(folder / "plan.json", {"digest": plan.digest})
+        write_json_atomic(folder / "plan.json", {"outline": plan.outline})
         _write_missing(plan, processes, progress)
         index = _collect_index(plan, out)
         write_index(index, digest=plan.digest, description=description)
@@ -113,7 +118,7 @@ def _finished(
         DataError: If `out` holds something else.
     """
     if import_digest(out) != plan.digest:
-        _refuse_other_data(out, plan.digest)
+        _refuse_other_data(out, plan.outline)
         return None
     shutil.rmtree(out / PROGRESS_FOLDER, ignore_errors=True)
     if progress is not None:
@@ -133,11 +138,14 @@ def _make_plan(samples: Sequence[Sample], out: Path, seed: int, samples_per_shar
         by_split.setdefault(sample.split, []).append(sample)
     tasks: list[ShardTask] = []
     digest = hashlib.sha256(repr((_FORMAT, seed, samples_per_shard)).encode())
+    outline = digest.copy()
     for number, split in enumerate(sorted(by_split)):
         members = by_split[split]
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))
         ordered = [members[at] for at in generator.permutation(len(members)).tolist()]
         for sample in ordered:
+            facts = (sample.key, sample.class_name, split, sample.super_class, sample.role)
+            outline.update(repr(facts).encode("utf-8", "surrogateescape"))
             digest.update(repr(sample).encode("utf-8", "surrogateescape"))
         num_shards = -(-len(ordered) // samples_per_shard)
         for at, (low, high) in enumerate(all_bounds(len(ordered), num_shards)):
@@ -151,10 +159,10 @@ def _make_plan(samples: Sequence[Sample], out: Path, seed: int, samples_per_shar
                     tuple(label_of[sample.class_name] for sample in chosen),
                 )
             )
-    return _Plan(tasks, class_names, digest.hexdigest(), len(samples))
+    return _Plan(tasks, class_names, len(samples), digest.hexdigest(), outline.hexdigest())
 
 
-def _refuse_other_data(out: Path, digest: str) -> None:
+def _refuse_other_data(out: Path, outline: str) -> None:
     """Raise a DataError if `out` holds tar shards that this import did not write."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} must be a folder to write tar shards into, it is a file")
@@ -162,9 +170,9 @@ def _refuse_other_data(out: Path, digest: str) -> None:
     if import_digest(out) == "":
         what = "holds tar shards that were indexed by hand: what they were made of is not known"
     elif (out / INDEX_NAME).exists():
-        what = "holds another data set, or this one imported with other settings"
+        what = "holds another data set, or this one with other settings or changed images"
     elif plan.exists():
-        if read_json(plan).get("digest") == digest:
+        if read_json(plan).get("outline") == outline:
             return
         what = "holds an unfinished import of another data set or with other settings"
     elif any(out.glob("*.tar")):
@@ -211,7 +219,7 @@ def _write_missing(
         raise DataError(
             f"every image must be readable, {len(problems)} are not:\n  "
             + "\n  ".join(problems[:_MAX_PROBLEMS])
-            + "\nrepair or remove them, then run the import again"
+            + "\nrepair them and run the import again, or remove them and start in a new folder"
         )
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dml_dist.config.data import FolderConfig
 from dml_dist.data import tar_shard, write_shards
+from dml_dist.data.datasets.folder import FolderImporter
 from dml_dist.data.index import (
     INDEX_NAME,
     PROGRESS_FOLDER,
@@ -274,6 +276,43 @@ def test_an_import_that_ended_before_the_lock_was_held_counts(
     for name in ("same", "other"):
         assert not (tmp_path / name / PROGRESS_FOLDER).exists()
         assert verify(tmp_path / name, processes=1).problems == []
+
+
+def folder_importer(source: Path) -> FolderImporter:
+    return FolderImporter(FolderConfig(source=str(source)))
+
+
+def test_replaced_images_are_noticed_and_moved_folders_are_not(tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_images(raw, [f"{i % 2}/{i}.png" for i in range(6)])
+    import_dataset(folder_importer(raw), out, processes=1)
+    raw = raw.rename(tmp_path / "moved")
+    import_dataset(folder_importer(raw), out, processes=1)
+    (raw / "0/2.png").write_bytes(encoded_image(99))
+    with pytest.raises(DataError, match=r"holds another data set, or this one .*changed images"):
+        import_dataset(folder_importer(raw), out, processes=1)
+
+
+def test_an_unfinished_import_takes_replaced_images(tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_images(raw, [f"{i % 4}/{i}.png" for i in range(16)])
+    broken = raw / "0/0.png"
+    broken.write_bytes(b"not an image")
+    settings = {"samples_per_shard": 2, "processes": 1}
+    with pytest.raises(DataError, match="1 are not"):
+        import_dataset(folder_importer(raw), out, **settings)
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(kept) == 7
+    broken.write_bytes(encoded_image(50))
+    replaced = raw / "3/3.png"  # by then in a tar shard
+    replaced.write_bytes(encoded_image(51))
+    index = import_dataset(folder_importer(raw), out, **settings)
+    assert sum((out / name).stat().st_mtime_ns != stamp for name, stamp in kept.items()) == 1
+    for path in (broken, replaced):
+        (row,) = np.flatnonzero(index.keys == f"{path.parent.name}/{path.stem}")
+        shard = (out / index.tar_shards[index.tar_shard[row]]).read_bytes()
+        assert shard[index.offset[row] :][: index.length[row]] == path.read_bytes()
+    assert verify(out, processes=1).problems == []
 
 
 def test_broken_images_are_named_and_repaired_ones_taken(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class FolderImporter:
 def _make_samples(root: Path, found: list[tuple[str, str]], splits: list[str]) -> list[Sample]:
     keys = make_keys([path for path, _ in found])
     return [
-        Sample(key, class_name, split, FileSource(os.path.join(root, path)))
+        Sample(key, class_name, split, FileSource(os.path.join(root, path), path))
         for key, (path, class_name), split in zip(keys, found, splits, strict=True)
     ]
 

@@ -67,12 +67,13 @@ class TableImporter:
         bad = [row for row, path in enumerate(full, 1) if not os.path.isfile(path)]
         _refuse(file, "every path must be an image file, these do not exist", bad, full)
         return [
-            Sample(key, label, split, FileSource(path), super_class or None, role)
-            for key, label, split, path, super_class, role in zip(
+            Sample(key, label, split, FileSource(path, name), super_class or None, role)
+            for key, label, split, path, name, super_class, role in zip(
                 make_keys(columns["path"]),
                 columns["label"],
                 columns["split"],
                 full,
+                columns["path"],
                 super_classes,
                 roles,
                 strict=True,
