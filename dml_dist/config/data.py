@@ -166,7 +166,12 @@ class StandardTransformConfig(Section):
 
 
 class CustomTransformConfig(CustomSection):
-    """`target(**options)` gives an object with `train(image_CHW_uint8)` and `evaluation(...)`."""
+    """A transform of one's own: `target(**options)` gives an object with two methods.
+
+    `train(image_CHW_uint8, generator)` and `evaluation(image_CHW_uint8)` return (3, H, W) float32.
+    The numpy generator is the only source of randomness: a view depends on the seed, the step and
+    the position in the batch, not on the worker or rank that makes it.
+    """
 
     name: Literal["custom"] = "custom"
 

@@ -123,7 +123,10 @@ class EvaluationConfig(Section):
     """Cosine compares L2-normalised embeddings, euclidean the embeddings as they are."""
 
     batch_size: PositiveInt = 256
-    """Images of one evaluation batch over all ranks: an embedding's bits depend on its batch."""
+    """Images of one evaluation batch; it lies whole on one rank, so this is memory of one rank.
+
+    An embedding's bits depend on the batch that it is computed in.
+    """
 
     every_steps: PositiveInt | None = resumable(None)
     """Steps between two validations; none means the end of each epoch."""
