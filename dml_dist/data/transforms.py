@@ -20,6 +20,10 @@ from dml_dist.config.data import (
 from dml_dist.errors import ConfigError
 
 
+# Of a longer image the evaluation takes the middle: 2 x 4000 pixels would become 224 x 448,000.
+_MAX_ASPECT = 8
+
+
 class Transform(Protocol):
     """How an image becomes a tensor; picklable, without state between calls."""
 
@@ -68,7 +72,7 @@ class StandardTransform:
     def evaluation(self, image: Tensor) -> Tensor:
         """Return the middle of the image, (3, size, size) float32."""
         size = self.config.size
-        image = self._resize(image, [self.config.resize or size])  # the shorter side
+        image = self._resize(_without_ends(image), [self.config.resize or size])  # shorter side
         return self._normalize(F.center_crop(image, [size, size]))
 
     def _resize(self, image: Tensor, size: list[int]) -> Tensor:
@@ -78,6 +82,18 @@ class StandardTransform:
         # Decoders give pixels with channels side by side; planes first makes this 3 x as fast.
         planes = image.to(torch.float32, memory_format=torch.contiguous_format)
         return planes.sub_(self._mean).div_(self._std)
+
+
+def _without_ends(image: Tensor) -> Tensor:
+    """Return the middle of an image that is far longer than wide, others as they are.
+
+    What is cut off is outside of the centre crop, whose side is the shorter one's at most.
+    """
+    height, width = image.shape[-2:]
+    longest = _MAX_ASPECT * min(height, width)
+    # An even number of pixels goes, so that the middle stays where it is.
+    cut_rows, cut_columns = (max(0, side - longest) // 2 for side in (height, width))
+    return image[:, cut_rows : height - cut_rows, cut_columns : width - cut_columns]
 
 
 def draw_crop(

@@ -11,6 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from dml_dist.config.data import CustomTransformConfig, StandardTransformConfig
+from dml_dist.data import transforms
 from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.transforms import Transform, build_transform, draw_crop
 from dml_dist.errors import ConfigError
@@ -53,6 +54,33 @@ def test_evaluation_is_torchvisions_resize_crop_and_normalize(
     )
     image = image_of(height, width)
     torch.testing.assert_close(standard(resize=resize).evaluation(image), reference(image))
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 400), (401, 4), (3, 1000), (24, 193)])
+def test_the_ends_of_long_images_change_nothing(height: int, width: int) -> None:
+    image = image_of(height, width)
+    whole = v2.CenterCrop(16)(v2.Resize(20, antialias=True)(image))
+    transform = standard(resize=20, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    difference = transform.evaluation(image) - whole
+    # Positions differ by the rounding of the longer side to whole pixels only.
+    assert difference.abs().mean() <= 2.0
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 4000), (4000, 2), (1, 60000)])
+def test_extreme_images_are_not_blown_up(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    resize = transforms.F.resize
+
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        resized: torch.Tensor = resize(*arguments, **options)
+        sizes.append(resized.numel())
+        return resized
+
+    monkeypatch.setattr(transforms.F, "resize", recorded)
+    assert standard(size=64).evaluation(image_of(height, width)).shape == (3, 64, 64)
+    assert max(sizes) <= 3 * 64 * 64 * 9
 
 
 def test_a_full_crop_without_flip_is_a_plain_resize() -> None:
