@@ -85,6 +85,8 @@ class _Loop:
         self.best: Best | None = None
         self.last: Path | None = None
         self.meter = Meter()
+        words = np.random.SeedSequence([config.seed, _STREAM, state.comm.rank])
+        self.stream = int(words.generate_state(1, np.uint64)[0])
 
     def go_on_from(self, folder: Path, manifest: Manifest) -> None:
         """Load a checkpoint."""
@@ -145,8 +147,7 @@ class _Loop:
     def _seed(self, step: int) -> None:
         """Make what the network draws depend on seed, step and rank: a resumed run repeats it."""
         comm = self.state.comm
-        words = np.random.SeedSequence([self.config.seed, _STREAM, step, comm.rank])
-        seed = int(words.generate_state(1, np.uint64)[0])
+        seed = (self.stream + step) % 2**64  # torch spreads neighboring seeds.
         # torch.manual_seed asks every kind of device: 0.25 ms, 1 % of a small step.
         torch.default_generator.manual_seed(seed)
         if comm.device.type == "cuda":
@@ -166,11 +167,12 @@ class _Loop:
         """Log, validate and save where it is due; all ranks decide alike."""
         step = self.state.step
         validates, saves = self._validates(step), self._saves(step)
-        # A record at every checkpoint, too: the means of a resumed run then run over the same
-        # steps as those of an uninterrupted one.
-        if saves or validates or step % self.config.train.log_every == 0:
+        pauses = saves or validates or self._tests(step)
+        # A record at every pause, too: nothing is measured or saved after a bad loss, and the means
+        # of a resumed run run over the same steps as those of an uninterrupted one.
+        if pauses or step % self.config.train.log_every == 0:
             self._log(step)
-        if not (saves or validates or self._tests(step)):
+        if not pauses:
             return
         share_buffers(self.state.model, self.state.comm)
         check_finite(self.state)
@@ -200,8 +202,9 @@ class _Loop:
         return every is not None and step % every == 0
 
     def _log(self, step: int) -> None:
-        values = self.meter.read()
-        bad = int(self.state.first_bad_step)
+        first = step - self.meter.num_steps + 1
+        reading = self.meter.read()
+        values = reading.values
         if self.around.step_records is not None:
             lr = self.config.optim.lr * self._factor(step - 1)
             self.around.step_records.write(
@@ -212,7 +215,8 @@ class _Loop:
                 **values,
             )
         self._report(values["loss"], values["images_per_second"])
-        if bad >= 0:
+        if reading.first_bad is not None:
+            bad = first + reading.first_bad
             kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
             raise RunError(
                 f"required a finite loss, got a non-finite one at step {bad} (seen at step "

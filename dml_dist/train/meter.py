@@ -9,6 +9,20 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a meter showed.
+
+    Attributes:
+        values: Means over steps by name, images_per_second and data_share.
+        first_bad: Which step since the last reading was the first with a loss that is not finite,
+            from 0; None when all are finite.
+    """
+
+    values: dict[str, float]
+    first_bad: int | None
+
+
 @dataclass
 class Meter:
     """Losses, images and seconds since the last record.
@@ -16,7 +30,7 @@ class Meter:
     Losses stay tensors on the device; `read` is the one place that waits for them.
 
     Attributes:
-        values: Name -> 0-d tensors, one a step.
+        values: Name -> 0-d tensors, one a step; `loss` is among them.
         num_images: Images of all ranks.
         data_seconds: Time in which this rank waited for its next batch.
     """
@@ -33,19 +47,22 @@ class Meter:
         self.num_images += num_images
         self.data_seconds += data_seconds
 
-    def read(self) -> dict[str, float]:
-        """Return the means since the last reading, images per second and the share of waiting.
+    @property
+    def num_steps(self) -> int:
+        """Number of steps noted."""
+        return len(self.values.get("loss", ()))
 
-        Waits for the device, and starts anew.
-        """
-        names = list(self.values)
-        means = torch.stack([torch.stack(self.values[name]).double().mean() for name in names])
-        record = dict(zip(names, means.tolist(), strict=True))  # HOST SYNC: the only one of a run
+    def read(self) -> Reading:
+        """Return what happened since the last reading; waits for the device, and starts anew."""
+        steps = torch.stack([torch.stack(column).double() for column in self.values.values()])
+        steps = steps.cpu()  # HOST SYNC: the only one of a run.
+        record = dict(zip(self.values, steps.mean(dim=1).tolist(), strict=True))
+        bad = (~steps[list(self.values).index("loss")].isfinite()).nonzero()
         seconds = max(time.perf_counter() - self._start, 1e-9)
         record["images_per_second"] = self.num_images / seconds
         record["data_share"] = min(1.0, self.data_seconds / seconds)
         self.restart()
-        return record
+        return Reading(record, int(bad[0]) if len(bad) else None)
 
     def restart(self) -> None:
         """Forget what was noted, and start the clock: after a validation or a checkpoint."""

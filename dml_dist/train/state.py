@@ -52,7 +52,6 @@ class TrainState:
         comm: The ranks.
         precision: The arithmetic.
         step: Number of updates made.
-        first_bad_step: 0-d int64 on the device: the first step whose loss was not finite, or -1.
     """
 
     model: EmbeddingModel
@@ -62,18 +61,11 @@ class TrainState:
     comm: Comm
     precision: Precision
     step: int
-    first_bad_step: Tensor
 
     @property
     def owned(self) -> dict[str, Parameter]:
         """This rank's rows of the objective's tables, by name."""
         return {name: rows.parameter for name, rows in self.objective.owned_parameters().items()}
-
-    def count_step(self, loss: Tensor) -> None:
-        """Count an update, and note on the device whether it is the first with a bad loss."""
-        self.step += 1
-        bad = (self.first_bad_step < 0) & ~loss.isfinite()
-        self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
 
 
 def resolve_precision(
@@ -135,7 +127,6 @@ def build_state(
         comm=comm,
         precision=precision,
         step=0,
-        first_bad_step=torch.full((), -1, dtype=torch.int64, device=comm.device),
     )
 
 

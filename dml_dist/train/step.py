@@ -63,7 +63,7 @@ def train_step(
     if max_grad_norm is not None:
         owned = state.owned.values()
         norm = clip_gradients(state.model.parameters(), owned, max_grad_norm, state.comm)
-    state.count_step(output.loss.detach())
     set_learning_rates(state.optimizer, learning_rate_factor)
     state.optimizer.step()
+    state.step += 1
     return StepOutput(output.statistics, norm)

@@ -248,6 +248,25 @@ def test_what_a_run_tells(tmp_path: Path) -> None:
     ]
 
 
+def test_nothing_is_measured_after_a_bad_loss(tmp_path: Path) -> None:
+    config = small_config(
+        train__log_every=100, evaluation__evaluate_test_every=3, checkpoint__every_steps=100
+    )
+    run = SmallRun(Topology(), Comm.single(), config, tmp_path, validation=False)
+    batches = run.batches
+
+    def spoiled(start: int, end: int) -> Any:
+        for batch in batches(start, end):
+            if batch.step == 1:
+                batch.images[0] = torch.inf
+            yield batch
+
+    run.batches = spoiled  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"non-finite one at step 2 \(seen at step 3\)"):
+        run.train()
+    assert run.evaluated == []
+
+
 def test_warm_up_leaves_the_backbone_as_it_is(tmp_path: Path) -> None:
     """Running statistics belong to it: 4 steps of warm-up, then one without."""
     config = small_config(
