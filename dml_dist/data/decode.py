@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dml_dist.data.pixels import rgb_image
 from dml_dist.errors import DataError
 
 _JPEG = b"\xff\xd8\xff"
@@ -68,11 +69,9 @@ def _decode_pil(data: bytes, where: str) -> Tensor:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):  # one channel of 16 bits, which PIL would clip to 255
-                levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                pixels = np.repeat(levels[:, :, None], 3, axis=2)
-            else:
-                pixels = np.array(image.convert("RGB"))
+            pixels = np.array(rgb_image(image))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     # PIL reports damage by any of these, depending on the format.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(

@@ -7,6 +7,7 @@ from typing import IO
 
 from PIL import Image
 
+from dml_dist.data.pixels import check_levels
 from dml_dist.errors import DataError
 
 # Those of IMAGE_EXTENSIONS; others that PIL knows (EPS, PDF) start programs or are no photographs.
@@ -22,7 +23,8 @@ def check_image(data: bytes, *, whole: bool) -> tuple[int, int]:
             a truncated file is found; otherwise its header is all that is read.
 
     Raises:
-        DataError: If it is no image, damaged or truncated; the message says why, not where.
+        DataError: If it is no image, damaged or truncated, or has pixels of 32 bits; the
+            message says why, not where.
     """
     if not data:
         raise DataError("the image is empty (0 bytes)")
@@ -30,9 +32,12 @@ def check_image(data: bytes, *, whole: bool) -> tuple[int, int]:
     try:
         with Image.open(stream, formats=_FORMATS) as image:
             size = image.size
+            check_levels(image)
             if whole:
                 image.draft("L", (max(1, size[0] // 8), max(1, size[1] // 8)))
                 image.load()
+    except DataError:
+        raise
     # Decoders raise whatever they stumble on: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise DataError(f"the image cannot be decoded ({_reason(error)})") from error

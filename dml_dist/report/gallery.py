@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dml_dist.data.pixels import rgb_image
 from dml_dist.errors import DataError
-from dml_dist.files import read_json, write_json_atomic
+from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
 from dml_dist.runs import RunFolder
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side: sharp at 80 CSS pixels on a phone
 _SMALL = 64  # up to this side an image is kept without loss
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg"}
+_PLAIN_MODES = ("1", "L", "P", "RGB")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,7 @@ def write_gallery(run_dir: Path, queries: Sequence[GalleryQuery]) -> None:
         if item.row not in written:
             data, extension = _thumbnail(item.image, item.row)
             written[item.row] = f"{item.row}.{extension}"
-            (images / written[item.row]).write_bytes(data)
+            write_bytes_atomic(images / written[item.row], data)
         return {
             "row": item.row,
             "class": item.class_name,
@@ -154,6 +156,16 @@ def read_gallery(run_dir: Path) -> list[GalleryQuery] | None:
         ) from None
 
 
+def _is_plain(picture: Image.Image) -> bool:
+    """Tell whether a browser shows an image as training sees it: not blended, not rotated."""
+    return (
+        picture.format in _KEPT_FORMATS
+        and picture.mode in _PLAIN_MODES
+        and "transparency" not in picture.info
+        and not picture.getexif()
+    )
+
+
 def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
     """Return an image of THUMBNAIL_SIZE at most, encoded, and its file extension."""
     if isinstance(image, np.ndarray):
@@ -173,9 +185,9 @@ def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
                 f"required an image for row {row} of the retrieval gallery, got {len(image)} bytes "
                 f"that cannot be decoded ({error}); run `dml-dist data verify` on the data set"
             ) from None
-        if max(picture.size) <= THUMBNAIL_SIZE and picture.format in _KEPT_FORMATS:
-            return image, _KEPT_FORMATS[picture.format]
-    picture = picture.convert("RGB")
+        if max(picture.size) <= THUMBNAIL_SIZE and _is_plain(picture):
+            return image, _KEPT_FORMATS[str(picture.format)]
+    picture = rgb_image(picture)
     picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     kind = "PNG" if max(picture.size) <= _SMALL else "JPEG"
     file = io.BytesIO()

@@ -217,15 +217,23 @@ def _gallery(queries: Sequence[GalleryQuery]) -> list[tuple[str, list[tuple[_Til
 
 
 def _tile(item: GalleryQuery | GalleryNeighbor) -> _Tile:
-    source, pixelated = "", False
-    if isinstance(item.image, bytes) and item.image:
-        with Image.open(io.BytesIO(item.image)) as picture:
-            kind, pixelated = str(picture.format).lower(), max(picture.size) <= _PIXELATED
-        source = f"data:image/{kind};base64,{base64.b64encode(item.image).decode()}"
+    source, pixelated = _data_url(item.image) if isinstance(item.image, bytes) else ("", False)
     if isinstance(item, GalleryQuery):
         return _Tile(source, pixelated, item.class_name, item.row)
     distance = f"{item.distance:.3f}"
     return _Tile(source, pixelated, item.class_name, item.row, distance, item.hit)
+
+
+def _data_url(image: bytes) -> tuple[str, bool]:
+    """Return a thumbnail as a data URL, "" if it is missing or damaged; and whether it is small."""
+    try:
+        with Image.open(io.BytesIO(image)) as picture:
+            picture.load()
+            kind, pixelated = str(picture.format).lower(), max(picture.size) <= _PIXELATED
+    # Decoders raise whatever they stumble on: OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception:
+        return "", False
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}", pixelated
 
 
 def _when(time: str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dml_dist.data import decode
 from dml_dist.data.decode import decode_image
+from dml_dist.data.image_check import check_image
 from dml_dist.errors import DataError
 
 HEIGHT, WIDTH = 37, 50
@@ -95,6 +96,22 @@ def test_of_16_bits_the_high_byte_is_kept(
     image = decode_image(encoded(Image.fromarray(levels), file_format), "here")
     expected = torch.from_numpy((levels >> 8).astype(np.uint8))
     assert torch.equal(image, expected.expand(3, -1, -1))
+
+
+def test_of_a_16_bit_pgm_the_high_byte_is_kept() -> None:
+    data = b"P5 2 1 65535\n" + bytes([1, 200, 255, 0])
+    assert decode_image(data, "here")[0].tolist() == [[1, 255]]
+    assert check_image(data, whole=True) == (2, 1)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_refused(mode: str) -> None:
+    data = encoded(picture("L").convert(mode), "TIFF")
+    with pytest.raises(DataError, match=r"^here: the image has .* pixels of 32 bits.*convert it"):
+        decode_image(data, "here")
+    for whole in (True, False):
+        with pytest.raises(DataError, match=r"^the image has .* pixels of 32 bits"):
+            check_image(data, whole=whole)
 
 
 def test_of_an_animation_the_first_frame_is_taken() -> None:

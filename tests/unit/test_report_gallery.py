@@ -88,6 +88,32 @@ def test_thumbnails_are_small_and_small_images_are_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(last, gray)
 
 
+@pytest.mark.parametrize("side", [8, 300])
+def test_thumbnails_look_as_training_sees_the_images(tmp_path: Path, side: int) -> None:
+    deep = Image.fromarray(np.full((side, side), 100 * 256 + 7, dtype=np.uint16))
+    clear = Image.new("RGBA", (side, side), (100, 100, 100, 0))
+    for picture_ in (deep, clear):
+        file = io.BytesIO()
+        picture_.save(file, "PNG")
+        write_gallery(tmp_path, [GalleryQuery(1, "a", file.getvalue(), ())])
+        (read,) = read_gallery(tmp_path) or []
+        assert isinstance(read.image, bytes)
+        with Image.open(io.BytesIO(read.image)) as thumbnail:
+            assert thumbnail.mode == "RGB"
+            assert np.abs(np.asarray(thumbnail).astype(int) - 100).max() <= 1
+
+
+def test_a_damaged_thumbnail_counts_as_missing(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "demo")
+    write_gallery(run.path, [query(1, "++")])
+    whole = (run.report_dir / "images" / "1.png").read_bytes()
+    (run.report_dir / "images" / "1.png").write_bytes(b"no image")
+    (run.report_dir / "images" / "2.png").write_bytes(whole[: len(whole) // 2])
+    page = Page(write_report(run.path))
+    assert page.text.count("image missing") == 2
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == 1
+
+
 def test_a_new_gallery_replaces_the_old_one(tmp_path: Path) -> None:
     assert read_gallery(tmp_path) is None
     write_gallery(tmp_path, [query(1, "+-")])
