@@ -10,10 +10,8 @@ import numpy as np
 
 from dml_dist.config.data import SplitConfig
 from dml_dist.data.sample import class_order
-from dml_dist.data.tables import read_table
+from dml_dist.data.tables import read_table, refuse
 from dml_dist.errors import DataError
-
-_SHOWN = 5
 
 
 def assign_splits(
@@ -87,18 +85,12 @@ def _by_file(paths: Sequence[str], class_names: Sequence[str], file: Path) -> li
         if split_of.setdefault(name, split) != split:
             raise DataError(f"{file}: {column} {name!r} is in two splits, row {row} is the second")
     wanted = paths if column == "path" else class_names
-    _refuse(
-        sorted(set(wanted) - split_of.keys()),
+    refuse(
         f"{file}: every {column} of the source must have a split, these have none",
+        sorted(set(wanted) - split_of.keys()),
     )
-    _refuse(
-        sorted(split_of.keys() - set(wanted)),
+    refuse(
         f"{file}: every {column} must be in the source, these are not",
+        sorted(split_of.keys() - set(wanted)),
     )
     return [split_of[name] for name in wanted]
-
-
-def _refuse(names: list[str], rule: str) -> None:
-    if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise DataError(f"{rule}: {', '.join(names[:_SHOWN])}{more}")

@@ -19,7 +19,6 @@ from dml_dist.config.data import (
 )
 from dml_dist.errors import ConfigError
 
-
 # Of a longer image the evaluation takes the middle: 2 x 4000 pixels would become 224 x 448,000.
 _MAX_ASPECT = 8
 

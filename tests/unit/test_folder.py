@@ -94,7 +94,10 @@ def test_split_file_by_class_and_by_path(ten_classes: Path, tmp_path: Path) -> N
     ("text", "message"),
     [
         ("class,part\nc0,a\n", "needs the columns `path,split` or `class,split`, got class, part"),
-        ("class,split\nc0,a\n", "every class of the source must have a split.*c1, c2.*and 4 more"),
+        (
+            "class,split\nc0,a\n",
+            "every class of the source must have a split.*c1, c2.*, and 4 more",
+        ),
         ("class,split\nc0,\n", "row 1 must have a class and a split"),
         ("class,split\nc0,a\nc0,b\n", "class 'c0' is in two splits, row 2"),
         (
@@ -140,6 +143,19 @@ def test_class_in_train_and_test_is_allowed_and_reported(
     ]
 
 
+def test_a_folder_that_nothing_uses_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, ["train/a/1.png", "test/b/2.png"])
+    with caplog.at_level(logging.WARNING):
+        listed(tmp_path)
+        assert not caplog.records
+        write_images(tmp_path, ["val/c/3.png"])
+        listed(tmp_path)
+    (record,) = caplog.records
+    assert "val/ is imported as the split 'val', which neither trains" in record.getMessage()
+
+
 def test_unused_split_setting_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, ["train/a/1.png", "test/b/2.png"])
     with caplog.at_level(logging.WARNING):
@@ -153,7 +169,7 @@ def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
 
 
 def test_wrong_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="source must be a folder with images, .*does not exist"):
+    with pytest.raises(DataError, match=r"source must be a folder with images, .*does not exist"):
         listed(tmp_path / "nowhere")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="is a file"):

@@ -69,6 +69,13 @@ class FolderImporter:
     def _of_split_folders(self, root: Path, folders: list[str]) -> list[Sample]:
         if self.config.split != SplitConfig():
             _log.warning("%s: the split setting is not used, %s/ decide", root, "/, ".join(folders))
+        if "val" in folders:
+            _log.warning(
+                "%s: val/ is imported as the split 'val', which neither trains nor validates nor "
+                "tests unless data.train_split or data.test_split names it; validation takes "
+                "classes of the training split",
+                root,
+            )
         found: list[tuple[str, str]] = []
         splits: list[str] = []
         all_skipped: Counter[str] = Counter()

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from dml_dist.config.data import TableConfig
 from dml_dist.data.sample import ROLES, DatasetFacts, FileSource, Sample, facts_of, make_keys
-from dml_dist.data.tables import read_table
+from dml_dist.data.tables import read_table, refuse
 from dml_dist.errors import DataError
 
 REQUIRED = ("path", "label", "split")
 OPTIONAL = ("super_class", "role")
-_SHOWN = 5
 _log = logging.getLogger(__name__)
 
 
@@ -59,13 +58,15 @@ class TableImporter:
         roles = [role or "both" for role in columns.get("role", empty)]
         for name in REQUIRED:
             bad = [row for row, value in enumerate(columns[name], 1) if not value.strip()]
-            _refuse(file, f"every row must have a {name}, these have none", bad, columns["path"])
+            _refuse_rows(
+                file, f"every row must have a {name}, these have none", bad, columns["path"]
+            )
         bad = [row for row, role in enumerate(roles, 1) if role not in ROLES]
-        _refuse(file, f"role must be one of {', '.join(ROLES)}", bad, roles)
+        _refuse_rows(file, f"role must be one of {', '.join(ROLES)}", bad, roles)
         _refuse_repeated(file, columns["path"])
         full = [os.path.join(file.parent, path) for path in columns["path"]]
         bad = [row for row, path in enumerate(full, 1) if not os.path.isfile(path)]
-        _refuse(file, "every path must be an image file, these do not exist", bad, full)
+        _refuse_rows(file, "every path must be an image file, these do not exist", bad, full)
         return [
             Sample(key, label, split, FileSource(path, name), super_class or None, role)
             for key, label, split, path, name, super_class, role in zip(
@@ -81,12 +82,9 @@ class TableImporter:
         ]
 
 
-def _refuse(file: Path, rule: str, rows: list[int], values: Sequence[str]) -> None:
+def _refuse_rows(file: Path, rule: str, rows: list[int], values: Sequence[str]) -> None:
     """Raise a DataError that names the first of the wrong rows, if there are any."""
-    if rows:
-        shown = "; ".join(f"row {row}: {values[row - 1]!r}" for row in rows[:_SHOWN])
-        more = f"; and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        raise DataError(f"{file}: {rule}: {shown}{more}")
+    refuse(f"{file}: {rule}", [f"row {row}: {values[row - 1]!r}" for row in rows], "; ")
 
 
 def _refuse_repeated(file: Path, paths: Sequence[str]) -> None:
