@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from dml_dist.errors import DataError
 
 
@@ -81,7 +79,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
     Raises:
         TypeError: If the value holds an object of another kind; nothing is written.
     """
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")
 
 
@@ -101,14 +99,18 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` with numpy values, paths and non-finite floats made plain, at any depth."""
+def plain(value: Any) -> Any:
+    """Return a value made of what JSON knows, at any depth.
+
+    Numpy scalars and arrays, tensors, and paths become plain; non-finite floats become the words
+    "nan", "inf" and "-inf". Objects of other kinds stay, and `json` refuses them.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Path):

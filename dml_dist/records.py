@@ -10,12 +10,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dml_dist.errors import RunError
+from dml_dist.files import plain
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no words for them
 _RESERVED = ("attempt", "step", "time")
@@ -55,7 +55,7 @@ class RecordWriter:
         if taken := [name for name in _RESERVED if name in values]:
             raise ValueError(f"required values other than {', '.join(_RESERVED)}, got {taken}")
         record = {"attempt": self._attempt, "step": step, "time": time.time(), **values}
-        line = json.dumps(_encode(record), allow_nan=False).encode() + b"\n"
+        line = json.dumps(plain(record), allow_nan=False).encode() + b"\n"
         if self._torn:
             line = b"\n" + line
         # One write call: readers see the line or not, and a kill tears the last line at most.
@@ -125,19 +125,6 @@ def _decode_line(line: bytes) -> dict[str, Any] | None:
     if not all(type(record.get(name)) is int for name in ("step", "attempt")):
         return None
     return {name: _decode(value) for name, value in record.items()}
-
-
-def _encode(value: Any) -> Any:
-    """Return a value made of what JSON knows, non-finite floats as words."""
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if not isinstance(value, str | int | float | None) and hasattr(value, "tolist"):
-        return _encode(value.tolist())  # numpy scalars and arrays
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value
 
 
 def _decode(value: Any) -> Any:

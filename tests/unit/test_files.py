@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dml_dist import files
 from dml_dist.errors import DataError
+from dml_dist.records import RecordWriter
 
 
 def test_text_bytes_and_json_come_back(tmp_path: Path) -> None:
@@ -50,6 +52,23 @@ def test_json_takes_numpy_paths_and_non_finite_floats(tmp_path: Path) -> None:
         "path": str(Path("a") / "b"),
         "7": "key",
     }
+
+
+def test_files_and_records_take_the_same_values(tmp_path: Path) -> None:
+    value = {
+        "numpy": [np.float64("nan"), np.arange(2), np.bool_(True)],
+        "tensor": torch.tensor([1.5, float("inf")]),
+        "path": Path("a") / "b",
+        "text": "ü",
+    }
+    files.write_json_atomic(tmp_path / "x.json", value)
+    with RecordWriter(tmp_path / "x.jsonl", attempt=1) as writer:
+        writer.write(step=1, value=value)
+    stored = files.read_json(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.jsonl").read_bytes())["value"] == stored
+    assert stored == {
+        "numpy": ["nan", [0, 1], True], "tensor": [1.5, "inf"], "path": "a/b", "text": "ü"
+    }  # fmt: skip
 
 
 def test_a_failing_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
