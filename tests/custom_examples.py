@@ -1,19 +1,64 @@
-"""Losses of one's own, one of each form, as a project beside dml_dist would write them.
+"""A data set and losses of one's own, as a project beside dml_dist would write them.
 
+data.dataset: {name: custom, target: tests.custom_examples:Stripes, options: {num_classes: 6}}
 loss: {name: custom, target: tests.custom_examples:HardNegativeSoftmax, options: {scale: 16.0}}
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from dml_dist.data.sample import Sample
 from dml_dist.losses.forms import ProxyShard
 from dml_dist.losses.numerics import Merge, Statistics
+
+
+@dataclass(frozen=True)
+class StripeSource:
+    """An image of stripes, drawn when it is read; `repr` tells it from all others."""
+
+    period: int
+    shift: int
+
+    def read(self) -> tuple[bytes, str]:
+        """Return the encoded image and its extension."""
+        columns = (np.arange(24) + self.shift) % self.period < self.period // 2
+        levels = np.tile(columns.astype(np.uint8) * 255, (24, 1))
+        file = io.BytesIO()
+        Image.fromarray(levels).save(file, "PNG")
+        return file.getvalue(), "png"
+
+
+@dataclass(frozen=True)
+class Stripes:
+    """A data set without a raw folder: a class is a period of stripes, an image a shift of them.
+
+    The even classes train, the others test.
+    """
+
+    num_classes: int = 6
+    images_per_class: int = 5
+
+    def samples(self) -> list[Sample]:
+        """List the images; keys are unique and have no dots."""
+        return [
+            Sample(
+                key=f"stripes/{label}-{shift}",
+                class_name=f"period {label + 2}",
+                split="test" if label % 2 else "train",
+                source=StripeSource(label + 2, shift),
+            )
+            for label in range(self.num_classes)
+            for shift in range(self.images_per_class)
+        ]
 
 
 @dataclass(frozen=True)
