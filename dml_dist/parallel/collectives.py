@@ -25,6 +25,8 @@ def gather_rows_of_parts(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: s
         comm: The ranks.
         what: Name of the collective in errors.
     """
+    if comm.world_size == 1:
+        return x
     return _GatherRowsOfParts.apply(x, tuple(sizes), comm, what)
 
 
@@ -39,6 +41,8 @@ def gather_rows_of_whole(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: s
         comm: The ranks.
         what: Name of the collective in errors.
     """
+    if comm.world_size == 1:
+        return x
     return _GatherRowsOfWhole.apply(x, tuple(sizes), comm, what)
 
 
@@ -55,6 +59,8 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
         merges: The merge of each statistic.
         comm: The ranks.
     """
+    if comm.world_size == 1:
+        return partial  # One shard's statistics are the total.
     peaks = _peaks_over_ranks(partial, [n for n, how in merges.items() if how != "sum"], comm)
     winners = _winners(partial, peaks, [n for n, how in merges.items() if how == "max"], comm)
     addends: Statistics = {}

@@ -97,9 +97,11 @@ class Objective(nn.Module):
             # After the gather, so that one rank's bad label ends all ranks alike.
             check_labels(labels_G, sum(batch_sizes), self.num_classes)
             output = self._output(embeddings_BD, labels_G, batch_sizes)
-        # A device is not waited for to look at its labels: a wrong one makes the loss NaN.
-        valid = ((labels_G >= 0) & (labels_G < self.num_classes)).all()
-        loss = output.loss.where(valid, torch.nan)
+        loss = output.loss
+        if labels_G.device.type != "cpu":
+            # A device is not waited for to look at its labels: a wrong one makes the loss NaN.
+            valid = ((labels_G >= 0) & (labels_G < self.num_classes)).all()
+            loss = loss.where(valid, torch.nan)
         return ObjectiveOutput(loss, {"loss": loss.detach(), **output.statistics})
 
     def owned_parameters(self) -> dict[str, OwnedRows]:

@@ -134,7 +134,8 @@ def main() -> None:
         return
     print(
         f"B={arguments.batch} D={arguments.dim} C={arguments.classes} float32, "
-        f"{arguments.threads} threads, medians of {arguments.repetitions}, torch {torch.__version__}"
+        f"{arguments.threads} threads, medians of {arguments.repetitions}, "
+        f"torch {torch.__version__}"
     )
     times = measure_times(arguments)
     memory = {

@@ -23,7 +23,7 @@ LAYERS: dict[int, set[str]] = {
     2: {"parallel", "data", "search"},
     3: {"train", "evaluation", "report"},
     4: {"orchestration"},
-    5: {"cli", "__main__"},
+    5: {"cli", "__main__", ""},  # "": dml_dist/__init__.py, the names for other programs
 }
 
 # Importer -> what it may import of its own layer.
