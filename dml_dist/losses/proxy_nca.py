@@ -88,7 +88,12 @@ class ProxyNCA:
         dtype = accurate_dtype(embeddings_GD, proxies_LD)
         queries_GD = normalize_rows(embeddings_GD.to(dtype)) * self.logit_scale
         found = negative_statistics(
-            queries_GD, proxies_LD.to(dtype), labels_G, shard, memory_mb=self.logit_memory_mb
+            queries_GD,
+            proxies_LD.to(dtype),
+            labels_G,
+            shard,
+            memory_mb=self.logit_memory_mb,
+            with_sum="sum_negatives" in self.merges,
         )
         return {name: getattr(found, name) for name in self.merges}
 
