@@ -6,7 +6,8 @@
     records/evaluations.jsonl    validation and test records
     checkpoints/                 written and read by training alone
     metrics.json                 the result; written when the run finishes
-    embeddings/                  where embeddings were asked to be kept
+    embeddings.npz               embeddings of the final evaluation (evaluation/saved.py)
+    per_class.parquet            its results of each class (evaluation/per_class.py)
     report/                      the page, its figures and the retrieval gallery
 
 An attempt is one start of the training processes: the first one, and one more for each
@@ -112,8 +113,13 @@ class RunFolder:
 
     @property
     def embeddings(self) -> Path:
-        """The folder for embeddings."""
-        return self.path / "embeddings"
+        """The file of the final evaluation's embeddings; missing when they were not kept."""
+        return self.path / "embeddings.npz"
+
+    @property
+    def per_class(self) -> Path:
+        """The file of the final evaluation's results of each class."""
+        return self.path / "per_class.parquet"
 
     @property
     def report_dir(self) -> Path:
