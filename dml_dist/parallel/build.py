@@ -11,7 +11,8 @@ from dml_dist.errors import TopologyError
 from dml_dist.losses.build import build_loss
 from dml_dist.losses.forms import RowLoss
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import Objective, PairObjective, ProxyObjective
+from dml_dist.parallel.pairs import PairObjective
+from dml_dist.parallel.proxies import Objective, ProxyObjective
 
 
 def build_objective(

@@ -30,19 +30,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dml_dist.losses.forms import PairLoss, ProxyShard, RowLoss
-from dml_dist.losses.numerics import accurate_dtype
+from dml_dist.losses.forms import ProxyShard, RowLoss
 from dml_dist.losses.proxy_nca import check_labels
-from dml_dist.parallel.collectives import (
-    gather_rows_of_parts,
-    gather_rows_of_whole,
-    merge_over_ranks,
-)
+from dml_dist.parallel.collectives import gather_rows_of_parts, merge_over_ranks
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.initial_proxies import fill_initial_proxies
 from dml_dist.partition import part_bounds
 
-_EMBEDDINGS = "embeddings of the global batch"
+EMBEDDINGS = "embeddings of the global batch"
+"""Name of that collective in errors."""
+
 _LABELS = "labels of the global batch"
 
 
@@ -150,29 +147,10 @@ class ProxyObjective(Objective):
         self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
     ) -> ObjectiveOutput:
         embeddings_GD = gather_rows_of_parts(
-            embeddings_BD.to(self.proxies.dtype), batch_sizes, self.comm, what=_EMBEDDINGS
+            embeddings_BD.to(self.proxies.dtype), batch_sizes, self.comm, what=EMBEDDINGS
         )
         partial = self.loss.partial(embeddings_GD, labels_G, self.proxies, self.shard)
         total = merge_over_ranks(partial, self.loss.merges, self.comm)
         with torch.no_grad():
             statistics = self.loss.statistics(total)
         return ObjectiveOutput(self.loss.finish(total), statistics)
-
-
-class PairObjective(Objective):
-    """A loss of pair form, computed as a whole by every rank from the gathered embeddings."""
-
-    def __init__(self, loss: PairLoss, *, num_classes: int, comm: Comm) -> None:
-        super().__init__(num_classes, comm)
-        self.loss = loss
-
-    def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
-    ) -> ObjectiveOutput:
-        embeddings_GD = gather_rows_of_whole(
-            embeddings_BD.to(accurate_dtype(embeddings_BD)),
-            batch_sizes,
-            self.comm,
-            what=_EMBEDDINGS,
-        )
-        return ObjectiveOutput(self.loss(embeddings_GD, labels_G), {})
