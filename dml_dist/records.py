@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,22 +21,27 @@ from dml_dist.files import plain
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no words for them
 _RESERVED = ("attempt", "step", "time")
 
+Observer = Callable[[int, Mapping[str, Any]], None]
+"""Takes the step and the values of a record."""
+
 
 class RecordWriter:
     """Appends records to a file; one writer at a time."""
 
-    def __init__(self, path: Path, attempt: int) -> None:
+    def __init__(self, path: Path, attempt: int, observe: Observer | None = None) -> None:
         """Open the file; its folder must exist.
 
         Args:
             path: The file, created when it does not exist.
             attempt: Number of this attempt at the run, rising from one to the next.
+            observe: Called with every record once it is written; it must not raise.
 
         Raises:
             RunError: If the file cannot be opened.
         """
         self._path = Path(path)
         self._attempt = attempt
+        self._observe = observe
         try:
             self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 (closed by close())
         except OSError as error:
@@ -69,6 +75,8 @@ class RecordWriter:
                 f"required room for a record of {len(line)} bytes, but {self._path} took "
                 f"{written}; free some disk space and resume the run"
             )
+        if self._observe is not None:
+            self._observe(step, values)
 
     def close(self) -> None:
         """Close the file."""

@@ -8,6 +8,7 @@
     metrics.json                 the result; written when the run finishes
     embeddings.npz               embeddings of the final evaluation (evaluation/saved.py)
     per_class.parquet            its results of each class (evaluation/per_class.py)
+    loggers/                     what experiment trackers keep, where the configuration names any
     report/                      the page, its figures and the retrieval gallery
 
 An attempt is one start of the training processes: the first one, and one more for each
@@ -120,6 +121,11 @@ class RunFolder:
     def per_class(self) -> Path:
         """The file of the final evaluation's results of each class."""
         return self.path / "per_class.parquet"
+
+    @property
+    def loggers(self) -> Path:
+        """The folder of experiment trackers that write to this disk."""
+        return self.path / "loggers"
 
     @property
     def report_dir(self) -> Path:

@@ -27,9 +27,11 @@ def resumable(default: Any = ..., **constraints: Any) -> Any:
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TARGET = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+URI = r"^[a-z][a-z0-9+.-]*:.+$"
 PATTERNS_IN_WORDS = {
     RUN_NAME: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
     TARGET: "text of the form package.module:name",
+    URI: "a URI such as http://host:5000 or file:///shared/mlflow",
 }
 """What messages say instead of a regular expression."""
 

@@ -66,8 +66,9 @@ def _below(entries: list[_Entry]) -> dict[str, type[Section]]:
     """Return the members that a key may hold, by name; an untagged one by the empty name."""
     found = {}
     for entry in entries:
-        for member in shape.members(entry.field.annotation):
-            found[shape.tag(member) or ""] = member
+        item, _ = shape.item_type(entry.field.annotation)
+        for member in shape.members(entry.field.annotation) or shape.members(item):
+            found.update(dict.fromkeys(shape.tags(member) or ("",), member))
     return found
 
 
@@ -95,7 +96,9 @@ def _same(one: FieldInfo, two: FieldInfo) -> bool:
 
 def _field(path: str, entry: _Entry) -> Iterator[str]:
     field = entry.field
-    yield path + (f" (with name: {', '.join(entry.names)})" if entry.names else "")
+    yield from _wrapped(
+        path + (f" (with name: {', '.join(entry.names)})" if entry.names else ""), ""
+    )
     yield from _wrapped(field.description or "", "  ")
     yield from _wrapped(f"requires: {shape.requirement(field)}", "  ")
     default = shape.default_of(field)
@@ -124,8 +127,9 @@ def _choices(sections: dict[str, type[Section]], entries: list[_Entry]) -> Itera
     if len(sections) > 1:
         default = shape.default_name(entries[0].field) if entries else None
         yield f"  name: one of these; {f'default {default}' if default else 'required'}"
-    for name, section in sections.items():
-        indent, head = ("    ", name) if len(sections) > 1 else ("  ", f"name: {name}")
+    for section in dict.fromkeys(sections.values()):
+        names = ", ".join(name for name in sections if sections[name] is section)
+        indent, head = ("    ", names) if len(sections) > 1 else ("  ", f"name: {names}")
         yield from _wrapped(f"{head}: {inspect.getdoc(section) or ''}", indent)
 
 

@@ -127,8 +127,8 @@ def _differences(
             left = one if isinstance(one, Section) else None
             right = two if isinstance(two, Section) else None
             yield from _differences(left, right, f"{prefix}{key}.", allowed)
-        elif _canonical(one) != _canonical(two):
-            yield Difference(f"{prefix}{key}", _list(one), _list(two), allowed)
+        elif _canonical(_plain(one)) != _canonical(_plain(two)):
+            yield Difference(f"{prefix}{key}", _plain(one), _plain(two), allowed)
 
 
 def _canonical(value: Any) -> str:
@@ -136,8 +136,11 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=repr)
 
 
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _plain(value: Any) -> Any:
+    """Return a list for a tuple, and mappings for the sections in it."""
+    if not isinstance(value, tuple):
+        return value
+    return [_fields(item) if isinstance(item, Section) else item for item in value]
 
 
 def _shown(value: Any) -> str:
@@ -158,7 +161,7 @@ def _fields(section: Section, *, resumable: bool = True) -> dict[str, Any]:
         value = getattr(section, key)
         if resumable or not shape.is_resumable(type(section).model_fields[key]):
             is_section = isinstance(value, Section)
-            result[key] = _fields(value, resumable=resumable) if is_section else value
+            result[key] = _fields(value, resumable=resumable) if is_section else _plain(value)
     return result
 
 

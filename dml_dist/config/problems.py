@@ -105,6 +105,9 @@ class _Place:
     metadata: tuple[Any, ...] = ()
     """Its constraints."""
 
+    name: str | None = None
+    """The `name` by which the section was chosen."""
+
 
 def _locate(location: tuple[int | str, ...]) -> _Place:
     """Read a location of pydantic's, which names the chosen member after each tagged field."""
@@ -112,22 +115,26 @@ def _locate(location: tuple[int | str, ...]) -> _Place:
     inside: type[Section] | None = RunConfig  # the section whose key comes next
     choices: dict[str, type[Section]] = {}  # members of a tagged field, whose tag comes next
     siblings: dict[str, type[Section]] | None = None
+    name: str | None = None
     for part in location:
         if choices:
-            inside, siblings, choices = choices[str(part)], choices, {}
+            name = str(part)
+            inside, siblings, choices = choices[name], choices, {}
             continue
         path = (*place.path, part)
         if inside is None:  # an item of a list, or an option
             annotation, metadata = shape.item_type(place.annotation)
             place = replace(place, path=path, annotation=annotation, metadata=metadata)
+            choices = shape.tagged(annotation)
             continue
         field = inside.model_fields.get(str(part))
         if field is None:
-            return _Place(path, inside, siblings, None)
-        place = _Place(path, inside, siblings, field, field.annotation, tuple(field.metadata))
+            return _Place(path, inside, siblings, None, name=name)
+        metadata = tuple(field.metadata)
+        place = _Place(path, inside, siblings, field, field.annotation, metadata, name)
         choices = shape.tagged(field.annotation)
         found = shape.members(field.annotation)
-        inside, siblings = (found[0] if found and not choices else None), None
+        inside, siblings, name = (found[0] if found and not choices else None), None, None
     return place
 
 
@@ -140,7 +147,7 @@ def _name_of(place: _Place) -> _Place:
 def _unknown_key(place: _Place) -> str:
     """Describe a key that its section does not have, with where it may have been meant to be."""
     key, above = str(place.path[-1]), dotted(place.path[:-1])
-    name, known = shape.tag(place.section), shape.keys_of(place.section)
+    name, known = place.name, shape.keys_of(place.section)
     siblings = place.siblings or {}
     others = [other for other in siblings if key in siblings[other].model_fields]
     if others:

@@ -16,6 +16,7 @@ from dml_dist.config.base import (
     resumable,
 )
 from dml_dist.config.data import BalancedBatchesConfig, DataConfig
+from dml_dist.config.loggers import LoggerConfig
 from dml_dist.config.model import ModelConfig
 from dml_dist.config.objective import (
     AdamConfig,
@@ -215,6 +216,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
 
+    loggers: tuple[LoggerConfig, ...] = resumable(())
+    """Experiment trackers that get a copy of config and records, such as [{name: tensorboard}]."""
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         batches = self.data.batches
@@ -226,6 +230,9 @@ class RunConfig(Section):
                     f"samples_per_class {batches.samples_per_class} = {product} must equal "
                     f"train.global_batch_size {self.train.global_batch_size}"
                 )
+        names = [logger.name for logger in self.loggers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"loggers: each name at most once, got {', '.join(names)}")
         if self.launch.launcher == "ray" and self.launch.num_workers > self.train.global_batch_size:
             raise ValueError(
                 f"train.global_batch_size {self.train.global_batch_size} must be at least "

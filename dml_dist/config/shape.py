@@ -30,18 +30,22 @@ def members(annotation: Any) -> tuple[type[Section], ...]:
     return ()
 
 
-def tag(member: type[Section]) -> str | None:
-    """Return the `name` that chooses this member, or None for an untagged section."""
+def tags(member: type[Section]) -> tuple[str, ...]:
+    """Return the values of `name` that choose this member; none for an untagged section."""
     field = member.model_fields.get("name")
-    if field is None or get_origin(field.annotation) is not Literal:
-        return None
-    return str(get_args(field.annotation)[0])
+    return () if field is None else literals(field.annotation)
 
 
 def tagged(annotation: Any) -> dict[str, type[Section]]:
     """Return the members of a tagged field by name; empty for other fields."""
-    named = {tag(member): member for member in members(annotation)}
-    return {name: member for name, member in named.items() if name is not None}
+    return {name: member for member in members(annotation) for name in tags(member)}
+
+
+def chosen(section: Any) -> str | None:
+    """Return the `name` of a section that was chosen by it, else None."""
+    if isinstance(section, Section) and tags(type(section)):
+        return str(dict(section)["name"])
+    return None
 
 
 def keys_of(section: type[Section]) -> list[str]:
@@ -56,8 +60,7 @@ def default_of(field: FieldInfo) -> Any:
 
 def default_name(field: FieldInfo) -> str | None:
     """Return the name of the member that a tagged field has by default, if any."""
-    default = default_of(field)
-    return tag(type(default)) if isinstance(default, Section) else None
+    return chosen(default_of(field))
 
 
 def is_resumable(field: FieldInfo) -> bool:
@@ -121,7 +124,7 @@ def key_paths() -> dict[str, tuple[str, ...]]:
 def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
     for key, field in section.model_fields.items():
         yield prefix + key, key
-        for member in members(field.annotation):
+        for member in members(field.annotation) or members(item_type(field.annotation)[0]):
             yield from _walk(member, f"{prefix}{key}.")
 
 
@@ -207,7 +210,7 @@ def _text(value: Any, depth: int) -> str:
     if isinstance(value, int | float):
         return str(value)
     if isinstance(value, Section):
-        return tag(type(value)) or "the defaults of its fields"
+        return chosen(value) or "the defaults of its fields"
     if not isinstance(value, list | tuple | dict):
         return f"an object of type {type(value).__name__}"
     if isinstance(value, dict):

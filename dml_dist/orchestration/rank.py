@@ -20,6 +20,7 @@ from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.bench import Bench, open_bench
 from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_queries
+from dml_dist.orchestration.loggers import open_loggers
 from dml_dist.orchestration.progress import Emit, discard, note, phase, warnings_as_notes
 from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
@@ -73,8 +74,11 @@ def _train(assignment: Assignment, bench: Bench) -> dict[str, Any]:
     attempt = _begin_attempt(assignment, folder, plan, bench)
     if bench.topology.is_main:
         with (
-            RecordWriter(folder.records("steps"), attempt) as steps,
-            RecordWriter(folder.records("evaluations"), attempt) as evaluations,
+            open_loggers(bench.config, folder, attempt) as loggers,
+            RecordWriter(folder.records("steps"), attempt, loggers.of("steps")) as steps,
+            RecordWriter(
+                folder.records("evaluations"), attempt, loggers.of("evaluations")
+            ) as evaluations,
         ):
             around = _surroundings(folder, plan, bench, attempt, steps, evaluations)
             result = train(bench.config, plan, bench.comm, around, resume=True)

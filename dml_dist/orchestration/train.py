@@ -27,6 +27,7 @@ from dml_dist.orchestration.datasets import (
 )
 from dml_dist.orchestration.estimate import estimate_plan
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
+from dml_dist.orchestration.loggers import check_loggers
 from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.progress import Display, discard, warnings_as_notes
 from dml_dist.orchestration.tables import print_results
@@ -83,6 +84,7 @@ def run_training(
 def dry_run_table(config: RunConfig, console: Console) -> None:
     """Print the resolved plan of a run; nothing is written or started."""
     config = with_absolute_paths(config)
+    check_loggers(config.loggers)
     world_size = world_size_of(config.launch)
     if (Path(config.data.path) / INDEX_NAME).exists():
         require_same_dataset(config.data)
@@ -107,6 +109,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
     else:
         folder.require_new()
     check_weights(config.model.backbone)
+    check_loggers(config.loggers)
     if launch_config.launcher == "ray" and launch_config.address is None:
         uses_gpu(launch_config, launch_config.num_workers)
     world_size = world_size_of(launch_config)
