@@ -1,0 +1,156 @@
+"""A conditional normalising flow: embeddings to residual noise, given a vector of their class.
+
+Roth, Vinyals, Akata, "Non-isotropy Regularization for Proxy-based Deep Metric Learning", CVPR
+2022: f(x) = t(z | p_y). What is computed is the direction z = t^-1(f(x) | p_y) with its
+log-determinant; `inverse` is t.
+
+Block k of the flow, x of D coordinates, condition c:
+
+    x   <- x[permutation_k]                          fixed, drawn from the seed
+    x1, x2 = x[:d1], x[d1:]                          d1 = D / 2 rounded, halves to even
+    a   = subnet2([x2, c]);  s = S(a[:d1]);       x1 <- exp(s) x1 + a[d1:]
+    a   = subnet1([x1, c]);  s = S(a[:D - d1]);   x2 <- exp(s) x2 + a[D - d1:]
+
+with the soft clamp S(a) = clamp 0.636 atan(a), so that |s| < clamp. The log-determinant is the sum
+of all s. A sub-network is a row of `depth` linear layers with ReLU between them. Transform and
+sub-network are zuko's; this module is imported where a flow is used, the rest works without zuko.
+
+Shape legend: G rows, D coordinates, E size of the condition.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from zuko.nn import MLP
+from zuko.transforms import CouplingTransform, DependentTransform, MonotonicAffineTransform
+
+# Keeps these draws apart from others with the same seed.
+_STREAM = 0x464C4F57
+_SOFT_CLAMP = 0.636
+"""About 2 / pi: the arcus tangent is brought into -1 .. 1."""
+
+
+class ConditionalFlow(nn.Module):
+    """The flow of `num_blocks` affine coupling blocks.
+
+    Weights and permutations are drawn from the seed alone; the global random state is left as it
+    was.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_conditions: int,
+        *,
+        seed: int,
+        num_blocks: int = 5,
+        depth: int = 8,
+        width: int = 128,
+        clamp: float = 2.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Make the flow on the CPU.
+
+        Args:
+            num_features: D >= 2.
+            num_conditions: E >= 1.
+            seed: Seed of weights and permutations, >= 0.
+            num_blocks: Coupling blocks, >= 1.
+            depth: Linear layers of a sub-network, >= 2.
+            width: Width of its hidden layers, >= 1.
+            clamp: Bound of the logarithm of a scale, > 0.
+            dtype: float32 or float64.
+
+        Raises:
+            ValueError: If a size is too small.
+        """
+        super().__init__()
+        if num_features < 2 or num_conditions < 1 or num_blocks < 1 or depth < 2 or width < 1:
+            raise ValueError(
+                "a flow required num_features >= 2, num_conditions >= 1, num_blocks >= 1, "
+                f"depth >= 2 and width >= 1, got {num_features}, {num_conditions}, {num_blocks}, "
+                f"{depth} and {width}"
+            )
+        words = np.random.SeedSequence([seed, _STREAM]).generate_state(2, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[0]))
+            blocks = [
+                _CouplingBlock(num_features, num_conditions, depth, width, clamp)
+                for _ in range(num_blocks)
+            ]
+        self.blocks = nn.ModuleList(blocks).to(dtype)
+        generator = np.random.default_rng(int(words[1]))
+        for block in blocks:
+            block.permutation.copy_(torch.from_numpy(generator.permutation(num_features)))
+
+    def forward(self, x_GD: Tensor, condition_GE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z, (G, D), and log |det dz/dx|, (G,)."""
+        log_det_G = x_GD.new_zeros(x_GD.shape[0])
+        for block in self.blocks:
+            x_GD, part_G = block(x_GD, condition_GE)
+            log_det_G = log_det_G + part_G
+        return x_GD, log_det_G
+
+    def inverse(self, z_GD: Tensor, condition_GE: Tensor) -> Tensor:
+        """Return the x whose z this is, (G, D)."""
+        for block in reversed(self.blocks):
+            z_GD = block.inverse(z_GD, condition_GE)
+        return z_GD
+
+
+class _CouplingBlock(nn.Module):
+    """A fixed permutation, and two affine couplings: each half is changed given the other."""
+
+    permutation: Tensor
+    in_second: Tensor
+
+    def __init__(
+        self, num_features: int, num_conditions: int, depth: int, width: int, clamp: float
+    ) -> None:
+        super().__init__()
+        self.first = round(num_features / 2)  # Python rounds halves to even, as the formula does.
+        self.clamp = clamp
+        rest = num_features - self.first
+        hidden = [width] * (depth - 1)
+        self.subnet1 = MLP(self.first + num_conditions, 2 * rest, hidden)
+        self.subnet2 = MLP(rest + num_conditions, 2 * self.first, hidden)
+        self.register_buffer("permutation", torch.arange(num_features))
+        self.register_buffer("in_second", torch.arange(num_features) >= self.first)
+
+    def forward(self, x_GD: Tensor, condition_GE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the changed rows, and the log-determinant of each."""
+        x_GD, first_G = self._change_first(condition_GE).call_and_ladj(x_GD[:, self.permutation])
+        x_GD, second_G = self._change_second(condition_GE).call_and_ladj(x_GD)
+        return x_GD, first_G + second_G
+
+    def inverse(self, z_GD: Tensor, condition_GE: Tensor) -> Tensor:
+        """Return the rows that `forward` takes to these."""
+        z_GD = self._change_second(condition_GE).inv(z_GD)
+        z_GD = self._change_first(condition_GE).inv(z_GD)
+        return z_GD[:, self.permutation.argsort()]
+
+    def _change_first(self, condition_GE: Tensor) -> CouplingTransform:
+        return self._coupling(self.subnet2, condition_GE, self.in_second)
+
+    def _change_second(self, condition_GE: Tensor) -> CouplingTransform:
+        return self._coupling(self.subnet1, condition_GE, ~self.in_second)
+
+    def _coupling(self, subnet: MLP, condition_GE: Tensor, constant_D: Tensor) -> CouplingTransform:
+        """Return the change of the coordinates outside `constant_D`, given those inside."""
+
+        def given(constant_GF: Tensor) -> DependentTransform:
+            scale, shift = subnet(torch.cat([constant_GF, condition_GE], dim=1)).chunk(2, dim=1)
+            return DependentTransform(_SoftClampedAffine(shift, scale, self.clamp), 1)
+
+        return CouplingTransform(given, constant_D)
+
+
+class _SoftClampedAffine(MonotonicAffineTransform):
+    """x -> exp(s) x + shift with s = clamp 0.636 atan(a): zuko's with another clamp."""
+
+    def __init__(self, shift: Tensor, scale: Tensor, clamp: float) -> None:
+        super().__init__(shift, scale)
+        self.log_scale = clamp * _SOFT_CLAMP * scale.atan()
+        self.scale = self.log_scale.exp()
