@@ -174,7 +174,10 @@ def config(
 
 @data_app.command("import")
 def data_import(
-    dataset: Annotated[Literal["glyphs", "folder", "table"], typer.Argument(help="Data set.")],
+    dataset: Annotated[
+        Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"],
+        typer.Argument(help="Data set."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for tar shards and index.")],
     source: Annotated[
         Path | None, typer.Option("--source", help="Folder or table that is imported.")
@@ -203,6 +206,17 @@ def data_import(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of what is drawn.")
     ] = None,
+    max_side: Annotated[
+        int | None,
+        typer.Option("--max-side", help="Shrink larger images to this longer side, in pixels."),
+    ] = None,
+    on_broken: Annotated[
+        Literal["raise", "skip"] | None,
+        typer.Option("--on-broken", help="Broken images end the import, or are skipped."),
+    ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Go on where the official split differs.")
+    ] = False,
 ) -> None:
     """Import a data set: tar shards and one index, continued where it was interrupted."""
     from dml_dist.orchestration.datasets import dataset_from_options, import_to
@@ -213,6 +227,9 @@ def data_import(
         "images_per_class": images_per_class,
         "image_size": image_size,
         "seed": seed,
+        "max_side": max_side,
+        "on_broken": on_broken,
+        "allow_partial": allow_partial or None,
     }
     rule = {
         "train": _share(split),
@@ -261,3 +278,20 @@ def data_verify(
 
     if not verify_folder(folder, console):
         sys.exit(2)
+
+
+@data_app.command("show")
+def data_show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards and index.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="Tar shards that are shuffled together.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what is shown.")] = 0,
+) -> None:
+    """Counts, balance and mixing of a data set, and a picture with some of its images."""
+    from dml_dist.orchestration.show import show_dataset
+
+    show_dataset(folder, console, out=out, window=window, seed=seed)

@@ -11,10 +11,12 @@ from dml_dist.config.base import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Section,
     resumable,
 )
+from dml_dist.urls import local_path
 
 # ---------------------------------------------------------------- data sets (importers)
 
@@ -37,6 +39,19 @@ class SplitConfig(Section):
     file: str | None = resumable(None)
     """CSV with columns `path,split` or `class,split`, which decides instead of the rule."""
 
+    @model_validator(mode="after")
+    def _check(self) -> SplitConfig:
+        rule = {"train": self.train, "by": self.by, "order": self.order, "seed": self.seed}
+        fields = type(self).model_fields
+        changed = [name for name, value in rule.items() if value != fields[name].default]
+        if self.file is not None and changed:
+            raise ValueError(
+                f"file decides on the split, so {', '.join(changed)} must be left out beside it"
+            )
+        if self.order == "sorted" and "seed" in changed:
+            raise ValueError(f"seed {self.seed} is used with order: seeded only, got order: sorted")
+        return self
+
 
 class GlyphsConfig(Section):
     """The embedded data set: characters of the fonts that matplotlib ships, one class each."""
@@ -56,7 +71,20 @@ class GlyphsConfig(Section):
     """Seed of the choice of classes and of every drawing."""
 
 
-class FolderConfig(Section):
+class StoredImagesSection(Section):
+    """What all data sets of image files have: how their images enter the shards."""
+
+    max_side: Annotated[int, Field(ge=16)] | None = None
+    """Larger images are shrunk once, so that their longer side has as many pixels (bicubic, JPEG of
+    quality 95); the others are stored byte for byte. None stores all as they are.
+    """
+
+    on_broken: Literal["raise", "skip"] = resumable("raise")
+    """An image that cannot be decoded or does not exist ends the import, or is skipped and listed.
+    """
+
+
+class FolderConfig(StoredImagesSection):
     """A folder of class folders, or of train/ and test/ folders that hold class folders."""
 
     name: Literal["folder"] = "folder"
@@ -68,7 +96,7 @@ class FolderConfig(Section):
     """Not used where `source` has train/ and test/ folders."""
 
 
-class TableConfig(Section):
+class TableConfig(StoredImagesSection):
     """A CSV or parquet table with columns path, label, split, optional super_class and role."""
 
     name: Literal["table"] = "table"
@@ -77,14 +105,56 @@ class TableConfig(Section):
     """The table; image paths in it are absolute or relative to its folder."""
 
 
-class CustomDatasetConfig(CustomSection):
+class OfficialSection(StoredImagesSection):
+    """What all data sets with an official split have: it is checked before anything is written."""
+
+    source: str = resumable()
+    """The folder that the official archive unpacks to."""
+
+    allow_partial: bool = resumable(False)
+    """Go on with a warning where classes, images or files differ from the official split."""
+
+
+class SOPConfig(OfficialSection):
+    """Stanford Online Products: Ebay_train.txt, Ebay_test.txt and <super-class>_final/ folders."""
+
+    name: Literal["sop"] = "sop"
+
+
+class CUB200Config(OfficialSection):
+    """Caltech-UCSD Birds-200-2011: images.txt, image_class_labels.txt, classes.txt and images/."""
+
+    name: Literal["cub200"] = "cub200"
+
+
+class Cars196Config(OfficialSection):
+    """Stanford Cars: cars_annos.mat with car_ims/, the devkit, or folders by class."""
+
+    name: Literal["cars196"] = "cars196"
+
+
+class InShopConfig(OfficialSection):
+    """DeepFashion In-Shop Clothes Retrieval: Eval/list_eval_partition.txt and img/."""
+
+    name: Literal["inshop"] = "inshop"
+
+
+class CustomDatasetConfig(CustomSection, StoredImagesSection):
     """An importer of one's own: `target(**options)` gives an object with `samples()`."""
 
     name: Literal["custom"] = "custom"
 
 
 DatasetConfig = Annotated[
-    GlyphsConfig | FolderConfig | TableConfig | CustomDatasetConfig, Field(discriminator="name")
+    GlyphsConfig
+    | FolderConfig
+    | TableConfig
+    | SOPConfig
+    | CUB200Config
+    | Cars196Config
+    | InShopConfig
+    | CustomDatasetConfig,
+    Field(discriminator="name"),
 ]
 
 # ---------------------------------------------------------------- batches
@@ -180,6 +250,25 @@ TransformConfig = Annotated[
     StandardTransformConfig | CustomTransformConfig, Field(discriminator="name")
 ]
 
+# ---------------------------------------------------------------- remote tar shards
+
+
+class CacheConfig(Section):
+    """Where the tar shards of a URL are kept on each machine, whole."""
+
+    folder: Annotated[str, Field(min_length=1)] = resumable("~/.cache/dml_dist")
+    """A folder that all ranks of a machine share; on a local disk it is fastest."""
+
+    max_gb: PositiveFloat = resumable(50.0)
+    """Limit of the folder in GB (10^9 bytes); what was not used for longest goes first."""
+
+    retries: NonNegativeInt = resumable(6)
+    """How often a tar shard is tried again after a fault that may pass, in rising intervals."""
+
+    timeout_seconds: PositiveFloat = resumable(60.0)
+    """How long a web server may be silent; s3, gs and others have limits of their own."""
+
+
 # ---------------------------------------------------------------- the section
 
 
@@ -187,7 +276,10 @@ class DataConfig(Section):
     """The images of a run."""
 
     path: str = resumable()
-    """Folder of tar shards with their index.parquet."""
+    """Folder of tar shards with their index.parquet: a path, or any URL that fsspec reads."""
+
+    cache: CacheConfig = CacheConfig()
+    """Copies of the tar shards when `path` is a URL."""
 
     dataset: DatasetConfig | None = None
     """Where the shards come from: imported into `path` first when it holds none."""
@@ -209,3 +301,12 @@ class DataConfig(Section):
 
     prefetch: PositiveInt = resumable(4)
     """Batches that each loader worker prepares ahead."""
+
+    @model_validator(mode="after")
+    def _check_location(self) -> DataConfig:
+        if self.dataset is not None and local_path(self.path) is None:
+            raise ValueError(
+                f"dataset is imported into a folder of this machine, got the URL {self.path}; "
+                "import it with `dml-dist data import`, upload the folder, and leave dataset out"
+            )
+        return self

@@ -4,7 +4,11 @@ The order of images is a seeded draw inside each split, so a tar shard mixes cla
 split. Which bytes stand in which tar shard depends on the samples, the seed and the shard size
 only, never on the processes: an import that was cut off and continued ends byte for byte equal to
 one that was not. Until the index stands, `.import/` holds what was agreed (plan.json) and, for each
-finished tar shard, where its images are.
+finished tar shard, where its images are. Beside the index stand a summary and its lists
+(`dml_dist.data.import_summary`).
+
+Labels are numbered before any image is read. Where every image of a class is skipped as broken, the
+index closes the gap, as indexing such tar shards anew would, and their .cls members keep it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dml_dist.data.duplicates import find_copies
+from dml_dist.data.import_summary import (
+    DUPLICATES_NAME,
+    SKIPPED_NAME,
+    SUMMARY_NAME,
+    SkippedImage,
+    read_summary,
+    write_summary,
+)
 from dml_dist.data.index import (
     INDEX_NAME,
     PROGRESS_FOLDER,
@@ -30,7 +43,7 @@ from dml_dist.data.index import (
 )
 from dml_dist.data.pool import run_tasks
 from dml_dist.data.sample import Importer, Sample, check_samples, class_order
-from dml_dist.data.tar_shard import ShardTask, is_complete, write_tar_shard
+from dml_dist.data.tar_shard import OnBroken, ShardTask, is_complete, write_tar_shard
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_json_atomic
 from dml_dist.partition import all_bounds
@@ -62,19 +75,27 @@ def import_dataset(
     *,
     seed: int = 0,
     samples_per_shard: int = 1000,
+    max_side: int | None = None,
+    on_broken: OnBroken = "raise",
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     description: str = "",
 ) -> Index:
     """Write the images of a data set into tar shards, then their index.
 
-    A folder that holds this very import is read, one that holds a part of it is completed.
+    A folder that holds this very import is read, one that holds a part of it is completed. What the
+    import skipped and which images are there twice is read with
+    `dml_dist.data.import_summary.read_summary`.
 
     Args:
         importer: The data set.
         out: Folder to write into; made when missing.
         seed: Seed of the order of images.
         samples_per_shard: Largest number of images in a tar shard, >= 1.
+        max_side: Images with a longer side of more pixels are shrunk to it once, bicubically, and
+            stored as JPEG of quality 95; all others are stored byte for byte. None keeps all.
+        on_broken: Whether an image that cannot be decoded or does not exist ends the import, or is
+            skipped and named in the summary.
         processes: Number of writer processes; None takes one for each CPU core.
         progress: Called with (images written, all images), at the start and after each tar shard.
         description: Kept with the index (`dml_dist.data.index.import_description`); it does not
@@ -84,26 +105,30 @@ def import_dataset(
         The index, also written to `out`/index.parquet.
 
     Raises:
-        DataError: If a sample is not acceptable, an image is broken (all that were met are named),
-            or `out` holds another data set.
+        DataError: If a sample is not acceptable, an image is broken (all that were met are named)
+            and not to be skipped, no image is left, or `out` holds another data set.
         RunError: If a writer process was killed.
     """
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
-    plan = _make_plan(importer.samples(), out, seed, samples_per_shard)
+    if max_side is not None and max_side < 1:
+        raise DataError(f"max_side must be at least 1 pixel, got {max_side}")
+    plan = _make_plan(importer.samples(), out, seed, samples_per_shard, max_side, on_broken)
     if (index := _finished(plan, out, description, progress)) is not None:
-        return index
+        return _accepted(index, on_broken)
     folder = out / PROGRESS_FOLDER
     with _lock(folder):
         if (out / INDEX_NAME).exists():  # another import has ended since
             shutil.rmtree(folder, ignore_errors=True)
         if (index := _finished(plan, out, description, progress)) is not None:
-            return index
-        for leftover in (*out.glob(".*.tar.*.tmp"), *out.glob(f".{INDEX_NAME}.*.tmp")):
-            leftover.unlink()
+            return _accepted(index, on_broken)
+        for name in ("*.tar", INDEX_NAME, SUMMARY_NAME, SKIPPED_NAME, DUPLICATES_NAME):
+            for leftover in out.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         write_json_atomic(folder / "plan.json", {"outline": plan.outline})
         _write_missing(plan, processes, progress)
         index = _collect_index(plan, out)
+        _summarise(plan, index)
         write_index(index, digest=plan.digest, description=description)
         shutil.rmtree(folder, ignore_errors=True)
     return index
@@ -129,7 +154,26 @@ def _finished(
     return index
 
 
-def _make_plan(samples: Sequence[Sample], out: Path, seed: int, samples_per_shard: int) -> _Plan:
+def _accepted(index: Index, on_broken: OnBroken) -> Index:
+    """Refuse a finished import that skipped images where none may be skipped."""
+    summary = read_summary(index.root)
+    if on_broken == "raise" and summary is not None and summary.num_skipped:
+        raise DataError(
+            f"every image must be readable, and this import into {index.root} has skipped "
+            f"{summary.num_skipped}, listed in {SKIPPED_NAME}; accept that (on_broken: skip), or "
+            "repair them and import into a new folder"
+        )
+    return index
+
+
+def _make_plan(
+    samples: Sequence[Sample],
+    out: Path,
+    seed: int,
+    samples_per_shard: int,
+    max_side: int | None,
+    on_broken: OnBroken,
+) -> _Plan:
     check_samples(samples)
     class_names = class_order(sample.class_name for sample in samples)
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -137,7 +181,8 @@ def _make_plan(samples: Sequence[Sample], out: Path, seed: int, samples_per_shar
     for sample in samples:
         by_split.setdefault(sample.split, []).append(sample)
     tasks: list[ShardTask] = []
-    digest = hashlib.sha256(repr((_FORMAT, seed, samples_per_shard)).encode())
+    settings = (_FORMAT, seed, samples_per_shard, *(() if max_side is None else (max_side,)))
+    digest = hashlib.sha256(repr(settings).encode())
     outline = digest.copy()
     for number, split in enumerate(sorted(by_split)):
         members = by_split[split]
@@ -157,6 +202,8 @@ def _make_plan(samples: Sequence[Sample], out: Path, seed: int, samples_per_shar
                     out / PROGRESS_FOLDER / f"{name}.json",
                     chosen,
                     tuple(label_of[sample.class_name] for sample in chosen),
+                    max_side,
+                    on_broken,
                 )
             )
     return _Plan(tasks, class_names, len(samples), digest.hexdigest(), outline.hexdigest())
@@ -219,15 +266,23 @@ def _write_missing(
         raise DataError(
             f"every image must be readable, {len(problems)} are not:\n  "
             + "\n  ".join(problems[:_MAX_PROBLEMS])
-            + "\nrepair them and run the import again, or remove them and start in a new folder"
+            + "\nrepair them and run the import again, leave them out (on_broken: skip), or remove "
+            "them and start in a new folder"
         )
 
 
 def _collect_index(plan: _Plan, out: Path) -> Index:
     """Put the records of all tar shards together; rows stand in the order of the tar files."""
-    order = sorted(range(len(plan.tasks)), key=lambda at: plan.tasks[at].path.name)
-    tasks = [plan.tasks[at] for at in order]
-    records = [read_json(task.record) for task in tasks]
+    found = [(task, read_json(task.record)) for task in _in_order(plan)]
+    kept = [(task, record) for task, record in found if record["position"]]
+    if not kept:
+        raise DataError(
+            f"{out}: at least one of {plan.num_images} images must be readable, none is; "
+            f"the first: {found[0][1]['skipped'][0][1]}"
+        )
+    tasks = [task for task, _ in kept]
+    records = [record for _, record in kept]
+    samples = [task.samples[at] for task, record in kept for at in record["position"]]
 
     def numbers(name: str, kind: type[np.generic]) -> np.ndarray:
         return np.concatenate([np.asarray(record[name], dtype=kind) for record in records])
@@ -235,13 +290,14 @@ def _collect_index(plan: _Plan, out: Path) -> Index:
     def texts(values: Iterator[str]) -> np.ndarray:
         return np.array(list(values), dtype=object)
 
-    samples = [sample for task in tasks for sample in task.samples]
+    class_names = class_order(sample.class_name for sample in samples)
+    label_of = {name: label for label, name in enumerate(class_names)}
     return Index(
         root=out,
         tar_shards=tuple(task.path.name for task in tasks),
         keys=texts(sample.key for sample in samples),
         tar_shard=np.repeat(
-            np.arange(len(tasks), dtype=np.int32), [len(task.samples) for task in tasks]
+            np.arange(len(tasks), dtype=np.int32), [len(record["position"]) for record in records]
         ),
         offset=numbers("offset", np.int64),
         length=numbers("length", np.int64),
@@ -249,9 +305,33 @@ def _collect_index(plan: _Plan, out: Path) -> Index:
         extension=texts(extension for record in records for extension in record["extension"]),
         width=numbers("width", np.int32),
         height=numbers("height", np.int32),
-        label=np.array([label for task in tasks for label in task.labels], dtype=np.int64),
-        class_names=tuple(plan.class_names),
+        label=np.array([label_of[sample.class_name] for sample in samples], dtype=np.int64),
+        class_names=tuple(class_names),
         super_class=texts(sample.super_class or "" for sample in samples),
         split=texts(sample.split for sample in samples),
         role=texts(sample.role for sample in samples),
     )
+
+
+def _in_order(plan: _Plan) -> list[ShardTask]:
+    return sorted(plan.tasks, key=lambda task: task.path.name)
+
+
+def _summarise(plan: _Plan, index: Index) -> None:
+    """Write what the import skipped, and which images are there twice."""
+    skipped: list[SkippedImage] = []
+    prints: list[str | None] = []
+    digests: list[str] = []
+    for task in _in_order(plan):
+        record = read_json(task.record)
+        prints += record["fingerprint"]
+        digests += record["source_digest"]
+        for at, reason in record["skipped"]:
+            sample = task.samples[at]
+            skipped.append(SkippedImage(sample.key, sample.split, sample.class_name, reason))
+    has_print = np.array([text is not None for text in prints])
+    words = np.frombuffer(bytes.fromhex("".join(text or "0" * 32 for text in prints)), np.uint64)
+    copies = find_copies(index.split, np.array(digests), words.reshape(-1, 2), has_print)
+    kept = set(index.class_names)
+    lost = [name for name in plan.class_names if name not in kept]
+    write_summary(index, skipped, lost, copies)

@@ -8,15 +8,39 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from dml_dist.config.base import Section
-from dml_dist.config.data import DataConfig, DatasetConfig, FolderConfig, GlyphsConfig, TableConfig
+from dml_dist.config.data import (
+    Cars196Config,
+    CUB200Config,
+    DataConfig,
+    DatasetConfig,
+    FolderConfig,
+    GlyphsConfig,
+    InShopConfig,
+    SOPConfig,
+    StoredImagesSection,
+    TableConfig,
+)
 from dml_dist.config.shape import is_resumable
 from dml_dist.data.index import INDEX_NAME, Index, import_description
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.orchestration.progress import Display, phase
+
+_SECTIONS: dict[str, type[Section]] = {
+    "glyphs": GlyphsConfig,
+    "folder": FolderConfig,
+    "table": TableConfig,
+    "sop": SOPConfig,
+    "cub200": CUB200Config,
+    "cars196": Cars196Config,
+    "inshop": InShopConfig,
+}
+# Field of SplitConfig -> how it is given.
+_RULE_OPTIONS = {"train": "--split", "by": "--by", "order": "--order", "seed": "--seed"}
 
 
 def dataset_from_options(
@@ -29,15 +53,11 @@ def dataset_from_options(
     """
     given = {key: value for key, value in options.items() if value is not None}
     rule = {key: value for key, value in split.items() if value is not None}
-    sections: dict[str, type[Section]] = {
-        "glyphs": GlyphsConfig,
-        "folder": FolderConfig,
-        "table": TableConfig,
-    }
-    known = sections[name].model_fields
+    known = _SECTIONS[name].model_fields
     seed = given.get("seed")
     if "split" in known:
         given.pop("seed", None)
+        _check_rule(name, rule)
         if rule:
             given["split"] = rule
     elif set(rule) - {"seed"}:
@@ -50,8 +70,8 @@ def dataset_from_options(
     )
     if unknown:
         raise ConfigError(
-            f"data import {name}: got {', '.join(unknown)}, which this data set does not have; "
-            f"it has {', '.join(sorted(set(known) - {'name'}))}"
+            f"data import {name}: got {', '.join(dict.fromkeys(unknown))}, which this data set "
+            f"does not have; it has {', '.join(sorted(set(known) - {'name'}))}"
         )
     try:
         adapter: TypeAdapter[DatasetConfig] = TypeAdapter(DatasetConfig)
@@ -64,19 +84,45 @@ def dataset_from_options(
         raise ConfigError(f"data import {name}: " + "; ".join(lines)) from None
 
 
+def _check_rule(name: str, rule: Mapping[str, Any]) -> None:
+    """Refuse options of a split that another one leaves without effect."""
+    given = [option for field, option in _RULE_OPTIONS.items() if field in rule]
+    if "file" in rule and given:
+        raise ConfigError(
+            f"data import {name}: --split-file decides on the split alone, got also "
+            f"{', '.join(given)}; leave out one or the other"
+        )
+    if "seed" in rule and rule.get("order") != "seeded":
+        raise ConfigError(
+            f"data import {name}: --seed {rule['seed']} has no effect on a split in sorted order; "
+            "give --order seeded too, or leave out --seed"
+        )
+
+
 def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     """Import a data set into tar shards and an index, with a progress bar."""
     from dml_dist.data.datasets import build_importer
+    from dml_dist.data.import_summary import read_summary
     from dml_dist.data.write_shards import import_dataset
 
     start = time.monotonic()
+    stored = dataset if isinstance(dataset, StoredImagesSection) else StoredImagesSection()
     with Display(console) as display:
         index = import_dataset(
             build_importer(dataset),
             out,
+            max_side=stored.max_side,
+            on_broken=stored.on_broken,
             description=describe(dataset),
             progress=lambda done, total: display(phase("write shards", done, total)),
         )
+    splits, counts = np.unique(index.split.astype(str), return_counts=True)
+    for split, count in zip(splits.tolist(), counts.tolist(), strict=True):
+        num_classes = len(np.unique(index.label[index.rows(split)]))
+        _say(console, f"{split}: {count:,} images of {num_classes:,} classes")
+    summary = read_summary(out)
+    for line in [] if summary is None else summary.lines(out):
+        _say(console, line)
     console.print(
         f"{len(index):,} images of {len(index.class_names):,} classes in "
         f"{len(index.tar_shards)} tar shards, {time.monotonic() - start:.1f} s: {out}",
@@ -86,12 +132,17 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     return index
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def describe(dataset: DatasetConfig) -> str:
     """Return the text by which shards tell which data set they were made from, paths left out."""
     fields = {
         name: value
         for name, value in dataset.model_dump(mode="json").items()
         if not is_resumable(type(dataset).model_fields[name])
+        and not (name == "max_side" and value is None)  # imports without it have no such word
     }
     return json.dumps(fields, sort_keys=True)
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from typing import assert_never
 
 from dml_dist.config.data import (
+    Cars196Config,
+    CUB200Config,
     CustomDatasetConfig,
     DatasetConfig,
     FolderConfig,
     GlyphsConfig,
+    InShopConfig,
+    SOPConfig,
     TableConfig,
 )
+from dml_dist.data.datasets.cars196 import Cars196Importer
+from dml_dist.data.datasets.cub200 import CUB200Importer
 from dml_dist.data.datasets.custom import CustomImporter
 from dml_dist.data.datasets.folder import FolderImporter
 from dml_dist.data.datasets.glyphs import GlyphsImporter
+from dml_dist.data.datasets.inshop import InShopImporter
+from dml_dist.data.datasets.sop import SOPImporter
 from dml_dist.data.datasets.table import TableImporter
 from dml_dist.data.sample import Importer
 
@@ -27,6 +35,14 @@ def build_importer(config: DatasetConfig) -> Importer:
             return FolderImporter(config)
         case TableConfig():
             return TableImporter(config)
+        case SOPConfig():
+            return SOPImporter(config)
+        case CUB200Config():
+            return CUB200Importer(config)
+        case Cars196Config():
+            return Cars196Importer(config)
+        case InShopConfig():
+            return InShopImporter(config)
         case CustomDatasetConfig():
             return CustomImporter(config)
         case _:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dml_dist.config.data import FolderConfig, SplitConfig
+from dml_dist.data.datasets.on_disk import file_kind, visible
 from dml_dist.data.sample import (
     IMAGE_EXTENSIONS,
     DatasetFacts,
@@ -52,16 +53,16 @@ class FolderImporter:
                 f"source must be a folder with images, {self.config.source} "
                 f"{'is a file' if root.exists() else 'does not exist'}"
             )
-        folders, files = _visible(root)
+        folders, files = visible(root)
         if not folders:
             raise DataError(
                 f"{root} must hold one folder for each class, it holds no folder "
                 f"({len(files)} files); use a table for images without class folders"
             )
-        if set(folders) <= set(SPLIT_FOLDERS) and all(_visible(root / f)[0] for f in folders):
+        if set(folders) <= set(SPLIT_FOLDERS) and all(visible(root / f)[0] for f in folders):
             return self._of_split_folders(root, folders)
         found, skipped = _images(root, "", folders)
-        _report_skipped(root, skipped + Counter(_kind(name) for name in files))
+        _report_skipped(root, skipped + Counter(file_kind(name) for name in files))
         paths = [path for path, _ in found]
         splits = assign_splits(paths, [name for _, name in found], self.config.split)
         return _make_samples(root, found, splits)
@@ -80,9 +81,9 @@ class FolderImporter:
         splits: list[str] = []
         all_skipped: Counter[str] = Counter()
         for split in folders:
-            class_folders, files = _visible(root / split)
+            class_folders, files = visible(root / split)
             images, skipped = _images(root, f"{split}/", class_folders)
-            all_skipped += skipped + Counter(_kind(name) for name in files)
+            all_skipped += skipped + Counter(file_kind(name) for name in files)
             found += images
             splits += [split] * len(images)
         _report_skipped(root, all_skipped)
@@ -114,8 +115,8 @@ def _images(
     skipped: Counter[str] = Counter()
     for folder in folders:
         where = root / prefix / folder
-        inner, names = _visible(where)
-        images = [name for name in names if _kind(name)[1:] in IMAGE_EXTENSIONS]
+        inner, names = visible(where)
+        images = [name for name in names if file_kind(name)[1:] in IMAGE_EXTENSIONS]
         if inner:
             raise DataError(
                 f"{where} must hold images only, as a class folder, and it holds the folder "
@@ -127,25 +128,11 @@ def _images(
                 f"({', '.join(sorted(IMAGE_EXTENSIONS))}), as a class folder, and holds "
                 f"{len(names)} other files; remove it or put its images there"
             )
-        skipped.update(_kind(name) for name in names if _kind(name)[1:] not in IMAGE_EXTENSIONS)
+        skipped.update(
+            file_kind(name) for name in names if file_kind(name)[1:] not in IMAGE_EXTENSIONS
+        )
         found += [(f"{prefix}{folder}/{name}", folder) for name in images]
     return found, skipped
-
-
-def _visible(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the folders and files that are not hidden."""
-    folders: list[str] = []
-    files: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # ._* are what macOS leaves beside files in archives.
-            if not entry.name.startswith(".") and entry.name != "__MACOSX":
-                (folders if entry.is_dir() else files).append(entry.name)
-    return sorted(folders), sorted(files)
-
-
-def _kind(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _report_skipped(root: Path, skipped: Counter[str]) -> None:

@@ -1,0 +1,89 @@
+"""What lies in the folders of a raw data set, and where the files of a listing are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dml_dist.data.sample import IMAGE_EXTENSIONS
+
+
+def visible(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the folders and files that are not hidden."""
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # ._* are what macOS leaves beside files in archives.
+            if not entry.name.startswith(".") and entry.name != "__MACOSX":
+                (folders if entry.is_dir() else files).append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def file_kind(name: str) -> str:
+    """Return the extension of a file name, lower case, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_image_name(name: str) -> bool:
+    """Tell whether a file name has the extension of an image."""
+    return file_kind(name)[1:] in IMAGE_EXTENSIONS
+
+
+def find_listed(base: Path, listed: Sequence[str]) -> list[str | None]:
+    """Return the file of each listed path, None where there is none.
+
+    Names are taken as they stand; where a folder or file of that name does not exist, one that
+    differs in the case of letters only is taken (listings say .JPG where disks have .jpg).
+
+    Args:
+        base: The folder that the paths are relative to.
+        listed: Paths with `/` between folders.
+    """
+    folders: dict[str, str | None] = {"": str(base)}
+    names: dict[str, dict[str, str]] = {}
+
+    def inside(folder: str | None, name: str) -> str | None:
+        if folder is None:
+            return None
+        if folder not in names:
+            names[folder] = _names(folder)
+        known = names[folder]
+        found = known.get(name) or known.get(_folded(name))
+        return None if found is None else os.path.join(folder, found)
+
+    def folder_of(path: str) -> str | None:
+        if path not in folders:
+            parent, _, name = path.rpartition("/")
+            folders[path] = inside(folder_of(parent), name)
+        return folders[path]
+
+    found = []
+    for path in listed:
+        folder, _, name = path.rpartition("/")
+        found.append(inside(folder_of(folder), name))
+    return found
+
+
+def num_other_images(files: Sequence[str]) -> int:
+    """Return how many images lie in the folders of these files without being one of them."""
+    known = set(files)
+    return sum(
+        is_image_name(name) and os.path.join(folder, name) not in known
+        for folder in sorted({os.path.dirname(file) for file in files})
+        for name in visible(Path(folder))[1]
+    )
+
+
+def _names(folder: str) -> dict[str, str]:
+    """Return the names in a folder by themselves and, marked, by their lower-case form."""
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {_folded(name): name for name in reversed(names)} | {name: name for name in names}
+
+
+def _folded(name: str) -> str:
+    return "/" + name.lower()  # no name begins so
