@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, assert_never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -82,6 +82,28 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
             positive = total[name].clamp_min(torch.finfo(total[name].dtype).tiny)
             total[name] = peaks[name] + positive.log()
     return total
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter], comm: Comm) -> None:
+    """Replace gradients by their sums over ranks: one all-reduce of all of them, laid end to end.
+
+    Args:
+        parameters: Of one dtype; the same shapes on every rank. A missing gradient is zeros.
+        comm: The ranks.
+    """
+    if not parameters:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if comm.world_size == 1:
+        return
+    parts = [parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None]
+    total = comm.all_reduce_sum(torch.cat(parts), what="gradients of replicated parameters")
+    sizes = [part.numel() for part in parts]
+    for parameter, part in zip(parameters, total.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ class PairObjective(Objective):
         self.loss = loss
 
     def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
     ) -> ObjectiveOutput:
         embeddings_GD = gather_rows_of_whole(
             embeddings_BD.to(accurate_dtype(embeddings_BD)),

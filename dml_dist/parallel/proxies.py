@@ -16,6 +16,9 @@ The backward pass of rank r computes dl/dS_r from the whole l, without communica
                       (reduce-scatter), and multiplied by W, because DDP averages what they become:
                       (1 / W) sum_r J_r^T (W dl/dx_r) = sum_r J_r^T dl/dx_r = dl/dtheta
 
+A parameter that every rank holds (a scalar beta, a flow) is not in DDP either: each rank's part of
+dl/dbeta comes from its own rows, plain, and one all-reduce sums the parts after the backward pass.
+
 A pair form has no proxies: every rank computes the whole l from X, keeps dl/dx_r and multiplies it
 by W for the same reason. So all gradients equal those of one process on the concatenated batch,
 for any W, any cut of the batch and of the classes. Nobody else multiplies or divides by W.
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 
 from dml_dist.losses.forms import ProxyShard, RowLoss
 from dml_dist.losses.proxy_nca import check_labels
-from dml_dist.parallel.collectives import gather_rows_of_parts, merge_over_ranks
+from dml_dist.parallel.collectives import gather_rows_of_parts, merge_over_ranks, sum_gradients
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.initial_proxies import fill_initial_proxies
 from dml_dist.partition import part_bounds
@@ -75,7 +78,12 @@ class Objective(nn.Module):
         self.comm = comm
 
     def forward(
-        self, embeddings_BD: Tensor, labels_B: Tensor, batch_sizes: Sequence[int]
+        self,
+        embeddings_BD: Tensor,
+        labels_B: Tensor,
+        batch_sizes: Sequence[int],
+        *,
+        step: int = 0,
     ) -> ObjectiveOutput:
         """Return the loss of the global batch; a collective, called by every rank.
 
@@ -84,6 +92,7 @@ class Objective(nn.Module):
                 the loss runs in float32, or float64 with float64 proxies.
             labels_B: Their class ids, (B,) int64, 0 .. num_classes - 1.
             batch_sizes: Rows of each rank, the same on every rank; batch_sizes[rank] = B.
+            step: Updates made so far, which names what a loss draws; the same on every rank.
 
         Raises:
             ValueError: If shapes or class ids do not fit; class ids on every rank alike.
@@ -93,7 +102,7 @@ class Objective(nn.Module):
             labels_G = self.comm.all_gather_rows(labels_B, batch_sizes, what=_LABELS)
             # After the gather, so that one rank's bad label ends all ranks alike.
             check_labels(labels_G, sum(batch_sizes), self.num_classes)
-            output = self._output(embeddings_BD, labels_G, batch_sizes)
+            output = self._output(embeddings_BD, labels_G, batch_sizes, step)
         loss = output.loss
         if labels_G.device.type != "cpu":
             # A device is not waited for to look at its labels: a wrong one makes the loss NaN.
@@ -105,8 +114,24 @@ class Objective(nn.Module):
         """Return the parameters that this rank owns, by name, each with its rows of the table."""
         return {}
 
+    def replicated_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that every rank holds alike, by name; DDP does not see them.
+
+        They begin equal on every rank. Each rank's backward pass gives them the gradient of its
+        own part of the loss, without a factor; `sum_replicated_gradients` makes it whole.
+        """
+        return {}
+
+    def sum_replicated_gradients(self) -> None:
+        """Add up the replicated parameters' gradients over ranks; every rank calls this.
+
+        Called between the backward pass and the update: one all-reduce, which gives every rank
+        the same bits, so that the parameters stay equal. No gradient counts as zeros.
+        """
+        sum_gradients(list(self.replicated_parameters().values()), self.comm)
+
     def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
     ) -> ObjectiveOutput:
         raise NotImplementedError
 
@@ -144,7 +169,7 @@ class ProxyObjective(Objective):
         return {"proxies": rows}
 
     def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int]
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
     ) -> ObjectiveOutput:
         embeddings_GD = gather_rows_of_parts(
             embeddings_BD.to(self.proxies.dtype), batch_sizes, self.comm, what=EMBEDDINGS
