@@ -19,6 +19,9 @@ class Purpose(IntEnum):
     CLASS_ORDER = 2
     VALIDATION_CLASSES = 3
     AUGMENTATION = 4
+    SYSTEMATIC_CLASSES = 5
+    SYSTEMATIC_ROWS = 6
+    REPRESENTATIVES = 7
 
 
 def stream(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

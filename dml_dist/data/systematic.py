@@ -1,0 +1,211 @@
+"""Systematic batches: every batch that holds a class holds its representative.
+
+Alternating projections (METHODS: Can, Gurbuz, Alatan) train on one problem after the other. A
+problem fixes one or several representatives of each class; which classes share a batch may follow
+what was learnt (hard class mining). Both are given to the plan as one explicit value, `PlanState`,
+that takes effect at a step fixed in advance, so that a resumed run repeats it. Everything else is
+drawn from the seed and that step; nothing depends on the number of ranks or loader workers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from dml_dist.data.draws import Purpose, stream
+
+
+@dataclass(frozen=True, eq=False)
+class PlanState:
+    """What a plan cannot know from the data alone; classes are counted by rising label.
+
+    Attributes:
+        problem: Number of the problem, from 0.
+        first_step: The step from which it holds, until the next state's.
+        representatives: (C, m) int64 index rows; a class of fewer than m images repeats them.
+        neighbors: (C, h) int64 nearest other classes of each class, nearest first, -1 where there
+            are fewer; None without hard class mining.
+    """
+
+    problem: int
+    first_step: int
+    representatives: np.ndarray
+    neighbors: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SystematicBatch:
+    """One global batch.
+
+    Attributes:
+        rows: (P K,) int64 index rows, K rows of a class together, its representatives first.
+        is_representative: (P K,) bool.
+    """
+
+    rows: np.ndarray
+    is_representative: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class SystematicPlan:
+    """P different classes with K rows each, min(m, K - 1) of them representatives.
+
+    Without neighbours, classes come round-robin: one seeded permutation of all classes after the
+    other. With neighbours, the classes that come round-robin are seeds: each is followed by its
+    nearest classes that the batch does not hold yet. The representatives of a class take turns, and
+    its other rows walk through one seeded cycle: all are used before one is used again.
+
+    Attributes:
+        rows: (n,) int64 index rows.
+        labels: (n,) int64 label of each row; only order and equality matter.
+        seed: Seed of all orders, >= 0.
+        classes_per_batch: P, at most the number of classes.
+        samples_per_class: K, >= 2.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    seed: int
+    classes_per_batch: int
+    samples_per_class: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of global batches of one epoch, floor(n / (P K))."""
+        return len(self.rows) // (self.classes_per_batch * self.samples_per_class)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of different labels."""
+        return len(self.class_sizes)
+
+    @cached_property
+    def class_of_row(self) -> np.ndarray:
+        """The class of each row, counted by rising label, (n,) int64."""
+        return np.unique(self.labels, return_inverse=True)[1].astype(np.int64)
+
+    @cached_property
+    def class_sizes(self) -> np.ndarray:
+        """Number of rows of each class, (C,) int64."""
+        return np.bincount(self.class_of_row)
+
+    def batches(self, state: PlanState) -> Iterator[SystematicBatch]:
+        """Give the global batches of a state, from its first step on, without an end."""
+        classes = self._classes(state)
+        others, first, sizes = self._cycles(state)
+        num_visits = np.zeros(self.num_classes, dtype=np.int64)
+        num_drawn = state.representatives.shape[1]
+        num_held = min(num_drawn, self.samples_per_class - 1)
+        num_others = self.samples_per_class - num_held
+        for chosen in classes:
+            visit = num_visits[chosen][:, None]
+            num_visits[chosen] += 1
+            place = (visit * num_held + np.arange(num_held)) % num_drawn
+            representatives = state.representatives[chosen[:, None], place]
+            # A class without other rows repeats its representatives in their stead.
+            size = sizes[chosen][:, None]
+            place = visit * num_others + np.arange(num_others)
+            inside = first[chosen][:, None] + place % np.maximum(size, 1)
+            repeated = state.representatives[chosen[:, None], place % num_drawn]
+            rest = np.where(size > 0, others[np.minimum(inside, len(others) - 1)], repeated)
+            held = np.ones_like(representatives, dtype=bool), np.tile(size == 0, num_others)
+            yield SystematicBatch(
+                np.concatenate([representatives, rest], axis=1).reshape(-1),
+                np.concatenate(held, axis=1).reshape(-1),
+            )
+
+    def _cycles(self, state: PlanState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows that are no representatives, class by class in seeded order.
+
+        Returns:
+            Rows, (at least 1,); where those of each class begin, and how many they are, each (C,).
+        """
+        generator = stream(self.seed, Purpose.SYSTEMATIC_ROWS, state.first_step)
+        shuffled = generator.permutation(len(self.rows))
+        others = shuffled[~np.isin(self.rows[shuffled], state.representatives)]
+        others = others[np.argsort(self.class_of_row[others], kind="stable")]
+        sizes = np.bincount(self.class_of_row[others], minlength=self.num_classes)
+        rows = self.rows[others] if len(others) else np.full(1, -1, dtype=np.int64)
+        return rows, np.cumsum(sizes) - sizes, sizes
+
+    def _classes(self, state: PlanState) -> Iterator[np.ndarray]:
+        """Give the classes of every batch, (P,) int64, all different."""
+        generator = stream(self.seed, Purpose.SYSTEMATIC_CLASSES, state.first_step)
+        waiting: deque[int] = deque()
+        while True:
+            chosen: dict[int, None] = {}
+            passed: list[int] = []
+            while len(chosen) < self.classes_per_batch:
+                if not waiting:
+                    waiting.extend(generator.permutation(self.num_classes).tolist())
+                seed_class = waiting.popleft()
+                if seed_class in chosen:
+                    passed.append(seed_class)  # It comes first in the next batch.
+                    continue
+                chosen[seed_class] = None
+                if state.neighbors is not None:
+                    for neighbor in state.neighbors[seed_class].tolist():
+                        if neighbor >= 0 and len(chosen) < self.classes_per_batch:
+                            chosen[neighbor] = None
+            waiting.extendleft(reversed(passed))
+            yield np.fromiter(chosen, dtype=np.int64, count=len(chosen))
+
+
+def state_at(states: Sequence[PlanState], step: int) -> PlanState:
+    """Return the state that holds at a step: the last one that begins at it or before.
+
+    Args:
+        states: By rising first step.
+        step: A step at or after the first state's.
+    """
+    found = [state for state in states if state.first_step <= step]
+    if not found:
+        raise ValueError(f"required a state from step {step} or before, got none")
+    return found[-1]
+
+
+def systematic_batches(
+    plan: SystematicPlan, states: Sequence[PlanState], start_step: int, end_step: int
+) -> Iterator[tuple[int, SystematicBatch]]:
+    """Give (step, global batch) from `start_step` to `end_step` - 1.
+
+    `states` is looked at again at every step, so a state that is appended while a reader is at an
+    earlier step is taken up.
+    """
+    current = state_at(states, start_step)
+    batches = plan.batches(current)
+    for _ in range(start_step - current.first_step):
+        next(batches)
+    for step in range(start_step, end_step):
+        found = state_at(states, step)
+        if found is not current:
+            current, batches = found, plan.batches(found)
+        yield step, next(batches)
+
+
+def draw_representatives(
+    rows: np.ndarray, labels: np.ndarray, *, seed: int, problem: int, number: int
+) -> np.ndarray:
+    """Draw images of every class, the same for any number of ranks.
+
+    Args:
+        rows: (n,) int64 index rows.
+        labels: (n,) int64 label of each row.
+        seed: The run's seed.
+        problem: Number of the problem, from 0.
+        number: m >= 1, images of each class.
+
+    Returns:
+        (C, m) int64 rows, classes by rising label; those of a class are different where it has m
+        rows, and repeat in the same order where it has fewer.
+    """
+    _, class_of_row, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    shuffled = stream(seed, Purpose.REPRESENTATIVES, problem).permutation(len(rows))
+    ordered = shuffled[np.argsort(class_of_row[shuffled], kind="stable")]
+    first = np.cumsum(sizes) - sizes
+    place = first[:, None] + np.arange(number) % sizes[:, None]
+    return rows[ordered[place]]
