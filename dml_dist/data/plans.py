@@ -81,11 +81,15 @@ class ShuffledPlan:
         read = min(self.steps_per_epoch * self.global_batch_size, len(self.rows))
         return read / len(self.rows)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Return the (n,) positions into `rows` in the order in which an epoch reads them."""
+    def windows(self, epoch: int) -> np.ndarray:
+        """Return for each row the window, from 0, in which an epoch reads it, (n,) int64."""
         names, shard_of_row = np.unique(self.tar_shard, return_inverse=True)
         place = stream(self.seed, Purpose.TAR_SHARD_ORDER, epoch).permutation(len(names))
-        window_of_row = place[shard_of_row] // self.window
+        return place[shard_of_row] // self.window
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the (n,) positions into `rows` in the order in which an epoch reads them."""
+        window_of_row = self.windows(epoch)
         shuffled = stream(self.seed, Purpose.ROW_ORDER, epoch).permutation(len(self.rows))
         return shuffled[np.argsort(window_of_row[shuffled], kind="stable")]
 
