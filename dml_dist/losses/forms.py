@@ -3,6 +3,9 @@
 Row form: one statistic per row of the global batch and proxy shard, `partial -> merge -> finish`.
 Proxies are sharded over ranks; only the statistics cross ranks. Dense is "one shard".
 
+A loss whose shards must know something of all shards first (the nearest of all proxies, the
+positive's distance) has several rounds of partial and merge.
+
 Pair form: a function of the embeddings and labels of the global batch, without proxies.
 
 Shape legend: G rows of the global batch, D embedding size, L proxies of this shard,
@@ -11,7 +14,7 @@ K proxies a class, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -24,7 +27,8 @@ from dml_dist.losses.numerics import Merge, Statistics
 class ProxyShard:
     """Which rows of the class table a proxy shard holds: whole classes, K rows each.
 
-    Row `(c - low_class) K + k` of the shard is proxy k of class c.
+    Row `(c - low_class) K + k` of the shard is proxy k of class c. A table that belongs to no
+    classes (fractional and dynamic assignment) counts as one of so many classes of one row.
 
     Attributes:
         num_classes: C, classes of the whole table.
@@ -56,7 +60,7 @@ class ProxyShard:
 
 @runtime_checkable
 class RowLoss(Protocol):
-    """A loss over sharded proxies.
+    """A loss over sharded proxies, of one round.
 
     The methods are pure, do not look up ranks, and are differentiable. Embeddings and proxies
     come as they are, not normalised, in float32 or float64.
@@ -84,6 +88,60 @@ class RowLoss(Protocol):
 
     def statistics(self, total: Statistics) -> Statistics:
         """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
+
+
+Partial = Callable[[Tensor, Tensor, Tensor, ProxyShard, Statistics], Statistics]
+"""Embeddings (G, D), labels (G,), proxies (L, D), the shard and the rounds before -> statistics."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of partial and merge.
+
+    Attributes:
+        merges: This round's statistics by name, each with its merge.
+        partial: Gives them over one proxy shard, as `RowLoss.partial` does. Its last argument is
+            the statistics of the rounds before over all shards, as constants: they say what is
+            counted, and no gradient goes through them. What the loss is a differentiable function
+            of is merged again in this round, or used in `finish`.
+        scalars: Statistics that are one number, not one of each row of the batch.
+    """
+
+    merges: Mapping[str, Merge]
+    partial: Partial
+    scalars: frozenset[str] = frozenset()
+
+
+@runtime_checkable
+class RoundsLoss(Protocol):
+    """A loss over sharded proxies of several rounds, else as `RowLoss`."""
+
+    @property
+    def proxies_per_class(self) -> int:
+        """K, rows of each class in the table."""
+
+    @property
+    def rounds(self) -> tuple[Round, ...]:
+        """The rounds in their order; no name of a statistic stands in two of them."""
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the loss, a 0-d tensor, of the statistics of all rounds over all shards."""
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
+
+
+def rounds_of(loss: RowLoss | RoundsLoss) -> tuple[Round, ...]:
+    """Return the rounds of a loss of either kind."""
+    if isinstance(loss, RoundsLoss):
+        return loss.rounds
+
+    def partial(
+        x: Tensor, labels: Tensor, p: Tensor, shard: ProxyShard, _: Statistics
+    ) -> Statistics:
+        return loss.partial(x, labels, p, shard)
+
+    return (Round(loss.merges, partial),)
 
 
 @runtime_checkable

@@ -17,6 +17,8 @@ Statistics = dict[str, Tensor]
 MIN_NORM = 1e-12
 """Rows shorter than this are divided by it and not by their norm, so that they stay finite."""
 
+_SOFTPLUS_LINEAR = 50.0
+
 
 def accurate_dtype(*tensors: Tensor) -> torch.dtype:
     """Return float64 when a tensor has it, else float32: losses never run in half precision."""
@@ -32,6 +34,11 @@ def normalize_rows(x_ND: Tensor) -> Tensor:
 def safe_exp_difference(x: Tensor, reference: Tensor) -> Tensor:
     """Return exp(x - reference), and 0 where x is -inf, even if the reference is -inf as well."""
     return (x - reference.masked_fill(reference == -torch.inf, 0.0)).exp()
+
+
+def softplus_exact(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x)); beyond 50 it is x, which is exact in float64."""
+    return torch.nn.functional.softplus(x, threshold=_SOFTPLUS_LINEAR)
 
 
 def merge_statistics(a: Statistics, b: Statistics, merges: Mapping[str, Merge]) -> Statistics:

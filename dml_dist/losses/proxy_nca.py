@@ -25,16 +25,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from dml_dist.losses.chunks import own_rows
 from dml_dist.losses.forms import ProxyShard
-from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normalize_rows
+from dml_dist.losses.numerics import (
+    Merge,
+    Statistics,
+    accurate_dtype,
+    normalize_rows,
+    softplus_exact,
+)
+from dml_dist.losses.one_process import check_labels as check_labels
+from dml_dist.losses.one_process import loss_of_table, whole_classes
 from dml_dist.losses.proxy_logits import negative_statistics
-
-# Beyond this softplus(x) = x, which is exact in float64: exp(-50) is far below its resolution.
-_SOFTPLUS_LINEAR = 50.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,7 @@ class ProxyNCA:
         found = negative_statistics(
             queries_GD,
             proxies_LD.to(dtype),
-            labels_G,
-            shard,
+            own_rows(labels_G, shard),
             memory_mb=self.logit_memory_mb,
             with_sum="sum_negatives" in self.merges,
         )
@@ -102,7 +105,7 @@ class ProxyNCA:
         gap_G = total["lse_negatives"] - total["positive"]
         if self.denominator == "negatives":
             return gap_G.mean()
-        loss_G = softplus(gap_G, threshold=_SOFTPLUS_LINEAR)
+        loss_G = softplus_exact(gap_G)
         if self.label_smoothing > 0:
             num_negatives = (self.num_classes - 1) * self.proxies_per_class
             mean_negative_G = total["sum_negatives"] / num_negatives
@@ -146,17 +149,7 @@ def proxy_nca_loss(
     Raises:
         ValueError: If shapes, labels or options do not fit.
     """
-    if embeddings_BD.ndim != 2 or proxies.ndim != 2 or embeddings_BD.shape[1] != proxies.shape[1]:
-        raise ValueError(
-            "required embeddings (B, D) and proxies (C K, D), got shapes "
-            f"{tuple(embeddings_BD.shape)} and {tuple(proxies.shape)}"
-        )
-    num_classes, rest = divmod(proxies.shape[0], proxies_per_class)
-    if rest:
-        raise ValueError(
-            f"required whole classes of {proxies_per_class} proxies, got {proxies.shape[0]} rows"
-        )
-    check_labels(labels_B, embeddings_BD.shape[0], num_classes)
+    num_classes = whole_classes(proxies, proxies_per_class)
     loss = ProxyNCA(
         num_classes,
         denominator,
@@ -166,24 +159,4 @@ def proxy_nca_loss(
         label_smoothing,
         logit_memory_mb,
     )
-    shard = ProxyShard(num_classes, 0, num_classes, proxies_per_class)
-    return loss.finish(loss.partial(embeddings_BD, labels_B, proxies, shard))
-
-
-def check_labels(labels: Tensor, num_rows: int, num_classes: int | None) -> None:
-    """Raise ValueError unless labels are (num_rows,) int64 in 0 .. num_classes - 1.
-
-    The range is looked at on the CPU only: on a GPU the look would wait for the device.
-    """
-    if labels.shape != (num_rows,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"required labels of shape ({num_rows},) and dtype int64, "
-            f"got {tuple(labels.shape)} and {labels.dtype}"
-        )
-    if num_classes is not None and labels.device.type == "cpu" and num_rows:
-        low, high = (int(bound) for bound in labels.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"required class ids 0 .. {num_classes - 1}, got {low} .. {high}: "
-                "labels are class ids of the training split, not labels of the data set"
-            )
+    return loss_of_table(loss, embeddings_BD, labels_B, proxies, num_classes=num_classes)

@@ -19,6 +19,9 @@ The backward pass of rank r computes dl/dS_r from the whole l, without communica
 A parameter that every rank holds (a scalar beta, a flow) is not in DDP either: each rank's part of
 dl/dbeta comes from its own rows, plain, and one all-reduce sums the parts after the backward pass.
 
+A loss of several rounds does so round by round: what a round takes from the rounds before is
+constant, so nothing crosses ranks in the backward pass but dl/dX.
+
 A pair form has no proxies: every rank computes the whole l from X, keeps dl/dx_r and multiplies it
 by W for the same reason. So all gradients equal those of one process on the concatenated batch,
 for any W, any cut of the batch and of the classes. Nobody else multiplies or divides by W.
@@ -33,8 +36,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dml_dist.losses.forms import ProxyShard, RowLoss
-from dml_dist.losses.proxy_nca import check_labels
+from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss, rounds_of
+from dml_dist.losses.numerics import Statistics
+from dml_dist.losses.one_process import check_labels
 from dml_dist.parallel.collectives import gather_rows_of_parts, merge_over_ranks, sum_gradients
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.initial_proxies import fill_initial_proxies
@@ -146,7 +150,7 @@ class ProxyObjective(Objective):
 
     def __init__(
         self,
-        loss: RowLoss,
+        loss: RowLoss | RoundsLoss,
         *,
         num_classes: int,
         embedding_size: int,
@@ -174,8 +178,11 @@ class ProxyObjective(Objective):
         embeddings_GD = gather_rows_of_parts(
             embeddings_BD.to(self.proxies.dtype), batch_sizes, self.comm, what=EMBEDDINGS
         )
-        partial = self.loss.partial(embeddings_GD, labels_G, self.proxies, self.shard)
-        total = merge_over_ranks(partial, self.loss.merges, self.comm)
+        total: Statistics = {}
+        for round_ in rounds_of(self.loss):
+            known = {name: value.detach() for name, value in total.items()}
+            partial = round_.partial(embeddings_GD, labels_G, self.proxies, self.shard, known)
+            total |= merge_over_ranks(partial, round_.merges, self.comm)
         with torch.no_grad():
             statistics = self.loss.statistics(total)
         return ObjectiveOutput(self.loss.finish(total), statistics)

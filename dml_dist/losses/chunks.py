@@ -1,0 +1,141 @@
+"""Logits of a batch and a proxy shard, a chunk of proxies at a time, and their gradients.
+
+The statistics of the losses are taken from one chunk after the other, and the backward pass
+computes each chunk's logits again: what is held is one chunk. The normalisation of proxies is part
+of the chunk, so that no normalised copy of the table is made.
+
+With n = p / |p| and r = 1 / |p| of a proxy p, queries x_i, logits l_i = x_i . n, and
+a_i = dloss/dl_i, the gradients are
+
+    dloss/dx_i = sum over proxies of a_i r p
+    dloss/dp   = r (g - n (n . g)),  g = sum_i a_i x_i
+
+Shape legend: G queries, D embedding size, L proxies of the shard, c proxies of a chunk,
+K proxies a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dml_dist.losses.forms import ProxyShard
+from dml_dist.losses.numerics import MIN_NORM
+
+_CPU_CHUNK_BYTES = 16 * 2**20
+"""Logits of a CPU chunk: more gains nothing, less waits more often for a busy machine."""
+
+
+def chunk_rows(queries_GD: Tensor, memory_mb: float) -> int:
+    """Return how many proxies a chunk has, so that (rows + 1, G) and (rows, D) fit the memory."""
+    row_bytes = max(1, *queries_GD.shape) * queries_GD.element_size()
+    budget = memory_mb * 2**20 / 2
+    if queries_GD.device.type == "cpu":
+        budget = min(budget, _CPU_CHUNK_BYTES)
+    return max(1, int(budget / row_bytes) - 1)
+
+
+def own_rows(labels_G: Tensor, shard: ProxyShard) -> Tensor:
+    """Return the shard's rows of each label's class, (K, G); outside 0 .. L - 1 elsewhere."""
+    per_class = shard.proxies_per_class
+    offsets_K = torch.arange(per_class, device=labels_G.device)
+    return (labels_G - shard.low_class) * per_class + offsets_K[:, None]
+
+
+def in_chunk(rows: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return which rows a chunk holds, and their places in it; others' place is one past it."""
+    held = (rows >= low) & (rows < high)
+    return held, torch.where(held, rows - low, high - low)
+
+
+class ChunkedLogits:
+    """The logits of queries and normalised proxies, in a buffer of one chunk.
+
+    The buffer has one row more than a chunk: what belongs to other chunks is read and written
+    there (`in_chunk`).
+
+    Attributes:
+        rows_per_chunk: Proxies of a chunk, at most L.
+        buffer: (rows_per_chunk + 1, G).
+        norm_L1: Lengths of the proxies, at least MIN_NORM; known once they were measured.
+    """
+
+    def __init__(
+        self,
+        queries_GD: Tensor,
+        proxies_LD: Tensor,
+        rows_per_chunk: int,
+        norm_L1: Tensor | None = None,
+    ) -> None:
+        self.queries_GD, self.proxies_LD = queries_GD, proxies_LD
+        self.rows_per_chunk = min(rows_per_chunk, len(proxies_LD))
+        self.buffer = queries_GD.new_zeros((self.rows_per_chunk + 1, len(queries_GD)))
+        self.norm_L1 = proxies_LD.new_empty((len(proxies_LD), 1)) if norm_L1 is None else norm_L1
+
+    def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Give (low, high, buffer cut to high - low + 1 rows) of every chunk."""
+        for low in range(0, len(self.proxies_LD), self.rows_per_chunk):
+            high = min(len(self.proxies_LD), low + self.rows_per_chunk)
+            yield low, high, self.buffer[: high - low + 1]
+
+    def measure(self, low: int, high: int) -> None:
+        """Compute the lengths of a chunk's proxies."""
+        norm_c1 = self.norm_L1[low:high]
+        torch.linalg.vector_norm(self.proxies_LD[low:high], dim=1, keepdim=True, out=norm_c1)
+        norm_c1.clamp_min_(MIN_NORM)
+
+    def fill(self, low: int, high: int, out_cG: Tensor) -> None:
+        """Write the logits of a chunk whose lengths are known."""
+        torch.mm(self.proxies_LD[low:high], self.queries_GD.T, out=out_cG)
+        out_cG.div_(self.norm_L1[low:high])
+
+    def add_gradients(
+        self, low: int, high: int, grads_cG: Tensor, grad_queries_GD: Tensor, grad_proxies: Tensor
+    ) -> None:
+        """Take a chunk's derivatives by its logits to queries (added) and proxies (written).
+
+        Args:
+            low: First row of the chunk.
+            high: One past its last.
+            grads_cG: dloss/dlogits; overwritten.
+            grad_queries_GD: The queries' gradient so far.
+            grad_proxies: The shard's gradient, (L, D).
+        """
+        chunk, norm_c1 = self.proxies_LD[low:high], self.norm_L1[low:high]
+        grad_chunk = grad_proxies[low:high]
+        grads_cG.div_(norm_c1)
+        grad_queries_GD.addmm_(grads_cG.T, chunk)
+        torch.mm(grads_cG, self.queries_GD, out=grad_chunk)
+        # r n (n . g); a proxy shorter than MIN_NORM is only multiplied by a constant.
+        along_c1 = (chunk * grad_chunk).sum(dim=1, keepdim=True)
+        along_c1.div_(norm_c1.square()).masked_fill_(norm_c1 <= MIN_NORM, 0.0)
+        grad_chunk.addcmul_(along_c1, chunk, value=-1)
+
+
+class OwnLogits:
+    """The logits of each query's own rows, collected over chunks; the largest is its positive.
+
+    Classes are whole, so a shard has all K own rows of a query or none.
+    """
+
+    def __init__(self, own_KG: Tensor, like: Tensor) -> None:
+        self.own_KG = own_KG
+        self.logits_KG = like.new_full(own_KG.shape, -torch.inf)
+
+    def collect(self, low: int, high: int, logits: Tensor) -> Tensor:
+        """Keep those of a chunk, and return the places of own rows in it, (K, G)."""
+        held_KG, place_KG = in_chunk(self.own_KG, low, high)
+        self.logits_KG = torch.where(held_KG, logits.gather(0, place_KG), self.logits_KG)
+        return place_KG
+
+    def positive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the largest (0 where not held), its row (1, G), and where none is held, (G,)."""
+        positive_G, best_G = self.logits_KG.max(dim=0)
+        foreign_G = (self.own_KG[0] < 0) | (self.own_KG[0] >= num_rows)
+        return (
+            positive_G.masked_fill(foreign_G, 0.0),
+            self.own_KG.gather(0, best_G[None]),
+            foreign_G,
+        )
