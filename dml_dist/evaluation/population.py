@@ -38,6 +38,7 @@ class Population:
 
     Attributes:
         sizes: Rows of each rank.
+        label_C: Label of each dense class, int64, rising.
         class_N: Dense class of each row, int64, in rising order of labels.
         num_relevant_N: Gallery rows of the same class without the row itself, int64.
         is_query_N: Whether the row is a query, lone ones included.
@@ -45,6 +46,7 @@ class Population:
     """
 
     sizes: tuple[int, ...]
+    label_C: np.ndarray
     class_N: np.ndarray
     num_relevant_N: np.ndarray
     is_query_N: np.ndarray
@@ -111,11 +113,11 @@ def gather_population(local: LocalRows, comm: Comm) -> Population:
     labels_N = comm.all_gather_rows(local.labels_N, sizes, what="gather labels").cpu().numpy()
     role_N = comm.all_gather_rows(local.role_N, sizes, what="gather roles").cpu().numpy()
     is_query_N, is_gallery_N = (role_N & 1) > 0, (role_N & 2) > 0
-    _, class_N = np.unique(labels_N, return_inverse=True)
+    label_C, class_N = np.unique(labels_N, return_inverse=True)
     class_N = class_N.astype(np.int64)
-    in_gallery = np.bincount(class_N[is_gallery_N], minlength=int(class_N.max(initial=-1)) + 1)
+    in_gallery = np.bincount(class_N[is_gallery_N], minlength=len(label_C))
     num_relevant_N = in_gallery[class_N] - is_gallery_N
-    population = Population(sizes, class_N, num_relevant_N, is_query_N, is_gallery_N)
+    population = Population(sizes, label_C, class_N, num_relevant_N, is_query_N, is_gallery_N)
     if population.num_lone_queries == np.count_nonzero(is_query_N):
         raise DataError(
             "required at least one query with another gallery row of its class, got "
@@ -123,6 +125,43 @@ def gather_population(local: LocalRows, comm: Comm) -> Population:
             "rows and no such pair; check labels and roles"
         )
     return population
+
+
+def check_super_classes(
+    super_classes: Sequence[str] | np.ndarray | None, num_rows: int
+) -> np.ndarray:
+    """Return the super-class of each row of this rank, "" for none.
+
+    Raises:
+        DataError: If there is not one for each row.
+    """
+    if super_classes is None:
+        return np.full(num_rows, "")
+    names = np.asarray(super_classes, dtype=str)
+    if names.shape != (num_rows,):
+        raise DataError(
+            f"required one super-class for each of {num_rows} embeddings, got an array of shape "
+            f'{names.shape}; give a name, or "" for none'
+        )
+    return names
+
+
+def gather_super_classes(names: np.ndarray, population: Population, comm: Comm) -> np.ndarray:
+    """Return the super-class of each row of all ranks, int64, -1 for none; every rank calls this.
+
+    Args:
+        names: Super-class of each row of this rank, "" for none.
+        population: The rows of all ranks.
+        comm: The ranks.
+    """
+    distinct, local_N = np.unique(names, return_inverse=True)
+    gathered = comm.gather_objects(distinct.tolist(), what="gather names of super-classes")
+    every = sorted({name for part in gathered for name in part if name})
+    code = {name: number for number, name in enumerate(every)} | {"": -1}
+    codes = np.array([code[str(name)] for name in distinct], dtype=np.int64)
+    part_N = torch.from_numpy(codes[local_N]).to(comm.device)
+    super_N = comm.all_gather_rows(part_N, population.sizes, what="gather super-classes")
+    return super_N.cpu().numpy()
 
 
 def _check_finite(embeddings_ND: Tensor) -> None:

@@ -1,27 +1,42 @@
-"""Retrieval metrics of embeddings, exact and the same for any number of ranks.
+"""Retrieval and clustering metrics of embeddings, exact and the same for any number of ranks.
 
 Ranks hold contiguous parts of the rows, which are each rank's gallery shard and its queries. Rows
-are checked and stored (`population`, `search.exact`), then ranked (`rounds`), and the sums of all
-ranks are turned into means.
+are checked and stored (`population`, `search.exact`), then ranked (`rounds`) and clustered
+(`clustering`) as far as asked for, and the sums of all ranks are turned into means.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dml_dist.errors import ConfigError, DmlDistError
-from dml_dist.evaluation.population import Array, Population, check_rows, gather_population
+from dml_dist.evaluation.clustering import CLUSTERING_METRICS, measure_clusters
+from dml_dist.evaluation.per_class import PerClass
+from dml_dist.evaluation.population import (
+    Array,
+    Population,
+    check_rows,
+    check_super_classes,
+    gather_population,
+    gather_super_classes,
+)
 from dml_dist.evaluation.rounds import Rounds
+from dml_dist.evaluation.tally import Tally
+from dml_dist.metrics import definitions as defined
+from dml_dist.metrics import per_class
 from dml_dist.metrics import retrieval as metrics
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.exact import Distance, store_rows
 from dml_dist.search.propose import resolve_backend
+
+EXTRA_METRICS = (*CLUSTERING_METRICS, "super_class_recall")
+"""What is measured only when asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +50,14 @@ class RetrievalResult:
         num_queries: Queries that were counted.
         num_gallery: Rows of the gallery.
         num_lone_queries: Queries without another gallery row of their class, not counted.
-        seconds: Stage ("prepare", "list", "count", "total") -> seconds; "list" and "count" are the
-            slowest rank's, the others this rank's.
+        seconds: Stage -> seconds: "prepare", "list" and "count" for the metrics above,
+            "super_class" and "cluster" for those asked for, "total". "list", "count" and
+            "super_class" are the slowest rank's, the others this rank's.
+        per_class: Results of each class of the evaluated rows.
+        super_class_recall_at_k: K -> share of the counted queries that have a super-class with a
+            row of it among the first K; empty when not asked for, or no row has a super-class.
+        clustering: Clustering metrics that were asked for, by name, with k-means' facts.
+        definitions: Numbers of other projects that were asked for, by name.
         query_rows: (Q,) int64, the counted queries in rising order, when neighbours were asked for.
         neighbors: (Q, k) int64 global gallery rows, nearest first; -1 where the gallery ends.
         neighbor_distances: (Q, k) float64, squared Euclidean; inf where the gallery ends.
@@ -49,6 +70,10 @@ class RetrievalResult:
     num_gallery: int
     num_lone_queries: int
     seconds: dict[str, float]
+    per_class: PerClass
+    super_class_recall_at_k: dict[int, float] = field(default_factory=dict)
+    clustering: dict[str, float] = field(default_factory=dict)
+    definitions: dict[str, float] = field(default_factory=dict)
     query_rows: np.ndarray | None = None
     neighbors: np.ndarray | None = None
     neighbor_distances: np.ndarray | None = None
@@ -59,6 +84,9 @@ class RetrievalResult:
             **{f"recall_at_{k}": value for k, value in self.recall_at_k.items()},
             "r_precision": self.r_precision,
             "map_at_r": self.map_at_r,
+            **{f"super_class_recall_at_{k}": v for k, v in self.super_class_recall_at_k.items()},
+            **self.clustering,
+            **self.definitions,
             "num_queries": self.num_queries,
             "num_gallery": self.num_gallery,
             "num_lone_queries": self.num_lone_queries,
@@ -76,8 +104,12 @@ def evaluate(
     memory_mb: float = 512.0,
     comm: Comm | None = None,
     neighbors: int = 0,
+    extra: Collection[str] = (),
+    definitions: Sequence[str] = (),
+    super_classes: Sequence[str] | np.ndarray | None = None,
+    seed: int = 0,
 ) -> RetrievalResult:
-    """Return Recall@K, R-precision and MAP@R of embeddings.
+    """Return Recall@K, R-precision and MAP@R of embeddings, and what else is asked for.
 
     A query never finds its own row; equal distances are ordered by gallery row. The digits depend
     on rows, labels and roles alone: not on `comm`, `backend`, `memory_mb`, threads or device.
@@ -95,6 +127,12 @@ def evaluate(
             and buffers of the libraries (some 30 MiB).
         comm: The ranks; none means this process alone. Every rank calls this.
         neighbors: How many neighbours of every counted query the result shall list.
+        extra: Names out of `EXTRA_METRICS`: nmi, nmi_geometric, f1, ami (k-means with as many
+            clusters as classes) and super_class_recall.
+        definitions: Numbers as other projects define them (`metrics.definitions`), such as
+            "nir.map_1000" or "oml.map_at_5".
+        super_classes: (N,) names, "" for none; only super_class_recall needs them.
+        seed: Seed of k-means.
 
     Raises:
         DataError: If rows are not finite, shapes or roles are wrong, or nothing can be counted.
@@ -105,37 +143,69 @@ def evaluate(
         comm = Comm.single(str(embeddings.device) if isinstance(embeddings, Tensor) else "cpu")
     error: DmlDistError | None = None
     try:
-        _check_options(recall_at, distance, memory_mb, neighbors)
+        _check_options(recall_at, distance, memory_mb, neighbors, extra)
+        other = _definitions(definitions)
         chosen = resolve_backend(backend, comm.device)
         local = check_rows(embeddings, labels, roles, comm.device)
+        names = check_super_classes(super_classes, len(local.labels_N))
     except DmlDistError as raised:
         error = raised
     comm.agree(error, what="check the rows to evaluate")
     population = gather_population(local, comm)
+    super_N = None
+    if "super_class_recall" in extra:
+        super_N = gather_super_classes(names, population, comm)
+    vectors_ND = _stored(local.embeddings_ND, population, distance, comm)
+    memory_bytes = int(memory_mb * 2**20)
     rounds = Rounds(
         population,
-        _stored(local.embeddings_ND, population, distance, comm),
+        vectors_ND,
         comm,
         recall_at=tuple(recall_at),
+        definitions=other,
+        super_N=super_N,
         backend=chosen,
-        memory_bytes=int(memory_mb * 2**20),
+        memory_bytes=memory_bytes,
         neighbors=neighbors,
     )
-    prepare_seconds = time.perf_counter() - start
+    seconds = {"prepare": time.perf_counter() - start}
     outcome = rounds.run()
-    means = metrics.finish(outcome.sums, recall_at)
+    del rounds  # Its float32 copies are not needed by what follows.
+    seconds |= outcome.seconds
+    clustering: dict[str, float] = {}
+    if wanted := [name for name in CLUSTERING_METRICS if name in extra]:
+        before = time.perf_counter()
+        clustering = measure_clusters(
+            population,
+            vectors_ND,
+            comm,
+            wanted=wanted,
+            seed=seed,
+            backend=chosen,
+            memory_bytes=memory_bytes,
+        )
+        seconds["cluster"] = time.perf_counter() - before
+    tally = outcome.tally
+    means = metrics.finish(tally.sums, recall_at)
     listed = outcome.listed
     return RetrievalResult(
         recall_at_k=means.recall_at_k,
         r_precision=means.r_precision,
         map_at_r=means.map_at_r,
-        num_queries=outcome.sums.num_queries,
+        num_queries=tally.sums.num_queries,
         num_gallery=population.num_gallery,
         num_lone_queries=population.num_lone_queries,
-        seconds={
-            "prepare": prepare_seconds,
-            **outcome.seconds,
-            "total": time.perf_counter() - start,
+        seconds=seconds | {"total": time.perf_counter() - start},
+        per_class=_per_class(tally, population),
+        super_class_recall_at_k={
+            k: hits / tally.super_sums.num_queries
+            for k, hits in zip(recall_at, tally.super_sums.hits_at, strict=True)
+            if tally.super_sums.num_queries
+        },
+        clustering=clustering,
+        definitions={
+            one.name: defined.finish(one, total, population.num_lone_queries)
+            for one, total in zip(tally.definitions, tally.definition_sums, strict=True)
         },
         query_rows=None if listed is None else listed.query_rows,
         neighbors=None if listed is None else listed.neighbors,
@@ -143,8 +213,31 @@ def evaluate(
     )
 
 
+def _per_class(tally: Tally, population: Population) -> PerClass:
+    means = per_class.finish(tally.class_sums)
+    return PerClass(
+        label=population.label_C,
+        num_images=np.bincount(population.class_N, minlength=len(population.label_C)),
+        num_queries=means.num_queries_C,
+        recall_at_1=means.recall_at_1_C,
+        r_precision=means.r_precision_C,
+        map_at_r=means.map_at_r_C,
+    )
+
+
+def _definitions(names: Sequence[str]) -> tuple[defined.Definition, ...]:
+    try:
+        return defined.definitions(names)
+    except ValueError as error:
+        raise ConfigError(f"definitions: {error}") from None
+
+
 def _check_options(
-    recall_at: Sequence[int], distance: str, memory_mb: float, neighbors: int
+    recall_at: Sequence[int],
+    distance: str,
+    memory_mb: float,
+    neighbors: int,
+    extra: Collection[str],
 ) -> None:
     if not recall_at or any(int(k) != k or k < 1 for k in recall_at):
         raise ConfigError(
@@ -156,6 +249,11 @@ def _check_options(
         raise ConfigError(f"required memory_mb > 0, got {memory_mb}; the default is 512")
     if neighbors < 0:
         raise ConfigError(f"required neighbors >= 0, got {neighbors}; 0 lists none")
+    if unknown := [name for name in extra if name not in EXTRA_METRICS]:
+        raise ConfigError(
+            f"required metrics out of {', '.join(EXTRA_METRICS)}, got {unknown[0]!r}; Recall@K, "
+            "R-precision and MAP@R are always measured"
+        )
 
 
 def _stored(

@@ -2,7 +2,8 @@
 
 1. The nearest R rows (R: gallery rows of the query's class) are listed and merged: R-precision,
    MAP@R, and Recall@K of every query with a hit in its list.
-2. For queries without one, the nearest row of their class is found and closer rows are counted.
+2. For queries without one, the nearest row of their class is found and closer rows are counted;
+   likewise for queries without a hit of their super-class, where that is asked for.
 
 The rank that owns a block gives its rows to all; each answers for its gallery shard; the owner
 adds up. Queries with small R come first, so that one large class does not lengthen everybody's
@@ -14,7 +15,7 @@ Legend: N rows of this rank, Q queries of a block, K places of a list, D embeddi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 
 from dml_dist.evaluation.population import Population
+from dml_dist.evaluation.tally import Tally
 from dml_dist.metrics import retrieval as metrics
+from dml_dist.metrics.definitions import Definition
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.gallery import GalleryShard, Queries
 from dml_dist.search.neighbors import NO_ROW
@@ -54,12 +57,12 @@ class Outcome:
     """What the rounds found, the same on every rank.
 
     Attributes:
-        sums: Over the counted queries of all ranks.
+        tally: Sums over the counted queries of all ranks.
         seconds: Stage -> seconds of the slowest rank.
         listed: The neighbours that were asked for.
     """
 
-    sums: metrics.RetrievalSums
+    tally: Tally
     seconds: dict[str, float]
     listed: Listed | None
 
@@ -74,6 +77,8 @@ class Rounds:
         comm: Comm,
         *,
         recall_at: tuple[int, ...],
+        definitions: Sequence[Definition] = (),
+        super_N: np.ndarray | None = None,
         backend: Backend,
         memory_bytes: int,
         neighbors: int,
@@ -85,6 +90,9 @@ class Rounds:
             vectors_ND: This rank's stored rows.
             comm: The ranks.
             recall_at: The K of Recall@K.
+            definitions: Numbers of other projects that are summed as well.
+            super_N: Super-class of each row of all ranks, int64, -1 for none, when Recall@K by
+                super-class is asked for.
             backend: What proposes neighbours.
             memory_bytes: Bound on this rank's working memory.
             neighbors: How many neighbours of every counted query are kept.
@@ -92,11 +100,13 @@ class Rounds:
         self._population = population
         self._vectors_ND = vectors_ND
         self._comm = comm
-        self._recall_at = recall_at
         self._neighbors = min(neighbors, population.num_gallery)
         self._memory_bytes = memory_bytes
+        self._super_N = super_N
         self._seconds = {"list": 0.0, "count": 0.0}
-        self._sums = metrics.RetrievalSums(0, (0,) * len(recall_at), 0, 0)
+        if super_N is not None:
+            self._seconds["super_class"] = 0.0
+        self._tally = Tally(recall_at, definitions, len(population.label_C))
         self._parts: list[Listed] = []
         self._low, high = population.part(comm.rank)
         in_gallery = population.is_gallery_N[self._low : high]
@@ -110,25 +120,37 @@ class Rounds:
             memory_bytes=memory_bytes,
         )
         self._gallery = ShardedGallery(shard, comm)
+        self._super_gallery = self._gallery
+        if super_N is not None:
+            self._super_gallery = self._gallery.with_classes(self._tensor(super_N[row_N]))
 
     def run(self) -> Outcome:
         """Carry out both rounds; every rank calls this."""
         for owner in range(self._comm.world_size):
             with self._stage("list"):
-                unlisted = [
+                missed = [
                     self._list_block(row_Q, num_places, owner)
                     for row_Q, num_places in self._blocks(owner)
                 ]
+            missed_Q, super_missed_Q = (
+                np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+                for parts in (list(zip(*missed, strict=True)) or ((), ()))
+            )
             with self._stage("count"):
-                missed = np.concatenate([np.zeros(0, dtype=np.int64), *unlisted])
-                self._count(self._comm.broadcast_object(missed, owner), owner)
+                self._count(missed_Q, owner)
+            if self._super_N is not None:
+                with self._stage("super_class"):
+                    self._count(super_missed_Q, owner, self._super_N)
         return self._finish()
 
     def _blocks(self, owner: int) -> Iterator[tuple[np.ndarray, int]]:
         """Yield blocks of a rank's queries with the length of their lists."""
         row_Q = self._population.counted_queries(owner)
-        shortest = max(min(max(self._recall_at), _SHORTEST_LIST), self._neighbors)
-        places_Q = np.maximum(self._population.num_relevant_N[row_Q], shortest)
+        shortest = max(min(max(self._tally.recall_at), _SHORTEST_LIST), self._neighbors)
+        num_relevant_Q = self._population.num_relevant_N[row_Q]
+        places_Q = np.maximum(num_relevant_Q, shortest)
+        for definition in self._tally.definitions:
+            places_Q = np.maximum(places_Q, definition.places(num_relevant_Q))
         places_Q = np.minimum(places_Q, self._population.num_gallery)
         low = 0
         while low < len(row_Q):
@@ -139,51 +161,71 @@ class Rounds:
             yield row_Q[low:high], int(places_Q[high - 1])
             low = high
 
-    def _list_block(self, row_Q: np.ndarray, num_places: int, owner: int) -> np.ndarray:
-        """Rank the nearest rows of a block; return the queries without a hit (on the owner)."""
+    def _list_block(
+        self, row_Q: np.ndarray, num_places: int, owner: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rank the nearest rows of a block; return the queries without a hit, on the owner.
+
+        They are those without a hit of their class, and those without one of their super-class.
+        """
         found = self._gallery.nearest(self._queries(row_Q, owner), num_places, owner)
         if found is None:
-            return row_Q[:0]
+            return row_Q[:0], row_Q[:0]
         neighbor_QK = found.row_QK.cpu().numpy()
         class_N = self._population.class_N
         is_free = neighbor_QK == NO_ROW
-        neighbor_class_QK = class_N[np.where(is_free, 0, neighbor_QK)]
-        relevant_QK = (neighbor_class_QK == class_N[row_Q][:, None]) & ~is_free
+        position_QK = np.where(is_free, 0, neighbor_QK)
+        relevant_QK = (class_N[position_QK] == class_N[row_Q][:, None]) & ~is_free
         num_relevant_Q = self._population.num_relevant_N[row_Q]
-        rank_Q = metrics.first_hit(relevant_QK)
-        self._add(len(row_Q), rank_Q, metrics.ranking_partial(relevant_QK, num_relevant_Q))
+        rank_Q = self._tally.add_lists(class_N[row_Q], relevant_QK, num_relevant_Q)
+        super_missed_Q = row_Q[:0]
+        if self._super_N is not None:
+            super_missed_Q = self._list_super(row_Q, position_QK, is_free)
         if self._neighbors:
             listed_QK = np.where(is_free, -1, neighbor_QK)[:, : self._neighbors]
             distance_QK = found.distance_QK[:, : self._neighbors].cpu().numpy()
             self._parts.append(Listed(row_Q, listed_QK, distance_QK))
-        if max(self._recall_at) <= num_places:
-            return row_Q[:0]
+        if max(self._tally.recall_at) <= num_places:
+            return row_Q[:0], row_Q[:0]
+        return row_Q[rank_Q == metrics.NOT_LISTED], super_missed_Q
+
+    def _list_super(
+        self, row_Q: np.ndarray, position_QK: np.ndarray, is_free: np.ndarray
+    ) -> np.ndarray:
+        """Look for the super-class in lists; return the queries without a hit of theirs."""
+        assert self._super_N is not None
+        has_super_Q = self._super_N[row_Q] >= 0
+        row_Q = row_Q[has_super_Q]
+        relevant_QK = self._super_N[position_QK[has_super_Q]] == self._super_N[row_Q][:, None]
+        rank_Q = self._tally.add_super_lists(relevant_QK & ~is_free[has_super_Q])
         return row_Q[rank_Q == metrics.NOT_LISTED]
 
-    def _count(self, row_Q: np.ndarray, owner: int) -> None:
-        """Find the rank of the nearest row of their class for queries without a listed one."""
+    def _count(self, row_Q: np.ndarray, owner: int, super_N: np.ndarray | None = None) -> None:
+        """Find the rank of the nearest row of their class for queries without a listed one.
+
+        Args:
+            row_Q: The queries, known to the owner.
+            owner: The rank whose queries they are.
+            super_N: Super-classes, when they and not classes are looked for.
+        """
+        row_Q = self._comm.broadcast_object(row_Q, owner)
+        gallery = self._gallery if super_N is None else self._super_gallery
         step = self._queries_per_block(1)
         for low in range(0, len(row_Q), step):
-            block = row_Q[low : low + step]
-            queries = self._queries(block, owner)
-            rank_Q = self._gallery.rank_of_class(queries, limit=max(self._recall_at))
+            queries = self._queries(row_Q[low : low + step], owner, super_N)
+            rank_Q = gallery.rank_of_class(queries, limit=max(self._tally.recall_at))
             if self._comm.rank == owner:
-                self._add(0, rank_Q.cpu().numpy(), (0, 0))
+                self._tally.add_ranks(rank_Q.cpu().numpy(), of_super_class=super_N is not None)
 
-    def _add(self, num_queries: int, rank_Q: np.ndarray, ranking: tuple[int, int]) -> None:
-        hits_at = metrics.recall_partial(rank_Q, self._recall_at)
-        part = metrics.RetrievalSums(num_queries, hits_at, *ranking)
-        self._sums = metrics.merge(self._sums, part)
-
-    def _queries(self, row_Q: np.ndarray, owner: int) -> Queries:
-        """Return queries of one rank on every rank."""
+    def _queries(self, row_Q: np.ndarray, owner: int, super_N: np.ndarray | None = None) -> Queries:
+        """Return queries of one rank on every rank, under their classes or super-classes."""
         if self._comm.rank == owner:
             vectors_QD = self._vectors_ND[self._tensor(row_Q - self._low)]
         else:
             vectors_QD = self._vectors_ND.new_empty((len(row_Q), self._vectors_ND.shape[1]))
         if self._comm.world_size > 1:
             vectors_QD = self._comm.broadcast(vectors_QD, owner, what="pass queries around")
-        classes = self._tensor(self._population.class_N[row_Q])
+        classes = self._tensor((self._population.class_N if super_N is None else super_N)[row_Q])
         return Queries(vectors_QD, self._tensor(row_Q), classes)
 
     def _queries_per_block(self, num_places: int) -> int:
@@ -192,17 +234,14 @@ class Rounds:
 
     def _finish(self) -> Outcome:
         """Merge what the ranks found about their own queries."""
-        total = metrics.RetrievalSums(0, (0,) * len(self._recall_at), 0, 0)
         seconds = dict.fromkeys(self._seconds, 0.0)
         parts: list[Listed] = []
-        found = self._comm.gather_objects(
-            (self._sums, self._seconds, self._parts), what="gather metrics"
-        )
-        for sums, stages, listed in found:
-            total = metrics.merge(total, sums)
+        found = self._comm.gather_objects((self._seconds, self._parts), what="gather lists")
+        for stages, listed in found:
             seconds = {stage: max(seconds[stage], stages[stage]) for stage in seconds}
             parts.extend(listed)
-        return Outcome(total, seconds, _in_order(parts) if self._neighbors else None)
+        tally = self._tally.merged(self._comm)
+        return Outcome(tally, seconds, _in_order(parts) if self._neighbors else None)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._vectors_ND.device)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_UNIT_BITS = 52
+UNIT_BITS = 52
+_HALF_BITS = UNIT_BITS // 2
 NOT_LISTED = np.iinfo(np.int64).max
 """Rank of a query whose class does not occur in its list."""
 
@@ -78,17 +79,38 @@ def ranking_partial(relevant_QK: np.ndarray, num_relevant_Q: np.ndarray) -> tupl
             K is at least every query's R.
         num_relevant_Q: R, (Q,) int64, each >= 1.
     """
-    num_queries, num_places = relevant_QK.shape
-    if num_queries == 0:
-        return 0, 0
-    places_K = np.arange(1, num_places + 1)
-    counted_QK = relevant_QK & (places_K <= num_relevant_Q[:, None])
+    r_precision_Q, map_at_r_Q = ranking_scores(relevant_QK, num_relevant_Q)
+    return sum_units(to_units(r_precision_Q)), sum_units(to_units(map_at_r_Q))
+
+
+def ranking_scores(
+    relevant_QK: np.ndarray, num_relevant_Q: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return R-precision and the average precision of MAP@R of each query, (Q,) float64 each.
+
+    Args:
+        relevant_QK: As in `ranking_partial`.
+        num_relevant_Q: R, (Q,) int64, each >= 1.
+    """
+    counted_QK = first_places(relevant_QK, num_relevant_Q)
+    r_precision_Q = counted_QK.sum(axis=1) / num_relevant_Q
+    return r_precision_Q, sum_of_precisions(counted_QK) / num_relevant_Q
+
+
+def first_places(relevant_QK: np.ndarray, places_Q: np.ndarray) -> np.ndarray:
+    """Return the hits among the first `places_Q` places of each query, (Q, K) bool."""
+    return relevant_QK & (np.arange(1, relevant_QK.shape[1] + 1) <= places_Q[:, None])
+
+
+def sum_of_precisions(counted_QK: np.ndarray) -> np.ndarray:
+    """Return sum_i P(i) rel(i) of each query over its list's hits, (Q,) float64."""
+    num_queries, num_places = counted_QK.shape
+    if num_places == 0:
+        return np.zeros(num_queries)
     hits_QK = counted_QK.cumsum(axis=1)
-    r_precision_Q = hits_QK[:, -1] / num_relevant_Q
-    # A running sum adds from the left whatever K is: places beyond R add exact zeros.
-    precisions_QK = np.where(counted_QK, hits_QK / places_K, 0.0)
-    map_at_r_Q = precisions_QK.cumsum(axis=1)[:, -1] / num_relevant_Q
-    return _units(r_precision_Q), _units(map_at_r_Q)
+    # A running sum adds from the left whatever K is: places beyond the last hit add exact zeros.
+    precisions_QK = np.where(counted_QK, hits_QK / np.arange(1, num_places + 1), 0.0)
+    return precisions_QK.cumsum(axis=1)[:, -1]
 
 
 def merge(a: RetrievalSums, b: RetrievalSums) -> RetrievalSums:
@@ -112,13 +134,30 @@ def finish(total: RetrievalSums, recall_at: Sequence[int]) -> RetrievalMeans:
     # Quotients of Python integers are rounded once, whatever their size.
     return RetrievalMeans(
         {k: hits / total.num_queries for k, hits in zip(recall_at, total.hits_at, strict=True)},
-        total.r_precision_units / (total.num_queries << _UNIT_BITS),
-        total.map_at_r_units / (total.num_queries << _UNIT_BITS),
+        total.r_precision_units / (total.num_queries << UNIT_BITS),
+        total.map_at_r_units / (total.num_queries << UNIT_BITS),
     )
 
 
-def _units(values_Q: np.ndarray) -> int:
-    units_Q = np.rint(values_Q * 2.0**_UNIT_BITS).astype(np.int64)
-    # Upper and lower halves are added apart: int64 would overflow at 2,048 queries.
-    half = _UNIT_BITS // 2
-    return (int((units_Q >> half).sum()) << half) + int((units_Q & ((1 << half) - 1)).sum())
+def to_units(values_Q: np.ndarray) -> np.ndarray:
+    """Return values in [0, 1] as multiples of 2^-52, (Q,) int64."""
+    return np.rint(values_Q * 2.0**UNIT_BITS).astype(np.int64)
+
+
+def sum_units(units_Q: np.ndarray) -> int:
+    """Return the sum of units as an integer of any size."""
+    upper_Q, lower_Q = split_units(units_Q)
+    return join_units(int(upper_Q.sum()), int(lower_Q.sum()))
+
+
+def split_units(units_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return upper and lower halves of units: int64 sums of halves cannot overflow below 2^36 rows.
+
+    Sums of the units themselves would at 2,048 queries.
+    """
+    return units_Q >> _HALF_BITS, units_Q & ((1 << _HALF_BITS) - 1)
+
+
+def join_units(upper: int, lower: int) -> int:
+    """Return the sum of units whose halves add up to `upper` and `lower`."""
+    return (upper << _HALF_BITS) + lower

@@ -11,6 +11,7 @@ Legend: N gallery rows of this shard, Q queries, K places of a list, P pairs, D 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ _BYTES_PER_PRODUCT = 8
 _BYTES_PER_PAIR = 96
 # Pairs in doubt are decided many at once; of trained embeddings, a query has a few in all.
 _PAIRS_A_QUERY = 64
+# Rows of a class that are compared pair by pair; of more, products propose the nearest.
+_LARGE_CLASS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,26 +93,35 @@ class GalleryShard:
         self._memory_bytes = memory_bytes
         self._pairs_at_once = max(1, memory_bytes // 4 // _BYTES_PER_PAIR)
         self._approximation = Approximation(vectors_ND, radius)
+        self._radius = radius
         # Rows grouped by class: the rows of class c are _by_class[starts of c : end of c].
         self._sorted_class_N, self._by_class_N = class_N.sort(stable=True)
+
+    def with_classes(self, class_N: Tensor) -> GalleryShard:
+        """Return the same rows under other classes, (N,) int64; nothing else is copied."""
+        other = copy(self)
+        other._sorted_class_N, other._by_class_N = class_N.sort(stable=True)
+        return other
 
     def __len__(self) -> int:
         """Number of gallery rows of this shard."""
         return self.row_N.shape[0]
 
-    def nearest(self, queries: Queries, num_places: int) -> Neighbors:
+    def nearest(self, queries: Queries, num_places: int, *, spare: int | None = None) -> Neighbors:
         """Return the exact nearest rows of this shard, the queries' own rows left out.
 
         Args:
             queries: Q queries.
             num_places: K, >= 1; places beyond the shard's rows stay free.
+            spare: Candidates beyond K that are looked at, >= 1; none takes what suits lists that
+                may hold the query itself. It decides on speed alone.
         """
         if not len(self) or not len(queries):
             return empty_neighbors(len(queries), num_places, self.row_N.device)
         with full_precision(self.row_N.device):
             approximate = self._approximation.of_queries(queries.vectors_QD)
             # One more for the query itself, some more so that rounding leaves few queries open.
-            wanted = num_places + 5 + num_places // 8
+            wanted = num_places + (5 + num_places // 8 if spare is None else spare)
             proposals = propose(
                 self._approximation, approximate, wanted, self._backend, self._memory_bytes
             )
@@ -128,9 +140,44 @@ class GalleryShard:
 
     def nearest_of_class(self, queries: Queries) -> Neighbors:
         """Return the nearest row of each query's own class in this shard, (Q, 1)."""
-        found = empty_neighbors(len(queries), 1, self.row_N.device)
         low_Q = torch.searchsorted(self._sorted_class_N, queries.class_Q)
         count_Q = torch.searchsorted(self._sorted_class_N, queries.class_Q, right=True) - low_Q
+        found = empty_neighbors(len(queries), 1, self.row_N.device)
+        is_large_Q = count_Q > _LARGE_CLASS
+        for number in queries.class_Q[is_large_Q].unique().tolist():
+            index_S = (queries.class_Q == number).nonzero()[:, 0]
+            low, high = int(low_Q[index_S[0]]), int((low_Q + count_Q)[index_S[0]])
+            part = self._nearest_of_large(queries.select(index_S), self._by_class_N[low:high])
+            found.distance_QK[index_S], found.row_QK[index_S] = part.distance_QK, part.row_QK
+        return self._nearest_of_small(queries, low_Q, count_Q.masked_fill(is_large_Q, 0), found)
+
+    def _nearest_of_large(self, queries: Queries, position_M: Tensor) -> Neighbors:
+        """Return the nearest of some rows (rising), found by products, (Q, 1)."""
+        found = empty_neighbors(len(queries), 1, self.row_N.device)
+        step = max(1, self._memory_bytes // 4 // (8 * max(1, self.vectors_ND.shape[1])))
+        for position in position_M.split(step):
+            rows = GalleryShard(
+                self.vectors_ND[position],
+                self.row_N[position],
+                torch.zeros_like(position),
+                radius=self._radius,
+                backend=self._backend,
+                memory_bytes=self._memory_bytes // 2,
+            )
+            found = merge_neighbors([found, rows.nearest(queries, 1)], 1)
+        return found
+
+    def _nearest_of_small(
+        self, queries: Queries, low_Q: Tensor, count_Q: Tensor, found: Neighbors
+    ) -> Neighbors:
+        """Return what is nearer: what was found, or one of the listed rows of each query.
+
+        Args:
+            queries: Q queries.
+            low_Q: First of a query's rows among the rows grouped by class.
+            count_Q: Number of its rows; each pair's distance is taken.
+            found: Lists of one place.
+        """
         end_Q = count_Q.cumsum(0)
         num_pairs = int(end_Q[-1]) if len(queries) else 0
         step = self._pairs_at_once

@@ -24,6 +24,10 @@ class ShardedGallery:
         self._shard = shard
         self._comm = comm
 
+    def with_classes(self, class_N: Tensor) -> ShardedGallery:
+        """Return the same gallery under other classes of this rank's rows, (N,) int64."""
+        return ShardedGallery(self._shard.with_classes(class_N), self._comm)
+
     def nearest(self, queries: Queries, num_places: int, owner: int) -> Neighbors | None:
         """Return the nearest rows of the whole gallery on rank `owner`, None elsewhere.
 
