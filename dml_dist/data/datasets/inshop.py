@@ -83,6 +83,9 @@ def _class_rule(images: list[ListedImage]) -> list[str]:
 
 
 def _base(root: Path, images: list[ListedImage]) -> Path:
-    """Return the folder that holds img/: the root, or Img/ of the official archive."""
+    """Return the folder that holds img/: the root, or the one that img.zip was unpacked in."""
     tried = [image.path for image in images[:_TRIED]]
-    return max([root, root / "Img"], key=lambda place: sum(map(bool, find_listed(place, tried))))
+    return max(
+        [root, root / "Img", root / "img"],
+        key=lambda place: sum(map(bool, find_listed(place, tried))),
+    )

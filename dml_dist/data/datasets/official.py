@@ -266,7 +266,9 @@ def _checked(
         message = f"{official.title} in {source} differs from what was published:\n" + "\n".join(
             f"  {line}" for line in differences
         )
-        if not allow_partial or not there:
+        if not there:
+            raise DataError(f"{message}\nno image is there; correct the path, or unpack the images")
+        if not allow_partial:
             raise DataError(
                 f"{message}\ncomplete it from the official archive, or import what is there with "
                 "--allow-partial (allow_partial: true)"
