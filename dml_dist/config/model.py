@@ -18,41 +18,181 @@ class Conv4Config(Section):
     """Channels of every block."""
 
 
-class _ResNetConfig(Section):
+class BatchNormConfig(Section):
+    """Batch normalisation: where its statistics come from, and whether scale and shift learn.
+
+    Only `per_rank` makes the result depend on the number of ranks.
+    """
+
+    statistics: Literal["frozen", "synchronized", "per_rank"] = "frozen"
+    """Frozen: those of the weights, never updated. Synchronized: of the global batch, the same for
+    any number of ranks. Per_rank: each rank's of its own images, rank 0's are kept for evaluation.
+    """
+
+    affine: Literal["trained", "frozen"] = "trained"
+    """Scale and shift of each channel are trained, or stay as they are in the weights."""
+
+
+class _TorchvisionConfig(Section):
     weights: str = "none"
     """`none`, a torchvision weight name (`IMAGENET1K_V1`), or the path of a state dict."""
+
+    @property
+    def normalization(self) -> BatchNormConfig | None:
+        """The settings of batch normalisation, or None for a network without it."""
+        return None
+
+
+class _StochasticDepthConfig(_TorchvisionConfig):
+    stochastic_depth: bool = True
+    """In training, leave residual blocks out at the network's own rates.
+
+    Each rank draws for its own images: true makes the result depend on the number of ranks.
+    """
+
+
+class _BatchNormBackboneConfig(_TorchvisionConfig):
+    batch_norm: BatchNormConfig = BatchNormConfig()
+    """Statistics and affine parameters of batch normalisation."""
+
+    @property
+    def normalization(self) -> BatchNormConfig | None:
+        """The settings of batch normalisation."""
+        return self.batch_norm
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> _BatchNormBackboneConfig:
+        batch_norm = self.normalization
+        if batch_norm is None or self.weights != "none":
+            return self
+        group = "or norm: group, " if "norm" in type(self).model_fields else ""
+        if batch_norm.statistics == "frozen":
+            raise ValueError(
+                "frozen batch normalisation statistics need trained weights, got weights: none; "
+                f"set batch_norm.statistics: synchronized, {group}or weights: IMAGENET1K_V1"
+            )
+        if batch_norm.affine == "frozen":
+            raise ValueError(
+                "frozen affine parameters of batch normalisation need trained weights, got "
+                f"weights: none; set batch_norm.affine: trained, {group}or weights: IMAGENET1K_V1"
+            )
+        return self
+
+
+class ResNetConfig(_BatchNormBackboneConfig):
+    """torchvision's ResNet without its classifier (512 channels up to 34, 2,048 from 50 on)."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
 
     norm: Literal["batch", "group"] = "batch"
     """Normalisation layers; group needs `weights: none`."""
 
-    freeze_batch_norm: bool = True
-    """Batch normalisation uses the statistics of the weights and never updates them."""
+    @property
+    def normalization(self) -> BatchNormConfig | None:
+        """The settings of batch normalisation, or None with group normalisation."""
+        return self.batch_norm if self.norm == "batch" else None
 
     @model_validator(mode="after")
-    def _check(self) -> _ResNetConfig:
+    def _check_group(self) -> ResNetConfig:
         if self.norm == "group" and self.weights != "none":
             raise ValueError(
                 f"norm: group needs weights: none, got weights: {self.weights}; "
                 "the weights were trained with batch normalisation"
             )
-        if self.norm == "batch" and self.weights == "none" and self.freeze_batch_norm:
+        if self.norm == "group" and self.batch_norm != BatchNormConfig():
+            raise ValueError("batch_norm needs norm: batch, got norm: group; leave batch_norm out")
+        return self
+
+
+class GoogLeNetConfig(_BatchNormBackboneConfig):
+    """torchvision's GoogLeNet with batch normalisation, no auxiliary classifiers (1,024 channels).
+
+    With `weights`, inputs normalised by ImageNet's mean and std (the default of `data.transform`)
+    are brought to the range that those weights were trained with, as torchvision does.
+    """
+
+    name: Literal["googlenet"] = "googlenet"
+
+
+class EfficientNetConfig(_BatchNormBackboneConfig, _StochasticDepthConfig):
+    """torchvision's EfficientNet (v1 or v2) without its classifier (1,280 to 2,560 channels)."""
+
+    name: Literal[
+        "efficientnet_b0",
+        "efficientnet_b1",
+        "efficientnet_b2",
+        "efficientnet_b3",
+        "efficientnet_b4",
+        "efficientnet_b5",
+        "efficientnet_b6",
+        "efficientnet_b7",
+        "efficientnet_v2_s",
+        "efficientnet_v2_m",
+        "efficientnet_v2_l",
+    ] = "efficientnet_b0"
+
+
+class ConvNeXtConfig(_StochasticDepthConfig):
+    """torchvision's ConvNeXt without its classifier (768 to 1,536 channels).
+
+    The LayerNorm behind the pooling counts to the classifier; `model.layer_norm` puts one there.
+    """
+
+    name: Literal["convnext_tiny", "convnext_small", "convnext_base", "convnext_large"] = (
+        "convnext_tiny"
+    )
+
+
+class SwinConfig(_StochasticDepthConfig):
+    """torchvision's Swin Transformer (v1 or v2) without its classifier (768 or 1,024 channels)."""
+
+    name: Literal["swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b"] = "swin_t"
+
+
+class ViTConfig(_TorchvisionConfig):
+    """torchvision's Vision Transformer; its class token is the feature vector, without pooling.
+
+    768 numbers with vit_b, 1,024 with vit_l, 1,280 with vit_h.
+    """
+
+    name: Literal["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"] = "vit_b_16"
+
+    image_size: PositiveInt = 224
+    """Side of the images in pixels, which `data.transform.size` must equal; a multiple of the side
+    of a patch (the last number of the name). Weights fix it, most to 224.
+    """
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, pixels."""
+        return int(self.name.rpartition("_")[2])
+
+    @model_validator(mode="after")
+    def _check_patches(self) -> ViTConfig:
+        if self.image_size % self.patch_size:
             raise ValueError(
-                "frozen batch normalisation statistics need trained weights, got weights: none; "
-                "set norm: group, or freeze_batch_norm: false, or weights: IMAGENET1K_V1"
+                f"image_size of {self.name} must be a multiple of {self.patch_size}, the side of "
+                f"its patches, got {self.image_size}"
             )
         return self
 
 
-class ResNet18Config(_ResNetConfig):
-    """torchvision's ResNet-18 without its classifier (512 channels)."""
+TorchvisionConfig = (
+    ResNetConfig | GoogLeNetConfig | EfficientNetConfig | ConvNeXtConfig | SwinConfig | ViTConfig
+)
+"""The networks that torchvision builds."""
 
-    name: Literal["resnet18"] = "resnet18"
 
+class CustomBatchNormConfig(BatchNormConfig):
+    """As for other backbones, but by default with the statistics of the global batch.
 
-class ResNet50Config(_ResNetConfig):
-    """torchvision's ResNet-50 without its classifier (2,048 channels)."""
+    Layers of the classes BatchNorm1d, BatchNorm2d and BatchNorm3d are meant.
+    """
 
-    name: Literal["resnet50"] = "resnet50"
+    statistics: Literal["frozen", "synchronized", "per_rank"] = "synchronized"
+    """Frozen: those that the module was made with, never updated. Synchronized: of the global
+    batch. Per_rank: each rank's of its own images, rank 0's are kept for evaluation.
+    """
 
 
 class CustomBackboneConfig(CustomSection):
@@ -60,9 +200,19 @@ class CustomBackboneConfig(CustomSection):
 
     name: Literal["custom"] = "custom"
 
+    batch_norm: CustomBatchNormConfig = CustomBatchNormConfig()
+    """What becomes of the batch normalisation layers it may have."""
+
 
 BackboneConfig = Annotated[
-    Conv4Config | ResNet18Config | ResNet50Config | CustomBackboneConfig,
+    Conv4Config
+    | ResNetConfig
+    | GoogLeNetConfig
+    | EfficientNetConfig
+    | ConvNeXtConfig
+    | SwinConfig
+    | ViTConfig
+    | CustomBackboneConfig,
     Field(discriminator="name"),
 ]
 
@@ -74,7 +224,10 @@ class ModelConfig(Section):
     """The network that turns an image into a feature map."""
 
     pooling: Literal["avg", "max", "avg+max", "gem"] = "avg"
-    """How a feature map becomes one vector; gem is the generalised mean with a learned power."""
+    """How a feature map becomes one vector; gem is the generalised mean with a learned power.
+
+    Not used where the backbone gives vectors.
+    """
 
     gem_power: PositiveFloat = 3.0
     """Start value of the power of `pooling: gem`."""
@@ -87,3 +240,12 @@ class ModelConfig(Section):
 
     channels_last: bool = False
     """Memory format of images and weights; pays on CUDA with convolutional networks."""
+
+    @model_validator(mode="after")
+    def _check_pooling(self) -> ModelConfig:
+        if isinstance(self.backbone, ViTConfig) and self.pooling != "avg":
+            raise ValueError(
+                f"pooling: {self.pooling} needs a feature map, got {self.backbone.name}, which "
+                "gives its class token, a vector; leave pooling out"
+            )
+        return self

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from dml_dist.config.base import (
+    DEFINITION,
     RUN_NAME,
     Fraction,
     NonNegativeInt,
@@ -15,9 +16,9 @@ from dml_dist.config.base import (
     Section,
     resumable,
 )
-from dml_dist.config.data import BalancedBatchesConfig, DataConfig
+from dml_dist.config.data import BalancedBatchesConfig, DataConfig, StandardTransformConfig
 from dml_dist.config.loggers import LoggerConfig
-from dml_dist.config.model import ModelConfig
+from dml_dist.config.model import ModelConfig, ViTConfig
 from dml_dist.config.objective import (
     AdamConfig,
     ConstantScheduleConfig,
@@ -141,6 +142,28 @@ class EvaluationConfig(Section):
     memory_mb: PositiveFloat = resumable(512.0)
     """Bound on the working memory of the search of each rank, in MiB, beside its embeddings."""
 
+    metrics: tuple[
+        Literal["nmi", "nmi_geometric", "f1", "ami", "super_class_recall"], ...
+    ] = resumable(("nmi", "f1", "super_class_recall"))
+    """Measured at the end, and by `dml-dist evaluate`, beside Recall@K, R-precision and MAP@R.
+
+    NMI (arithmetic or geometric mean), AMI and pairwise F1 are of k-means with as many clusters as
+    classes and the run's seed; Recall@K by super-class is left out where there is none.
+    """
+
+    definitions: tuple[Annotated[str, Field(pattern=DEFINITION)], ...] = resumable(())
+    """Numbers as other projects define them, measured at the end, such as [oml.map_at_5].
+
+    nir.map_1000, nir.map_lim, nir.map_c, oml.cmc_at_K, oml.precision_at_K, oml.map_at_K,
+    mlrc.precision_at_1, mlrc.r_precision, mlrc.map_at_r; long lists (nir.map_1000) take long.
+    """
+
+    save_embeddings: bool = resumable(True)
+    """Whether the test embeddings are kept in embeddings.npz: 4 D + 16 bytes an image, D the width.
+
+    More than 1 GiB of them is not kept.
+    """
+
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
         if list(self.recall_at) != sorted(set(self.recall_at)):
@@ -233,6 +256,14 @@ class RunConfig(Section):
         names = [logger.name for logger in self.loggers]
         if len(set(names)) < len(names):
             raise ValueError(f"loggers: each name at most once, got {', '.join(names)}")
+        backbone, transform = self.model.backbone, self.data.transform
+        # The table of positions of a Vision Transformer is made for one size.
+        side = backbone.image_size if isinstance(backbone, ViTConfig) else None
+        if side and isinstance(transform, StandardTransformConfig) and transform.size != side:
+            raise ValueError(
+                f"data.transform.size must equal the image_size {side} of "
+                f"model.backbone {backbone.name}, got {transform.size}"
+            )
         if self.launch.launcher == "ray" and self.launch.num_workers > self.train.global_batch_size:
             raise ValueError(
                 f"train.global_batch_size {self.train.global_batch_size} must be at least "

@@ -10,19 +10,30 @@ from urllib.parse import urlparse
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from dml_dist.config.custom import load_target
 from dml_dist.config.model import (
     BackboneConfig,
     Conv4Config,
+    ConvNeXtConfig,
     CustomBackboneConfig,
-    ResNet18Config,
-    ResNet50Config,
+    EfficientNetConfig,
+    GoogLeNetConfig,
+    ResNetConfig,
+    SwinConfig,
+    TorchvisionConfig,
+    ViTConfig,
 )
 from dml_dist.errors import ConfigError
 
 _CONV4_GROUPS = 8
 _RESNET_GROUPS = 32
+# Children of torchvision's networks that stand behind the last feature map.
+_AFTER_FEATURES = ("avgpool", "dropout", "fc", "classifier", "flatten", "head")
+# What stands in weight files and not in the networks here: these, and auxiliary classifiers.
+_CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.")
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def build_conv4(config: Conv4Config) -> tuple[nn.Module, int]:
@@ -41,33 +52,81 @@ def build_conv4(config: Conv4Config) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers), config.width
 
 
-def build_resnet(
-    config: ResNet18Config | ResNet50Config, *, pretrained: bool
-) -> tuple[nn.Module, int]:
-    """Return torchvision's ResNet without pooling and classifier, and its number of channels.
+def build_torchvision(config: TorchvisionConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
+    """Return torchvision's network without its classifier, and its number of features.
 
-    Parameters have torchvision's names.
+    The output is the last feature map (B, F, h, w); of a Vision Transformer it is the class token
+    behind the last LayerNorm, (B, F). Parameters have torchvision's names.
 
     Args:
         config: Which network, normalisation and weights.
         pretrained: False leaves `config.weights` out (a checkpoint is loaded next).
     """
-    norm_layer = _group_norm if config.norm == "group" else nn.BatchNorm2d
-    match config.name:
-        case "resnet18":
-            network = torchvision.models.resnet18(weights=None, norm_layer=norm_layer)
-        case "resnet50":
-            network = torchvision.models.resnet50(weights=None, norm_layer=norm_layer)
-    trunk = nn.Sequential(
-        OrderedDict(
-            (name, child)
-            for name, child in network.named_children()
-            if name not in ("avgpool", "fc")
+    network = torchvision.models.get_model(config.name, weights=None, **_arguments(config))
+    *_, classifier = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    if isinstance(config, ViTConfig):
+        trunk = network
+        trunk.heads = nn.Identity()
+        trunk.register_forward_pre_hook(_require_image_size)
+    else:
+        trunk = nn.Sequential(
+            OrderedDict(
+                (name, child)
+                for name, child in network.named_children()
+                if name not in _AFTER_FEATURES
+            )
         )
-    )
+    if isinstance(config, GoogLeNetConfig) and config.weights != "none":
+        trunk = nn.Sequential(OrderedDict([("rescale", _Rescale()), *trunk.named_children()]))
+    if isinstance(config, EfficientNetConfig | ConvNeXtConfig | SwinConfig):
+        _set_stochastic_depth(trunk, config.stochastic_depth)
     if pretrained and config.weights != "none":
         _load(trunk, _read_weights(config), config.weights)
-    return trunk, network.fc.in_features
+    return trunk, classifier.in_features
+
+
+def _arguments(config: TorchvisionConfig) -> dict[str, Any]:
+    """Return what torchvision's builder is given."""
+    match config:
+        case ResNetConfig():
+            return {"norm_layer": _group_norm} if config.norm == "group" else {}
+        case GoogLeNetConfig():
+            # Its own initialisation, without the warning that another one may come.
+            return {"aux_logits": False, "init_weights": True}
+        case ViTConfig():
+            return {"image_size": config.image_size}
+        case EfficientNetConfig() | ConvNeXtConfig() | SwinConfig():
+            return {}
+        case _:
+            assert_never(config)
+
+
+def _set_stochastic_depth(trunk: nn.Module, active: bool) -> None:
+    for layer in trunk.modules():
+        if isinstance(layer, StochasticDepth) and not active:
+            layer.p = 0.0
+
+
+class _Rescale(nn.Module):
+    """Inputs of ImageNet's mean and std to [-1, 1], where GoogLeNet's weights were trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in _IMAGENET.items():
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images * self.std + self.mean) * 2 - 1
+
+
+def _require_image_size(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Refuse images of another size: those of a custom transform are only known now."""
+    side, given = network.image_size, tuple(inputs[0].shape[-2:])
+    if given != (side, side):
+        raise ConfigError(
+            f"model.backbone.image_size: required images of {side} x {side} pixels, got "
+            f"{given[0]} x {given[1]} from data.transform; set one of the two to the other"
+        )
 
 
 def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
@@ -108,27 +167,33 @@ def check_weights(config: BackboneConfig) -> None:
     Raises:
         ConfigError: If they are neither none, nor a weight name of this network, nor a file.
     """
-    match config:
-        case ResNet18Config() | ResNet50Config():
-            known = sorted(torchvision.models.get_model_weights(config.name).__members__)
-            named = config.weights == "none" or config.weights in known
-            if not named and not Path(config.weights).is_file():
-                raise ConfigError(
-                    f"model.backbone.weights: required none, one of {known}, or the path of a "
-                    f"state dict, got {config.weights!r}, which is neither a name of {config.name} "
-                    "nor a file"
-                )
-        case Conv4Config() | CustomBackboneConfig():
-            return
-        case _:
-            assert_never(config)
+    if isinstance(config, Conv4Config | CustomBackboneConfig) or config.weights == "none":
+        return
+    known = torchvision.models.get_model_weights(config.name)
+    names = sorted(known.__members__)
+    if config.weights not in names:
+        if not Path(config.weights).is_file():
+            raise ConfigError(
+                f"model.backbone.weights: required none, one of {names}, or the path of a "
+                f"state dict, got {config.weights!r}, which is neither a name of {config.name} "
+                "nor a file"
+            )
+        return
+    if isinstance(config, ViTConfig):
+        side = known[config.weights].meta["min_size"][0]
+        if config.image_size != side:
+            raise ConfigError(
+                f"model.backbone.image_size: required {side}, the size that the weights "
+                f"{config.weights} of {config.name} are for, got {config.image_size}; set it and "
+                "data.transform.size to that"
+            )
 
 
 def _group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(_RESNET_GROUPS, num_channels)
 
 
-def _read_weights(config: ResNet18Config | ResNet50Config) -> dict[str, Tensor]:
+def _read_weights(config: TorchvisionConfig) -> dict[str, Tensor]:
     """Return the state dict that `weights` names: a torchvision weight name or a file."""
     check_weights(config)
     known = torchvision.models.get_model_weights(config.name)
@@ -166,7 +231,7 @@ def _download(entry: Any, name: str) -> dict[str, Tensor]:
 
 def _load(trunk: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict of the whole network, with or without its classifier."""
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(_CLASSIFIERS)}
     try:
         trunk.load_state_dict(state)
     except RuntimeError as error:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import assert_never
-
 import numpy as np
 import torch
 from torch import nn
 
 from dml_dist.config.model import (
     BackboneConfig,
+    BatchNormConfig,
     Conv4Config,
     CustomBackboneConfig,
     ModelConfig,
-    ResNet18Config,
-    ResNet50Config,
 )
-from dml_dist.models.backbones import build_conv4, build_custom, build_resnet
-from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
+from dml_dist.models.embedding import EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
 
 # Keeps the stream of initial weights apart from other streams of the same seed.
@@ -58,6 +55,9 @@ def build_model(
 
 def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
     backbone, num_features = _build_backbone(config.backbone, pretrained)
+    batch_norm = _batch_norm(config.backbone)
+    if batch_norm is not None and batch_norm.affine == "frozen":
+        freeze_affine(backbone)
     norm = (
         nn.LayerNorm(num_features, elementwise_affine=False) if config.layer_norm else nn.Identity()
     )
@@ -66,7 +66,8 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
         pool=build_pooling(config.pooling, config.gem_power),
         norm=norm,
         head=nn.Linear(num_features, config.embedding_size),
-        freeze_batch_norm=_freezes_batch_norm(config.backbone),
+        batch_norm="frozen" if batch_norm is None else batch_norm.statistics,
+        has_own_buffers=isinstance(config.backbone, CustomBackboneConfig),
         channels_last=config.channels_last,
     )
 
@@ -75,19 +76,17 @@ def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module
     match config:
         case Conv4Config():
             return build_conv4(config)
-        case ResNet18Config() | ResNet50Config():
-            return build_resnet(config, pretrained=pretrained)
         case CustomBackboneConfig():
             return build_custom(config)
         case _:
-            assert_never(config)
+            return build_torchvision(config, pretrained=pretrained)
 
 
-def _freezes_batch_norm(config: BackboneConfig) -> bool:
+def _batch_norm(config: BackboneConfig) -> BatchNormConfig | None:
     match config:
-        case ResNet18Config() | ResNet50Config():
-            return config.norm == "batch" and config.freeze_batch_norm
-        case Conv4Config() | CustomBackboneConfig():
-            return False
+        case Conv4Config():
+            return None
+        case CustomBackboneConfig():
+            return config.batch_norm
         case _:
-            assert_never(config)
+            return config.normalization

@@ -14,6 +14,9 @@ from dml_dist.models.pooling import GeMPool
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
 
+BatchNormStatistics = Literal["frozen", "synchronized", "per_rank"]
+
+
 @dataclass(frozen=True)
 class ParameterKind:
     """What decides the learning rate and weight decay of a parameter.
@@ -38,8 +41,10 @@ class EmbeddingModel(nn.Module):
         pool: Feature maps to (B, F); not used for features (B, F).
         norm: LayerNorm without learned parameters, or the identity.
         head: Linear layer to the embedding.
-        freeze_batch_norm: Batch normalisation stays in evaluation mode while training: it uses
-            its running statistics and never updates them; its affine parameters are trained.
+        batch_norm: Whose statistics batch normalisation takes in training. "frozen": its running
+            ones, which it never updates, because it stays in evaluation mode; "synchronized": all
+            ranks' (`parallel/batch_norm.py`); "per_rank": its own rank's.
+        has_own_buffers: Whether training may change buffers of other layers too.
         holds_backbone: The same for the time being, see `hold_backbone`.
         channels_last: Memory format of the images given to the backbone.
     """
@@ -51,7 +56,8 @@ class EmbeddingModel(nn.Module):
         norm: nn.Module,
         head: nn.Linear,
         *,
-        freeze_batch_norm: bool = False,
+        batch_norm: BatchNormStatistics = "frozen",
+        has_own_buffers: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -59,7 +65,8 @@ class EmbeddingModel(nn.Module):
         self.pool = pool
         self.norm = norm
         self.head = head
-        self.freeze_batch_norm = freeze_batch_norm
+        self.batch_norm = batch_norm
+        self.has_own_buffers = has_own_buffers
         self.holds_backbone = False
         self.channels_last = channels_last
 
@@ -70,8 +77,12 @@ class EmbeddingModel(nn.Module):
 
     @property
     def has_changing_buffers(self) -> bool:
-        """Whether training changes buffers (running statistics), which ranks must then share."""
-        return not self.freeze_batch_norm and any(True for _ in self.backbone.buffers())
+        """Whether training changes buffers differently on each rank, so that they are shared."""
+        return any(
+            self.batch_norm == "per_rank" if isinstance(layer, _BatchNorm) else self.has_own_buffers
+            for layer in self.backbone.modules()
+            for _ in layer.buffers(recurse=False)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return embeddings that are NOT normalised.
@@ -96,7 +107,7 @@ class EmbeddingModel(nn.Module):
     def hold_backbone(self, hold: bool) -> None:
         """Begin or end the warm-up, in which the backbone stays as it is.
 
-        Its batch normalisation then is in evaluation mode, whatever `freeze_batch_norm` says: the
+        Its batch normalisation then is in evaluation mode, whatever `batch_norm` says: the
         running statistics are part of what must not change. Gradients are the caller's.
         """
         if hold != self.holds_backbone:
@@ -106,11 +117,18 @@ class EmbeddingModel(nn.Module):
     def train(self, mode: bool = True) -> EmbeddingModel:
         """Set the mode; frozen batch normalisation stays in evaluation mode."""
         super().train(mode)
-        if self.freeze_batch_norm or self.holds_backbone:
+        if self.batch_norm == "frozen" or self.holds_backbone:
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+def freeze_affine(backbone: nn.Module) -> None:
+    """Leave scale and shift of all batch normalisation as they are: they get no gradient."""
+    for layer in backbone.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.requires_grad_(False)
 
 
 def parameter_kind(name: str, module: nn.Module) -> ParameterKind:

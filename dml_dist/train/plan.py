@@ -21,7 +21,9 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.data.plans import build_plan
 from dml_dist.errors import ConfigError, DataError, TopologyError
 from dml_dist.models.build import build_model
-from dml_dist.models.embedding import parameter_kinds
+from dml_dist.models.describe import batch_norm_channels, describe_network
+from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
+from dml_dist.parallel.batch_norm import batch_norm_bytes
 from dml_dist.parallel.build import bytes_per_step, proxies_per_class
 from dml_dist.partition import part_sizes
 from dml_dist.train.state import resolve_precision
@@ -47,6 +49,7 @@ class RunPlan:
         ddp_bytes: Bytes each rank sends for the gradients of the network in a step.
         num_backbone_parameters: Numbers in the backbone.
         num_head_parameters: Numbers in pooling and head.
+        network: Label and value of what else there is to know of the network.
     """
 
     world_size: int
@@ -63,6 +66,7 @@ class RunPlan:
     ddp_bytes: int
     num_backbone_parameters: int
     num_head_parameters: int
+    network: tuple[tuple[str, str], ...]
 
     def batch_sizes(self, step: int) -> list[int]:
         """Return the number of images of every rank at a global step, from 0.
@@ -97,6 +101,7 @@ class RunPlan:
             ("steps in all", f"{self.total_steps:,} ({self._num_epochs():g} epochs)"),
             ("parameters of the backbone", f"{self.num_backbone_parameters:,}"),
             ("parameters of the head", f"{self.num_head_parameters:,}"),
+            *self.network,
             ("rows of proxies per rank", proxies),
             ("with their optimiser state", memory),
             ("sent per rank and step, objective", _readable(self.objective_bytes)),
@@ -147,7 +152,8 @@ def resolve(
     )
     total_steps = config.train.steps or (config.train.epochs or 0) * batches.steps_per_epoch
     _check_course(config, total_steps, batches.steps_per_epoch)
-    backbone, head = _count_parameters(config)
+    model = _model_without_memory(config)
+    backbone, head = _count_parameters(model)
     dtype = resolve_precision(config.train.precision, "cpu").dtype
     rows = tuple(size * per_class for size in part_sizes(len(sizes), world_size))
     batch_size = config.train.global_batch_size
@@ -171,6 +177,7 @@ def resolve(
         ddp_bytes=2 * (world_size - 1) * dtype.itemsize * (backbone + head) // world_size,
         num_backbone_parameters=backbone,
         num_head_parameters=head,
+        network=_describe(model, world_size, dtype),
     )
 
 
@@ -210,17 +217,31 @@ def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> 
         )
 
 
-def _count_parameters(config: RunConfig) -> tuple[int, int]:
-    """Return the numbers of parameters of backbone and head; no memory is taken for them."""
+def _model_without_memory(config: RunConfig) -> EmbeddingModel:
+    """Return the network for its shapes alone; no memory is taken for its parameters."""
     # A custom backbone may read files or compute in its constructor: it is made as it is.
     device = "cpu" if config.model.backbone.name == "custom" else "meta"
     with torch.device(device):
-        model = build_model(config.model, seed=config.seed, pretrained=False)
+        return build_model(config.model, seed=config.seed, pretrained=False)
+
+
+def _count_parameters(model: EmbeddingModel) -> tuple[int, int]:
+    """Return the numbers of parameters of backbone and head."""
     kinds = parameter_kinds(model)
     counts = {"backbone": 0, "head": 0}
     for name, parameter in model.named_parameters():
         counts[kinds[name].part] += parameter.numel()
     return counts["backbone"], counts["head"]
+
+
+def _describe(
+    model: EmbeddingModel, world_size: int, dtype: torch.dtype
+) -> tuple[tuple[str, str], ...]:
+    rows = describe_network(model)
+    if model.batch_norm == "synchronized" and (channels := batch_norm_channels(model)):
+        sent = sum(batch_norm_bytes(size, world_size, dtype) for size in channels)
+        rows += (("sent per rank and step, batch normalisation", _readable(sent)),)
+    return rows
 
 
 def _proxy_bytes(

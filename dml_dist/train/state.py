@@ -16,6 +16,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.parallel.batch_norm import synchronize_batch_norm
 from dml_dist.parallel.build import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.proxies import Objective
@@ -105,6 +106,8 @@ def build_state(
         model = build_model(
             config.model, seed=config.seed, pretrained=pretrained, dtype=precision.dtype
         ).to(comm.device)
+        if model.batch_norm == "synchronized":
+            model.backbone = synchronize_batch_norm(model.backbone, comm)
         objective = build_objective(
             config.loss,
             num_classes=num_classes,
@@ -199,6 +202,7 @@ def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) ->
         process_group=comm.group,
         find_unused_parameters=looks,
         gradient_as_bucket_view=True,
+        broadcast_buffers=model.has_changing_buffers,
     )
 
 

@@ -52,7 +52,7 @@ class HalfUsedBackbone(nn.Module):
 
 
 class NormedBackbone(nn.Module):
-    """A custom backbone whose running statistics differ from rank to rank."""
+    """A custom backbone with batch normalisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class NormedBackbone(nn.Module):
         return self.layers(images)
 
 
-def custom(name: str) -> str:
-    return f"{{name: custom, target: '{HERE}:{name}'}}"
+def custom(name: str, more: str = "options: {}") -> str:
+    return f"{{name: custom, target: '{HERE}:{name}', {more}}}"
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -76,6 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model__layer_norm": "true",
     },
     "half used": {"model__backbone": custom("HalfUsedBackbone"), "train__max_grad_norm": 0.3},
+    "batch norm": {"model__backbone": custom("NormedBackbone")},
 }
 
 
@@ -189,7 +190,9 @@ def troubles(topology: Topology, root: str) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     found["disk"] = str(caught.value)
 
-    config = small_config(model__backbone=custom("NormedBackbone"))
+    config = small_config(
+        model__backbone=custom("NormedBackbone", "batch_norm: {statistics: per_rank}")
+    )
     run = SmallRun(topology, comm, config, Path(root) / "norm")
     seen: list[list[Tensor]] = []
 

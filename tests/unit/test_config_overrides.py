@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dml_dist.config.data import BalancedBatchesConfig
-from dml_dist.config.model import ResNet18Config
+from dml_dist.config.model import ResNetConfig
 from dml_dist.config.objective import AdamConfig, CosineScheduleConfig, SGDConfig
 from tests.unit.test_config_load import (
     SMALL_YAML,
@@ -84,7 +84,7 @@ def test_overrides_of_nested_families() -> None:
         "model.backbone.name=resnet18",
     )  # fmt: skip
     assert config.data.batches == BalancedBatchesConfig(classes_per_batch=8, samples_per_class=8)
-    assert config.model.backbone == ResNet18Config(norm="group")
+    assert config.model.backbone == ResNetConfig(norm="group")
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from torch import nn
 
 from dml_dist.config.model import (
     BackboneConfig,
+    BatchNormConfig,
     Conv4Config,
     CustomBackboneConfig,
     ModelConfig,
-    ResNet18Config,
-    ResNet50Config,
-)
+    ResNetConfig,
+    )
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import check_weights
 from dml_dist.models.build import build_model
@@ -56,9 +56,9 @@ def custom(name: str, **options: Any) -> ModelConfig:
     "backbone",
     [
         Conv4Config(width=8),
-        ResNet18Config(norm="group"),
-        ResNet50Config(norm="group"),
-        ResNet18Config(freeze_batch_norm=False),
+        ResNetConfig(norm="group"),
+        ResNetConfig(name="resnet50", norm="group"),
+        ResNetConfig(batch_norm=BatchNormConfig(statistics="synchronized")),
         CustomBackboneConfig(target=f"{__name__}:FlatBackbone", options={"width": 7}),
     ],
     ids=["conv4", "resnet18-group", "resnet50-group", "resnet18-batch", "custom"],
@@ -177,7 +177,7 @@ def _weight_file(path: Path) -> dict[str, torch.Tensor]:
 def test_weights_from_a_file_and_frozen_batch_norm(tmp_path: Path) -> None:
     path = tmp_path / "resnet18.pth"
     state = _weight_file(path)
-    config = ModelConfig(backbone=ResNet18Config(weights=str(path)), embedding_size=4)
+    config = ModelConfig(backbone=ResNetConfig(weights=str(path)), embedding_size=4)
     model = build_model(config, seed=0)
     assert torch.equal(model.backbone.conv1.weight, state["conv1.weight"])
     assert not model.has_changing_buffers
@@ -193,7 +193,7 @@ def test_weights_from_a_file_and_frozen_batch_norm(tmp_path: Path) -> None:
 
 
 def test_weights_are_left_out_where_a_checkpoint_follows(tmp_path: Path) -> None:
-    config = ModelConfig(backbone=ResNet18Config(weights=str(tmp_path / "gone.pth")))
+    config = ModelConfig(backbone=ResNetConfig(weights=str(tmp_path / "gone.pth")))
     build_model(config, seed=0, pretrained=False)
     with pytest.raises(ConfigError, match=r"neither a name of resnet18 nor a file"):
         build_model(config, seed=0)
@@ -205,16 +205,15 @@ def test_weights_are_checked_before_anything_is_built(
     def build_nothing(**_: Any) -> None:
         raise AssertionError("a network was built")
 
-    monkeypatch.setattr(torchvision.models, "resnet18", build_nothing)
-    monkeypatch.setattr(torchvision.models, "resnet50", build_nothing)
+    monkeypatch.setattr(torchvision.models, "get_model", build_nothing)
     path = tmp_path / "weights.pth"
     path.touch()
     for backbone in (
         Conv4Config(),
-        ResNet18Config(norm="group"),
-        ResNet18Config(weights="IMAGENET1K_V1"),
-        ResNet50Config(weights="IMAGENET1K_V2"),
-        ResNet50Config(weights=str(path)),
+        ResNetConfig(norm="group"),
+        ResNetConfig(weights="IMAGENET1K_V1"),
+        ResNetConfig(name="resnet50", weights="IMAGENET1K_V2"),
+        ResNetConfig(name="resnet50", weights=str(path)),
         CustomBackboneConfig(target="nowhere:nothing"),
     ):
         check_weights(backbone)
@@ -222,12 +221,12 @@ def test_weights_are_checked_before_anything_is_built(
         with pytest.raises(
             ConfigError, match=r"one of \['DEFAULT', 'IMAGENET1K_V1'\].*of resnet18 nor a"
         ):
-            check_weights(ResNet18Config(weights=wrong))
+            check_weights(ResNetConfig(weights=wrong))
 
 
 def test_wrong_weight_files(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    config = ModelConfig(backbone=ResNet18Config(weights=str(path)))
+    config = ModelConfig(backbone=ResNetConfig(weights=str(path)))
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
     with pytest.raises(ConfigError, match=r"required the parameters of this network"):
         build_model(config, seed=0)
@@ -247,7 +246,7 @@ def test_a_missing_download_says_what_to_put_where(
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    config = ModelConfig(backbone=ResNet18Config(weights="IMAGENET1K_V1"))
+    config = ModelConfig(backbone=ResNetConfig(weights="IMAGENET1K_V1"))
     with pytest.raises(ConfigError) as caught:
         build_model(config, seed=0)
     message = str(caught.value)

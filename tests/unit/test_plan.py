@@ -78,6 +78,21 @@ def test_parameters_and_traffic(precision: str) -> None:
     assert four.objective_bytes == many.objective_bytes > 0
 
 
+def test_batch_norm_and_draws_are_described() -> None:
+    run = config(model="{backbone: {name: resnet18, batch_norm: {statistics: synchronized}}}")
+    plan = resolve(run, train_class_sizes=[4] * 8, world_size=2)
+    row = ("batch normalisation", "20 layers, affine trained, statistics of the global batch")
+    assert row in plan.describe()
+    # 4,800 channels: two float64 gathered and two float32 reduced of each, and 20 counts.
+    sent = 8 * (20 + 2 * 4800) + 2 * 4800 * 4
+    assert ("sent per rank and step, batch normalisation", f"{sent:,} bytes") in plan.describe()
+    run = config(model="{backbone: {name: swin_t}}")
+    plan = resolve(run, train_class_sizes=[4] * 8, world_size=3)
+    labels = [label for label, _ in plan.describe()]
+    assert "draws in the network" in labels
+    assert "batch normalisation" not in labels
+
+
 def test_resnet50_is_counted_without_its_memory() -> None:
     run = config(model="{backbone: {name: resnet50, weights: IMAGENET1K_V1}, embedding_size: 512}")
     before = torch.get_rng_state()

@@ -1,0 +1,43 @@
+"""Moments of a batch: any cut and any order of merging gives those of the whole."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dml_dist.models.batch_moments import Moments, finish, merge, pack, partial, unpack
+
+
+def values_of(seed: int, rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # A mean of a million spreads: sums of squares would have no digit left in float32.
+    return 1e6 + torch.randn(rows, 3, 4, generator=generator, dtype=torch.float64)
+
+
+def assert_close(found: Moments, x_NCP: torch.Tensor) -> None:
+    mean_C, variance_C, unbiased_C = (value.numpy() for value in finish(found))
+    values = x_NCP.permute(1, 0, 2).reshape(3, -1).numpy()
+    np.testing.assert_allclose(mean_C, values.mean(axis=1), rtol=1e-14)
+    np.testing.assert_allclose(variance_C, values.var(axis=1), rtol=1e-8)
+    np.testing.assert_allclose(unbiased_C, values.var(axis=1, ddof=1), rtol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    order=st.randoms(use_true_random=False),
+    seed=st.integers(0, 1000),
+)
+def test_any_cut_in_any_order(sizes: list[int], order: object, seed: int) -> None:
+    x_NCP = values_of(seed, sum(sizes))
+    parts = [unpack(pack(partial(part))[0]) for part in x_NCP.split(sizes)]
+    assert_close(partial(x_NCP), x_NCP)
+    assert_close(reduce(merge, parts), x_NCP)
+    while len(parts) > 1:
+        order.shuffle(parts)  # type: ignore[attr-defined]
+        parts = [merge(parts[0], parts[1]), *parts[2:]]
+    assert_close(parts[0], x_NCP)
