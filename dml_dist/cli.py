@@ -284,24 +284,8 @@ def data_verify(
 def data_show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards and index.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option("--window", min=1, help="Tar shards that are shuffled together.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what is shown.")] = 0,
-) -> None:
-    """Counts, balance and mixing of a data set, and a picture with some of its images."""
-    from dml_dist.orchestration.show import show_dataset
-
-    show_dataset(folder, console, out=out, window=window, seed=seed)
-
-
-@data_app.command("show")
-def data_show(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards and index.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here.")
+        Path | None,
+        typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here."),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="Tar shards that are shuffled together.")
