@@ -164,8 +164,6 @@ def _picture(
     """Return the picture as PNG: class sizes, image sizes, then a contact sheet for each split."""
     import matplotlib
 
-    # A data set's class names may be in any script; what no font has is drawn as a box.
-    fonts = {"font.size": 9, "font.family": ["DejaVu Sans"]}
     columns = 2 if len(sheets) > 1 else 1
     lines = -(-len(sheets) // columns)
     same = _same_size(index)
@@ -173,7 +171,7 @@ def _picture(
         max(0.5 + 0.52 * len(sheet.tiles) for sheet in sheets[line * columns :][:columns])
         for line in range(lines)
     ]
-    with matplotlib.rc_context(fonts):
+    with matplotlib.rc_context({"font.size": 9}):
         figure = new_figure((13.0 if columns == 2 else 8.4, sum(heights) + 0.4))
         figure.suptitle(
             f"{folder.absolute().name}: {len(index):,} images, {len(index.class_names):,} classes"
@@ -181,7 +179,7 @@ def _picture(
             x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=LIGHT["ink"],
             parse_math=False,
         )  # fmt: skip
-        parts = figure.subfigures(1 + lines, 1, height_ratios=heights)
+        parts = np.ravel(figure.subfigures(1 + lines, 1, height_ratios=heights))
         charts = np.atleast_1d(parts[0].subplots(1, 1 if same else 2))
         _draw_class_sizes(charts[0], facts)
         if not same:
@@ -201,6 +199,7 @@ def _png(figure: Figure) -> bytes:
 
     file = io.BytesIO()
     with warnings.catch_warnings():
+        # Class names may be in any script; what no font has is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=130, facecolor="white")
     return file.getvalue()
