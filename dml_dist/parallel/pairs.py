@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dml_dist.losses.forms import PairLoss
 from dml_dist.losses.numerics import accurate_dtype
-from dml_dist.parallel.collectives import gather_rows_of_whole
+from dml_dist.losses.pairs import AnchorBatch, AnchorLoss
+from dml_dist.losses.pairs_margin import Margin
+from dml_dist.parallel.collectives import (
+    gather_rows_of_parts,
+    gather_rows_of_whole,
+    merge_over_ranks,
+)
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import EMBEDDINGS, Objective, ObjectiveOutput
+from dml_dist.parallel.proxies import EMBEDDINGS, Objective, ObjectiveOutput, OwnedRows
+from dml_dist.parallel.tables import fetch_rows
+from dml_dist.partition import part_bounds
 
 
 class PairObjective(Objective):
@@ -30,3 +41,103 @@ class PairObjective(Objective):
             what=EMBEDDINGS,
         )
         return ObjectiveOutput(self.loss(embeddings_GD, labels_G), {})
+
+
+class AnchorObjective(Objective):
+    """A loss of pairs or triplets: each rank has its own rows as anchors, against all rows.
+
+    The gradient contract of `parallel/proxies.py` with parts of the loss by rows for parts by
+    proxies: rank r's S_r are sums and counts over its anchors, dl/dX of S_r is one part of dl/dX.
+    """
+
+    def __init__(
+        self,
+        loss: AnchorLoss,
+        *,
+        num_classes: int,
+        seed: int,
+        comm: Comm,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_classes, comm)
+        self.loss = loss
+        self.seed = seed
+        self.dtype = dtype
+
+    def _output(
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
+    ) -> ObjectiveOutput:
+        dtype = torch.promote_types(accurate_dtype(embeddings_BD), self.dtype)
+        embeddings_GD = gather_rows_of_parts(
+            embeddings_BD.to(dtype), batch_sizes, self.comm, what=EMBEDDINGS
+        )
+        low = sum(batch_sizes[: self.comm.rank])
+        batch = AnchorBatch(
+            embeddings_GD,
+            labels_G,
+            low,
+            low + batch_sizes[self.comm.rank],
+            seed=self.seed,
+            step=step,
+        )
+        betas_G = self._betas(labels_G)
+        if betas_G is not None:
+            batch = replace(batch, betas_A=betas_G[batch.low : batch.high].to(dtype))
+        partial = self.loss.anchor_partial(batch)
+        total = merge_over_ranks(partial, self.loss.merges, self.comm)
+        with torch.no_grad():
+            statistics = self.loss.statistics(total)
+        return ObjectiveOutput(self.loss.finish(total), statistics)
+
+    def _betas(self, labels_G: Tensor) -> Tensor | None:
+        """Return beta of every row of the batch, (G,), or None without learnt ones."""
+        return None
+
+
+class ScalarBetaObjective(AnchorObjective):
+    """Margin loss with one learnt beta, which every rank holds: a replicated parameter."""
+
+    def __init__(self, loss: Margin, **rest: Any) -> None:
+        super().__init__(loss, **rest)
+        beta = torch.full((1,), loss.beta, dtype=self.dtype, device=self.comm.device)
+        self.beta = nn.Parameter(beta)
+
+    def replicated_parameters(self) -> dict[str, nn.Parameter]:
+        """Return beta."""
+        return {"beta": self.beta}
+
+    def _betas(self, labels_G: Tensor) -> Tensor:
+        return self.beta.expand(len(labels_G))
+
+
+class ClassBetaObjective(AnchorObjective):
+    """Margin loss with a learnt beta for each class, owned with its class range."""
+
+    def __init__(self, loss: Margin, **rest: Any) -> None:
+        super().__init__(loss, **rest)
+        low, high = part_bounds(self.num_classes, self.comm.world_size, self.comm.rank)
+        self.low_class, self.high_class = low, high
+        betas = torch.full((high - low, 1), loss.beta, dtype=self.dtype, device=self.comm.device)
+        self.betas = nn.Parameter(betas)
+
+    def owned_parameters(self) -> dict[str, OwnedRows]:
+        """Return the betas of this rank's classes, one column."""
+        return {"betas": OwnedRows(self.betas, self.low_class, self.high_class, self.num_classes)}
+
+    def _betas(self, labels_G: Tensor) -> Tensor:
+        bounds = self.low_class, self.high_class
+        return fetch_rows(self.betas, labels_G, *bounds, self.comm, what="betas of classes")[:, 0]
+
+
+def anchor_objective(loss: AnchorLoss, **rest: Any) -> AnchorObjective:
+    """Return the objective of a loss, with the parameters that it learns.
+
+    Args:
+        loss: The loss.
+        rest: num_classes, seed, comm and dtype, as `AnchorObjective` takes them.
+    """
+    if isinstance(loss, Margin) and loss.beta_form == "scalar":
+        return ScalarBetaObjective(loss, **rest)
+    if isinstance(loss, Margin) and loss.beta_form == "class":
+        return ClassBetaObjective(loss, **rest)
+    return AnchorObjective(loss, **rest)

@@ -1,0 +1,271 @@
+"""Losses over pairs of rows of the global batch, shared out by anchor; the contrastive loss.
+
+A part of such a loss has some rows of the batch as anchors and pairs them with all rows: (A, G)
+distances, never (G, G) but where one part has all anchors. What a part leaves are sums and counts,
+`partial -> merge (by adding) -> finish`; counts have no gradient.
+
+    n(x) = x / max(|x|, 1e-12)        d_ij = |n(e_i) - n(e_j)|, with gradient 0 where d_ij = 0
+
+Every distance is computed from its two rows alone, in a fixed order: its bits do not depend on
+how the anchors are shared out, so that miners choose the same pairs on any number of ranks.
+
+With `is_representative_G` only pairs and triplets that hold a representative count.
+
+Shape legend: G rows of the global batch, A anchors of this part, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normalize_rows
+from dml_dist.losses.one_process import check_labels
+
+Reduction = Literal["nonzero", "mean"]
+"""Mean over the terms that are not zero, or over all of them; 0 where there are none."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorBatch:
+    """The global batch, and which of its rows are the anchors of one part.
+
+    Attributes:
+        embeddings_GD: All embeddings, not normalised, (G, D) float32 or float64.
+        labels_G: Their classes, (G,) int64.
+        low: The first anchor's row.
+        high: One past the last anchor's row.
+        is_representative_G: Which rows are representatives, (G,) bool; None counts all pairs.
+        betas_A: Margin loss: beta of every anchor, (A,), of the loss's dtype.
+        seed: Names, with the step, what is drawn for a row, >= 0.
+        step: Updates made so far, >= 0.
+    """
+
+    embeddings_GD: Tensor
+    labels_G: Tensor
+    low: int
+    high: int
+    is_representative_G: Tensor | None = None
+    betas_A: Tensor | None = None
+    seed: int = 0
+    step: int = 0
+
+    def unit_rows(self) -> Tensor:
+        """Return the normalised embeddings, (G, D), in float32, or float64 if they are."""
+        dtype = accurate_dtype(self.embeddings_GD)
+        return normalize_rows(self.embeddings_GD.to(dtype))
+
+    def same_class(self) -> Tensor:
+        """Return which rows are of the anchor's class, itself included, (A, G) bool."""
+        return self.labels_G[self.low : self.high, None] == self.labels_G
+
+    def pair_masks(self) -> tuple[Tensor, Tensor]:
+        """Return which ordered pairs count as positive and which as negative, (A, G) bool each."""
+        same_AG = self.same_class()
+        rows_G = torch.arange(len(self.labels_G), device=self.labels_G.device)
+        positive_AG = same_AG & (rows_G[self.low : self.high, None] != rows_G)
+        negative_AG = ~same_AG
+        if self.is_representative_G is None:
+            return positive_AG, negative_AG
+        held_AG = self.holds_representative()
+        return positive_AG & held_AG, negative_AG & held_AG
+
+    def holds_representative(self) -> Tensor:
+        """Return which pairs hold a representative, (A, G) bool; all without representatives."""
+        flags_G = self.is_representative_G
+        if flags_G is None:
+            flags_G = torch.ones_like(self.labels_G, dtype=torch.bool)
+        return flags_G[self.low : self.high, None] | flags_G
+
+
+@runtime_checkable
+class AnchorLoss(Protocol):
+    """A loss of pairs or triplets, whose terms are shared out by anchor."""
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """The statistics by name; all are 0-d and merged by `sum`."""
+
+    def anchor_partial(self, batch: AnchorBatch) -> Statistics:
+        """Return sums, differentiable, and counts over the anchors of one part."""
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the loss, a 0-d tensor, of the statistics of all anchors."""
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return 0-d tensors to be recorded beside the loss."""
+
+
+# ---------------------------------------------------------------- distances
+
+
+def pair_distances(anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
+    """Return |a_i - x_j|, (A, G), differentiable once; the gradient is 0 where it is 0."""
+    distances: Tensor = _PairDistances.apply(anchors_AD, rows_GD)
+    return distances
+
+
+class _PairDistances(Function):
+    @staticmethod
+    def forward(ctx: Any, anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
+        # Differences, not a matrix product, whose last digits depend on the block.
+        mode = "donot_use_mm_for_euclid_dist"
+        distances_AG = torch.cdist(anchors_AD, rows_GD, compute_mode=mode)
+        ctx.save_for_backward(anchors_AD, rows_GD, distances_AG)
+        return distances_AG
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AG: Tensor) -> tuple[Tensor, Tensor]:
+        anchors_AD, rows_GD, distances_AG = ctx.saved_tensors
+        weights_AG = torch.where(distances_AG > 0, grad_AG / distances_AG, 0.0)
+        of_anchors = anchors_AD * weights_AG.sum(dim=1, keepdim=True) - weights_AG @ rows_GD
+        of_rows = rows_GD * weights_AG.sum(dim=0)[:, None] - weights_AG.T @ anchors_AD
+        return of_anchors, of_rows
+
+
+# ---------------------------------------------------------------- sums and counts
+
+
+def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
+    """Return the sum of the counted terms, how many are not zero, and how many there are.
+
+    Args:
+        name: What the terms are; the keys are `{name}_sum`, `{name}_nonzero`, `{name}_count`.
+        terms: Terms >= 0, of any shape.
+        counted: Which of them count, of the same shape.
+    """
+    kept = torch.where(counted, terms, 0.0)
+    return {
+        f"{name}_sum": kept.sum(),
+        f"{name}_nonzero": (kept > 0).sum().to(kept.dtype),
+        f"{name}_count": counted.sum().to(kept.dtype),
+    }
+
+
+def sum_merges(*names: str) -> dict[str, Merge]:
+    """Return the merges of what `sum_and_counts` gives for each name."""
+    return {f"{name}_{part}": "sum" for name in names for part in ("sum", "nonzero", "count")}
+
+
+def reduced(total: Statistics, reduction: Reduction, *names: str) -> Tensor:
+    """Return the mean of the named terms together, 0-d; 0 where there is nothing to average."""
+    counts = "nonzero" if reduction == "nonzero" else "count"
+    sums = torch.stack([total[f"{name}_sum"] for name in names]).sum()
+    number = torch.stack([total[f"{name}_{counts}"] for name in names]).sum()
+    return sums / number.clamp_min(1.0)
+
+
+def active_share(total: Statistics, name: str) -> Tensor:
+    """Return the share of the named terms that are not zero, 0-d."""
+    return total[f"{name}_nonzero"] / total[f"{name}_count"].clamp_min(1.0)
+
+
+def whole_batch(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    is_representative_B: Tensor | None,
+    *,
+    betas_B: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> AnchorBatch:
+    """Return a batch whose rows are all anchors, for one process.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    if embeddings_BD.ndim != 2:
+        raise ValueError(f"required embeddings (B, D), got shape {tuple(embeddings_BD.shape)}")
+    num_rows = embeddings_BD.shape[0]
+    check_labels(labels_B, num_rows, None)
+    flags = is_representative_B
+    if flags is not None and (flags.shape != (num_rows,) or flags.dtype != torch.bool):
+        raise ValueError(
+            f"required is_representative of shape ({num_rows},) and dtype bool, "
+            f"got {tuple(flags.shape)} and {flags.dtype}"
+        )
+    return AnchorBatch(embeddings_BD, labels_B, 0, num_rows, flags, betas_B, seed, step)
+
+
+# ---------------------------------------------------------------- contrastive
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Contrastive loss: relu(d - m_pos) of same-class and relu(m_neg - d) of other ordered pairs.
+
+    Each of the two is reduced by itself, and they are added. With d not squared, as in the
+    "reality check" protocol; Hadsell et al. (CVPR 2006) square it.
+
+    Attributes:
+        positive_margin: m_pos < 2; distances are 0 to 2.
+        negative_margin: m_neg, in (0, 2].
+        reduction: `nonzero` or `mean`.
+    """
+
+    positive_margin: float = 0.0
+    negative_margin: float = 0.5
+    reduction: Reduction = "nonzero"
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """Sums and counts of positive and negative pairs."""
+        return sum_merges("positive", "negative")
+
+    def anchor_partial(self, batch: AnchorBatch) -> Statistics:
+        """Return sums and counts over the pairs of the anchors."""
+        unit_GD = batch.unit_rows()
+        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        positive_AG, negative_AG = batch.pair_masks()
+        pulls_AG = (distances_AG - self.positive_margin).relu()
+        pushes_AG = (self.negative_margin - distances_AG).relu()
+        return {
+            **sum_and_counts("positive", pulls_AG, positive_AG),
+            **sum_and_counts("negative", pushes_AG, negative_AG),
+        }
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the two means, added."""
+        positive = reduced(total, self.reduction, "positive")
+        return positive + reduced(total, self.reduction, "negative")
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return the shares of pairs beyond their margin."""
+        return {
+            "active_positives": active_share(total, "positive"),
+            "active_negatives": active_share(total, "negative"),
+        }
+
+
+def contrastive_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    *,
+    positive_margin: float = 0.0,
+    negative_margin: float = 0.5,
+    reduction: Reduction = "nonzero",
+    is_representative_B: Tensor | None = None,
+) -> Tensor:
+    """Return the contrastive loss of one process, a 0-d tensor: one part with all anchors.
+
+    Args:
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        labels_B: Classes, (B,) int64.
+        positive_margin: Distance up to which positives are left alone, < 2.
+        negative_margin: Distance from which on negatives are left alone, in (0, 2].
+        reduction: Mean over the terms that are not zero, or over all pairs.
+        is_representative_B: Only pairs with such a row count, (B,) bool; None counts all.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    loss = Contrastive(positive_margin, negative_margin, reduction)
+    batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
+    return loss.finish(loss.anchor_partial(batch))

@@ -1,0 +1,118 @@
+"""Multi-similarity loss with its miner.
+
+Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
+2019. With cosines S, over the pairs of anchor i that the miner keeps,
+
+    mean_i [ log(1 + sum_pos exp(-a (S - l))) / a + log(1 + sum_neg exp(b (S - l))) / b ]
+
+where log(1 + an empty sum) = 0.
+
+Shape legend: G rows of the global batch, A anchors of this part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dml_dist.losses.miners import multi_similarity_pairs
+from dml_dist.losses.numerics import Merge, Statistics
+from dml_dist.losses.pairs import (
+    AnchorBatch,
+    Reduction,
+    active_share,
+    reduced,
+    sum_and_counts,
+    sum_merges,
+    whole_batch,
+)
+
+
+@dataclass(frozen=True)
+class MultiSimilarity:
+    """Multi-similarity loss, shared out by anchor.
+
+    Attributes:
+        positive_scale: a > 0.
+        negative_scale: b > 0.
+        base: l, the cosine at which an exponential is 1.
+        epsilon: The miner's, > 0, or None to keep all pairs.
+        reduction: `mean` over the rows of the batch, as in the paper, or over those with a term
+            that is not zero.
+    """
+
+    positive_scale: float = 2.0
+    negative_scale: float = 50.0
+    base: float = 0.5
+    epsilon: float | None = 0.1
+    reduction: Reduction = "mean"
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """Sum and counts of anchors."""
+        return sum_merges("anchor")
+
+    def anchor_partial(self, batch: AnchorBatch) -> Statistics:
+        """Return the sum and counts over the anchors."""
+        unit_GD = batch.unit_rows()
+        cosines_AG = unit_GD[batch.low : batch.high] @ unit_GD.T
+        positive_AG, negative_AG = batch.pair_masks()
+        if self.epsilon is not None:
+            positive_AG, negative_AG = multi_similarity_pairs(
+                cosines_AG, positive_AG, negative_AG, self.epsilon
+            )
+        shifted_AG = cosines_AG - self.base
+        pulls_A = _log_one_plus_sum(-self.positive_scale * shifted_AG, positive_AG)
+        pushes_A = _log_one_plus_sum(self.negative_scale * shifted_AG, negative_AG)
+        terms_A = pulls_A / self.positive_scale + pushes_A / self.negative_scale
+        return sum_and_counts("anchor", terms_A, torch.ones_like(terms_A, dtype=torch.bool))
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the mean over anchors."""
+        return reduced(total, self.reduction, "anchor")
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return the share of rows that have a pair."""
+        return {"active_anchors": active_share(total, "anchor")}
+
+
+def _log_one_plus_sum(exponents_AG: Tensor, kept_AG: Tensor) -> Tensor:
+    """Return log(1 + sum exp) over the kept entries of each row, (A,); 0 where there are none."""
+    any_A1 = kept_AG.any(dim=1, keepdim=True)
+    # A row that keeps nothing is summed over everything, for a finite gradient that is not used.
+    sums_A = exponents_AG.masked_fill(~kept_AG & any_A1, -torch.inf).logsumexp(dim=1)
+    return torch.where(any_A1[:, 0], torch.logaddexp(sums_A, torch.zeros_like(sums_A)), 0.0)
+
+
+def multi_similarity_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    *,
+    positive_scale: float = 2.0,
+    negative_scale: float = 50.0,
+    base: float = 0.5,
+    epsilon: float | None = 0.1,
+    reduction: Reduction = "mean",
+    is_representative_B: Tensor | None = None,
+) -> Tensor:
+    """Return the multi-similarity loss of one process, a 0-d tensor: one part with all anchors.
+
+    Args:
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        labels_B: Classes, (B,) int64.
+        positive_scale: a > 0.
+        negative_scale: b > 0.
+        base: l, the cosine at which an exponential is 1.
+        epsilon: The miner's, > 0; None keeps all pairs.
+        reduction: Mean over all rows, or over those with a term that is not zero.
+        is_representative_B: Only pairs with such a row count, (B,) bool; None counts all.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    loss = MultiSimilarity(positive_scale, negative_scale, base, epsilon, reduction)
+    batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
+    return loss.finish(loss.anchor_partial(batch))

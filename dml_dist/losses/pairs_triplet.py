@@ -1,0 +1,211 @@
+"""Triplet loss over the global batch: all, semi-hard or hardest triplets.
+
+    h( d_ap - d_an + m ),  h = relu, or softplus (`smooth`)
+
+`squared` takes squared distances; `swap` takes min(d_an, d_pn) for d_an (Balntas et al., BMVC
+2016), after triplets are chosen. Triplets are worked through in chunks of positive pairs: (Q, G)
+tensors of a stated memory, never (A, G, G).
+
+Shape legend: G rows of the global batch, A anchors of this part, D embedding size, Q positive
+pairs of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dml_dist.losses.miners import hardest_triplets, semi_hard
+from dml_dist.losses.numerics import Merge, Statistics
+from dml_dist.losses.pairs import (
+    AnchorBatch,
+    Reduction,
+    active_share,
+    pair_distances,
+    reduced,
+    sum_and_counts,
+    sum_merges,
+    whole_batch,
+)
+
+Mining = Literal["all", "semi_hard", "hard"]
+"""All triplets; those with d_ap < d_an < d_ap + m; each anchor's one of the largest d_ap - d_an."""
+
+_LIVE_TENSORS = 12
+"""(Q, G) tensors that a chunk and its backward pass hold at most, with `swap`."""
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """Triplet loss, shared out by anchor.
+
+    Attributes:
+        margin: m >= 0; at most 2, or 4 with `squared`.
+        mining: Which triplets count.
+        squared: Whether distances are squared.
+        swap: Whether d_an may be replaced by a smaller d_pn.
+        smooth: softplus for relu.
+        reduction: `nonzero` or `mean`, over the triplets that count.
+        triplet_memory_mb: Bound on the memory of triplets in MiB; at least the triplets of one
+            positive pair are held.
+    """
+
+    margin: float = 0.1
+    mining: Mining = "all"
+    squared: bool = False
+    swap: bool = False
+    smooth: bool = False
+    reduction: Reduction = "nonzero"
+    triplet_memory_mb: float = 64.0
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """Sum and counts of triplets."""
+        return sum_merges("triplet")
+
+    def anchor_partial(self, batch: AnchorBatch) -> Statistics:
+        """Return the sum and counts over the triplets of the anchors."""
+        unit_GD = batch.unit_rows()
+        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        if self.mining == "hard":
+            return self._hard(batch, unit_GD, distances_AG)
+        return self._chunked(batch, unit_GD, distances_AG)
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return the mean over triplets."""
+        return reduced(total, self.reduction, "triplet")
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return the share of the counted triplets that violate the margin."""
+        return {"active_triplets": active_share(total, "triplet")}
+
+    def _hard(self, batch: AnchorBatch, unit_GD: Tensor, distances_AG: Tensor) -> Statistics:
+        positive_A, negative_A, found_A = hardest_triplets(batch, self._measured(distances_AG))
+        ap_A = distances_AG.gather(1, positive_A[:, None])[:, 0]
+        an_A = distances_AG.gather(1, negative_A[:, None])[:, 0]
+        if self.swap:
+            difference_AD = unit_GD[positive_A] - unit_GD[negative_A]
+            an_A = torch.minimum(an_A, torch.linalg.vector_norm(difference_AD, dim=1))
+        return sum_and_counts("triplet", self._terms(ap_A, an_A), found_A)
+
+    def _chunked(self, batch: AnchorBatch, unit_GD: Tensor, distances_AG: Tensor) -> Statistics:
+        same_AG = batch.same_class()
+        others_AG = same_AG.clone()
+        others_AG[:, batch.low : batch.high].fill_diagonal_(False)
+        pairs_P2 = others_AG.nonzero()
+        num_rows = len(batch.labels_G)
+        budget = self.triplet_memory_mb * 2**20 / _LIVE_TENSORS
+        rows = max(1, int(budget / (num_rows * distances_AG.element_size())))
+
+        def chunk(leaves: Sequence[Tensor], pairs_Q2: Tensor) -> Statistics:
+            own_AG, all_GD = leaves
+            a_Q, p_Q = pairs_Q2.unbind(dim=1)
+            ap_Q1 = own_AG[a_Q, p_Q][:, None]
+            an_QG = own_AG[a_Q]
+            counted_QG = ~same_AG[a_Q]
+            if (flags_G := batch.is_representative_G) is not None:
+                counted_QG &= (flags_G[a_Q + batch.low] | flags_G[p_Q])[:, None] | flags_G
+            if self.mining == "semi_hard":
+                measured = self._measured(ap_Q1), self._measured(an_QG)
+                counted_QG &= semi_hard(*measured, self.margin)
+            if self.swap:
+                an_QG = torch.minimum(an_QG, pair_distances(all_GD[p_Q], all_GD))
+            return sum_and_counts("triplet", self._terms(ap_Q1, an_QG), counted_QG)
+
+        return _sum_of_chunks(chunk, pairs_P2.split(rows), [distances_AG, unit_GD])
+
+    def _measured(self, distances: Tensor) -> Tensor:
+        return distances.square() if self.squared else distances
+
+    def _terms(self, positive: Tensor, negative: Tensor) -> Tensor:
+        violation = self._measured(positive) - self._measured(negative) + self.margin
+        if self.smooth:
+            return torch.logaddexp(violation, torch.zeros_like(violation))
+        return violation.relu()
+
+
+def triplet_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    *,
+    margin: float = 0.1,
+    mining: Mining = "all",
+    squared: bool = False,
+    swap: bool = False,
+    smooth: bool = False,
+    reduction: Reduction = "nonzero",
+    triplet_memory_mb: float = 64.0,
+    is_representative_B: Tensor | None = None,
+) -> Tensor:
+    """Return the triplet loss of one process, a 0-d tensor: one part with all anchors.
+
+    Args:
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        labels_B: Classes, (B,) int64.
+        margin: m >= 0.
+        mining: `all`; `semi_hard`, d_ap < d_an < d_ap + m; or `hard`, each anchor's triplet with
+            the largest d_ap - d_an.
+        squared: Take squared distances, for choosing as well.
+        swap: Take min(d_an, d_pn) for d_an, after triplets are chosen.
+        smooth: softplus for relu.
+        reduction: Mean over the terms that are not zero, or over all triplets that count.
+        triplet_memory_mb: Bound on the memory of triplets in MiB, > 0.
+        is_representative_B: Only triplets with such a row count, (B,) bool; None counts all.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    loss = Triplet(margin, mining, squared, swap, smooth, reduction, triplet_memory_mb)
+    batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
+    return loss.finish(loss.anchor_partial(batch))
+
+
+# ---------------------------------------------------------------- sums in chunks
+
+_Chunk = Callable[[Sequence[Tensor], Tensor], Statistics]
+"""From leaves and a chunk's positive pairs to its sum and counts."""
+
+
+def _sum_of_chunks(
+    function: _Chunk, chunks: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> Statistics:
+    """Return the statistics added over chunks; each chunk's graph is gone before the next.
+
+    The sum is linear in its own gradient, a number: the gradients of the leaves are computed chunk
+    by chunk together with the sum, and only scaled in the backward pass.
+    """
+    total, nonzero, count = _SumOfChunks.apply(function, chunks, *leaves)
+    return {"triplet_sum": total, "triplet_nonzero": nonzero, "triplet_count": count}
+
+
+class _SumOfChunks(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: _Chunk, chunks: Sequence[Tensor], *leaves: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needed = ctx.needs_input_grad[2:]
+        copies = [
+            leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needed, strict=True)
+        ]
+        totals = [leaves[0].new_zeros(()) for _ in range(3)]
+        for chunk in chunks:
+            with torch.set_grad_enabled(any(needed)):
+                found = list(function(copies, chunk).values())
+            if any(needed):
+                found[0].backward()
+            totals = [total + value.detach() for total, value in zip(totals, found, strict=True)]
+        ctx.grads = [copy.grad for copy in copies]
+        ctx.mark_non_differentiable(totals[1], totals[2])
+        return totals[0], totals[1], totals[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if value is None else value * grad for value in ctx.grads]
+        return (None, None, *scaled)
