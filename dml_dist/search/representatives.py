@@ -50,7 +50,77 @@ def k_center(embeddings_CbD: Tensor, number: int) -> Tensor:
         centre = (first_C + picked_C).repeat_interleave(num_places)
         distance_Cb = pair_distances(flat, everyone, flat, centre).reshape(num_classes, num_places)
         nearest_Cb = torch.minimum(nearest_Cb, distance_Cb)
-        picked_C = nearest_Cb.argmax(dim=1)  # The first among equals on the CPU; see below.
-        picked_C = (nearest_Cb == nearest_Cb.gather(1, picked_C[:, None])).int().argmax(dim=1)
+        picked_C = nearest_Cb.argmax(dim=1)  # The first among equals.
         all_picked.append(picked_C)
     return torch.stack(all_picked, dim=1)
+
+
+def nearest_classes(
+    embeddings_CmD: Tensor,
+    number: int,
+    comm: Comm,
+    *,
+    backend: str = "auto",
+    memory_mb: float = 512.0,
+) -> Tensor:
+    """Return the nearest other classes of each class, nearest first, ties to the lower class.
+
+    The distance of two classes is that of their nearest representatives. Each rank searches for
+    the neighbours of its part of the classes.
+
+    Args:
+        embeddings_CmD: Embeddings of the representatives, the same on every rank; they are
+            normalised here.
+        number: h >= 1.
+        comm: The ranks; every rank calls this.
+        backend: "auto", "faiss" or "torch": what proposes neighbours.
+        memory_mb: Bound on this rank's working memory in MiB, beside the embeddings.
+
+    Returns:
+        (C, h) int64 classes; -1 where there are fewer than h others.
+    """
+    num_classes, num_rows, size = embeddings_CmD.shape
+    stored_ND = store_rows(embeddings_CmD.reshape(-1, size), "cosine")
+    row_N = torch.arange(len(stored_ND), device=stored_ND.device)
+    class_N = row_N // num_rows
+    shard = GalleryShard(
+        stored_ND,
+        row_N,
+        class_N,
+        radius=2.0,  # Stored rows have norm 1.
+        backend=resolve_backend(backend, comm.device),
+        memory_bytes=int(memory_mb * 2**20),
+    )
+    sizes = part_sizes(num_classes, comm.world_size)
+    low = sum(sizes[: comm.rank])
+    own = slice(low * num_rows, (low + sizes[comm.rank]) * num_rows)
+    # Enough that h other classes are among them, even if each of them fills m places.
+    found = shard.nearest(
+        Queries(stored_ND[own], row_N[own], class_N[own]), min((number + 1) * num_rows, len(row_N))
+    )
+    distance_cM = found.distance_QK.reshape(sizes[comm.rank], -1)
+    class_cM = (found.row_QK // num_rows).reshape(distance_cM.shape)
+    # Free places are at infinity, and so is the own class.
+    own_c1 = torch.arange(low, low + sizes[comm.rank], device=class_cM.device)[:, None]
+    distance_cM = distance_cM.masked_fill(class_cM == own_c1, torch.inf)
+    return comm.all_gather_rows(
+        _first_classes(distance_cM, class_cM, number), sizes, what=_NEIGHBORS
+    )
+
+
+def _first_classes(distance_cM: Tensor, class_cM: Tensor, number: int) -> Tensor:
+    """Return the first `number` different classes of each row by (distance, class), else -1."""
+    order = class_cM.argsort(dim=1, stable=True)
+    order = order.gather(1, distance_cM.gather(1, order).argsort(dim=1, stable=True))
+    distance_cM, class_cM = distance_cM.gather(1, order), class_cM.gather(1, order)
+    # A class counts at its first place: sorted by class, those that follow an equal one go.
+    by_class = class_cM.argsort(dim=1, stable=True)
+    sorted_classes = class_cM.gather(1, by_class)
+    repeats = torch.zeros_like(sorted_classes, dtype=torch.bool)
+    repeats[:, 1:] = sorted_classes[:, 1:] == sorted_classes[:, :-1]
+    repeated = torch.zeros_like(repeats).scatter_(1, by_class, repeats)
+    usable = ~repeated & distance_cM.isfinite()
+    first = usable.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :number]
+    chosen = torch.where(usable.gather(1, first), class_cM.gather(1, first), -1)
+    missing = number - chosen.shape[1]
+    return chosen if missing <= 0 else torch.nn.functional.pad(chosen, (0, missing), value=-1)
