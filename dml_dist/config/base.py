@@ -28,7 +28,15 @@ def resumable(default: Any = ..., **constraints: Any) -> Any:
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 TARGET = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 URI = r"^[a-z][a-z0-9+.-]*:.+$"
+DEFINITION = (
+    r"^(nir\.map_(1000|lim|c)|oml\.(cmc|precision|map)_at_[1-9]\d*"
+    r"|mlrc\.(precision_at_1|r_precision|map_at_r))$"
+)
 PATTERNS_IN_WORDS = {
+    DEFINITION: (
+        "a name such as nir.map_1000, nir.map_lim, nir.map_c, oml.cmc_at_5, oml.precision_at_5, "
+        "oml.map_at_5, mlrc.precision_at_1, mlrc.r_precision or mlrc.map_at_r"
+    ),
     RUN_NAME: "a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
     TARGET: "text of the form package.module:name",
     URI: "a URI such as http://host:5000 or file:///shared/mlflow",

@@ -142,9 +142,9 @@ class EvaluationConfig(Section):
     memory_mb: PositiveFloat = resumable(512.0)
     """Bound on the working memory of the search of each rank, in MiB, beside its embeddings."""
 
-    metrics: tuple[
-        Literal["nmi", "nmi_geometric", "f1", "ami", "super_class_recall"], ...
-    ] = resumable(("nmi", "f1", "super_class_recall"))
+    metrics: tuple[Literal["nmi", "nmi_geometric", "f1", "ami", "super_class_recall"], ...] = (
+        resumable(("nmi", "f1", "super_class_recall"))
+    )
     """Measured at the end, and by `dml-dist evaluate`, beside Recall@K, R-precision and MAP@R.
 
     NMI (arithmetic or geometric mean), AMI and pairwise F1 are of k-means with as many clusters as
