@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from dml_dist.data.transforms import build_transform
     from dml_dist.data.write_shards import import_dataset
     from dml_dist.evaluation.retrieval import evaluate
+    from dml_dist.losses.proxy_anchor import proxy_anchor_loss
     from dml_dist.losses.proxy_nca import proxy_nca_loss
+    from dml_dist.losses.soft_triple import soft_triple_loss
+    from dml_dist.losses.softmax import arcface_loss, cosface_loss, normalized_softmax_loss
     from dml_dist.models.build import build_model
     from dml_dist.parallel.build import build_objective
     from dml_dist.parallel.comm import Comm
@@ -28,15 +31,20 @@ _HOMES = {
     "PlanSampler": "data.batches",
     "ShardDataset": "data.batches",
     "Topology": "topology",
+    "arcface_loss": "losses.softmax",
     "build_importer": "data.datasets",
     "build_model": "models.build",
     "build_objective": "parallel.build",
     "build_plan": "data.plans",
     "build_transform": "data.transforms",
+    "cosface_loss": "losses.softmax",
     "evaluate": "evaluation.retrieval",
     "import_dataset": "data.write_shards",
+    "normalized_softmax_loss": "losses.softmax",
+    "proxy_anchor_loss": "losses.proxy_anchor",
     "proxy_nca_loss": "losses.proxy_nca",
     "read_index": "data.index",
+    "soft_triple_loss": "losses.soft_triple",
 }
 
 __all__ = [
@@ -44,15 +52,20 @@ __all__ = [
     "PlanSampler",
     "ShardDataset",
     "Topology",
+    "arcface_loss",
     "build_importer",
     "build_model",
     "build_objective",
     "build_plan",
     "build_transform",
+    "cosface_loss",
     "evaluate",
     "import_dataset",
+    "normalized_softmax_loss",
+    "proxy_anchor_loss",
     "proxy_nca_loss",
     "read_index",
+    "soft_triple_loss",
 ]
 
 

@@ -14,41 +14,16 @@ from dml_dist.config.base import (
     PositiveInt,
     Section,
 )
+from dml_dist.config.proxy_losses import (
+    ArcFaceConfig,
+    CosFaceConfig,
+    NormalizedSoftmaxConfig,
+    ProxyAnchorConfig,
+    ProxyNCAConfig,
+    SoftTripleConfig,
+)
 
 # ---------------------------------------------------------------- losses
-
-
-class ProxyNCAConfig(Section):
-    """Proxy-NCA (Movshovitz-Attias et al., ICCV 2017), static assignment, NCA surrogate."""
-
-    name: Literal["proxy_nca"] = "proxy_nca"
-
-    denominator: Literal["all", "negatives"] = "all"
-    """`negatives` is the paper's form; `all` also has the positive in the denominator."""
-
-    embedding_scale: PositiveFloat = 3.0
-    """s_x, the length given to normalised embeddings."""
-
-    proxy_scale: PositiveFloat = 3.0
-    """s_p, the length given to normalised proxies; logits are 2 s_x s_p cos."""
-
-    proxies_per_class: PositiveInt = 1
-    """K; the nearest of the class's K proxies is the positive, the others are no negatives."""
-
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target that is spread over the negative proxies; needs `denominator: all`."""
-
-    logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ProxyNCAConfig:
-        if self.label_smoothing > 0 and self.denominator == "negatives":
-            raise ValueError(
-                f"label_smoothing {self.label_smoothing} needs denominator: all, "
-                "got denominator: negatives, whose loss is no cross-entropy"
-            )
-        return self
 
 
 class CustomLossConfig(CustomSection):
@@ -57,7 +32,16 @@ class CustomLossConfig(CustomSection):
     name: Literal["custom"] = "custom"
 
 
-LossConfig = Annotated[ProxyNCAConfig | CustomLossConfig, Field(discriminator="name")]
+LossConfig = Annotated[
+    ProxyNCAConfig
+    | ProxyAnchorConfig
+    | SoftTripleConfig
+    | NormalizedSoftmaxConfig
+    | CosFaceConfig
+    | ArcFaceConfig
+    | CustomLossConfig,
+    Field(discriminator="name"),
+]
 
 # ---------------------------------------------------------------- optimisers
 

@@ -7,13 +7,25 @@ from typing import assert_never
 from torch import nn
 
 from dml_dist.config.custom import load_target
-from dml_dist.config.objective import CustomLossConfig, LossConfig, ProxyNCAConfig
+from dml_dist.config.objective import (
+    ArcFaceConfig,
+    CosFaceConfig,
+    CustomLossConfig,
+    LossConfig,
+    NormalizedSoftmaxConfig,
+    ProxyAnchorConfig,
+    ProxyNCAConfig,
+    SoftTripleConfig,
+)
 from dml_dist.errors import ConfigError
-from dml_dist.losses.forms import PairLoss, RowLoss
+from dml_dist.losses.forms import PairLoss, RoundsLoss, RowLoss
+from dml_dist.losses.proxy_anchor import ProxyAnchor
 from dml_dist.losses.proxy_nca import ProxyNCA
+from dml_dist.losses.soft_triple import SoftTriple
+from dml_dist.losses.softmax import ArcFace, CosFace, NormalizedSoftmax
 
 
-def build_loss(config: LossConfig, num_classes: int) -> RowLoss | PairLoss:
+def build_loss(config: LossConfig, num_classes: int) -> RowLoss | RoundsLoss | PairLoss:
     """Return the loss of a configuration.
 
     Args:
@@ -28,17 +40,27 @@ def build_loss(config: LossConfig, num_classes: int) -> RowLoss | PairLoss:
             f"loss {config.name}: required at least 2 training classes, got {num_classes}: "
             "a single class has no negatives; add classes, or hold out fewer for validation"
         )
+    options = config.model_dump(exclude={"name"})
     match config:
         case ProxyNCAConfig():
-            options = config.model_dump(exclude={"name"})
             return ProxyNCA(num_classes, **options)
+        case ProxyAnchorConfig():
+            return ProxyAnchor(**options)
+        case SoftTripleConfig():
+            return SoftTriple(**options)
+        case NormalizedSoftmaxConfig():
+            return NormalizedSoftmax(1.0 / config.temperature, config.logit_memory_mb)
+        case CosFaceConfig():
+            return CosFace(**options)
+        case ArcFaceConfig():
+            return ArcFace(**options)
         case CustomLossConfig():
             return _custom_loss(config)
         case _:
             assert_never(config)
 
 
-def _custom_loss(config: CustomLossConfig) -> RowLoss | PairLoss:
+def _custom_loss(config: CustomLossConfig) -> RowLoss | RoundsLoss | PairLoss:
     """Call the user's target with its options, and look at what came of it."""
     where = f"loss.target {config.target}"
     target = load_target(config.target)
@@ -55,7 +77,7 @@ def _custom_loss(config: CustomLossConfig) -> RowLoss | PairLoss:
             f"{[name for name, _ in loss.named_parameters()]}: nothing would optimize them; "
             "use the row form, whose proxies are optimized"
         )
-    if isinstance(loss, RowLoss) or (not hasattr(loss, "partial") and callable(loss)):
+    if isinstance(loss, RowLoss | RoundsLoss) or (not hasattr(loss, "partial") and callable(loss)):
         return loss
     members = ("proxies_per_class", "merges", "partial", "finish", "statistics")
     missing = [name for name in members if not hasattr(loss, name)]

@@ -139,3 +139,29 @@ class OwnLogits:
             self.own_KG.gather(0, best_G[None]),
             foreign_G,
         )
+
+
+class RunningLogSumExp:
+    """The log-sum-exp of each query over the chunks so far, by a running maximum and sum.
+
+    Attributes:
+        peak_G: Largest logit; -inf before the first.
+        total_G: Sum of the exponentials of logits less the peak.
+    """
+
+    def __init__(self, queries_GD: Tensor) -> None:
+        self.peak_G = queries_GD.new_full((len(queries_GD),), -torch.inf)
+        self.total_G = queries_GD.new_zeros(len(queries_GD))
+
+    def add(self, logits_cG: Tensor) -> None:
+        """Count a chunk; its logits are overwritten by their exponentials less the peak."""
+        peak_G = torch.maximum(self.peak_G, logits_cG.amax(dim=0))
+        # A query whose chunks so far held no logit has peak -inf: shift it by 0.
+        shift_G = peak_G.masked_fill(peak_G == -torch.inf, 0.0)
+        self.total_G *= (self.peak_G - shift_G).exp_()
+        self.total_G += logits_cG.sub_(shift_G).exp_().sum(dim=0)
+        self.peak_G = peak_G
+
+    def result(self) -> Tensor:
+        """Return the log-sum-exp, (G,); -inf without any logit."""
+        return self.peak_G + self.total_G.log()

@@ -41,6 +41,13 @@ def softplus_exact(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=_SOFTPLUS_LINEAR)
 
 
+def group_rows(keys_G: Tensor) -> Tensor:
+    """Return numbers 0 .. n - 1 of the n groups of equal keys, (G,) int64, in order of the keys."""
+    ordered_G, order_G = keys_G.sort(stable=True)
+    begins_G = torch.cat([keys_G.new_zeros(1), (ordered_G[1:] != ordered_G[:-1]).to(keys_G.dtype)])
+    return torch.empty_like(keys_G).scatter_(0, order_G, begins_G.cumsum(0))
+
+
 def merge_statistics(a: Statistics, b: Statistics, merges: Mapping[str, Merge]) -> Statistics:
     """Return the statistics over the proxy shards of `a` and `b` together.
 

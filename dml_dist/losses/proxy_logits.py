@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dml_dist.losses.chunks import ChunkedLogits, OwnLogits, chunk_rows, in_chunk
+from dml_dist.losses.chunks import (
+    ChunkedLogits,
+    OwnLogits,
+    RunningLogSumExp,
+    chunk_rows,
+    in_chunk,
+)
 
 _TINY = 1e-30
 """Below any sum of exponentials that has a term: their largest is 1."""
@@ -81,12 +87,11 @@ class _NegativeStatistics(Function):
         with_sum: bool,
         excluded: Excluded | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        num_queries, num_rows = queries_GD.shape[0], proxies_LD.shape[0]
+        num_rows = len(proxies_LD)
         walk = ChunkedLogits(queries_GD, proxies_LD, rows_per_chunk)
         own = OwnLogits(own_KG, queries_GD)
-        peak_G = queries_GD.new_full((num_queries,), -torch.inf)
-        total_G = queries_GD.new_zeros(num_queries)
-        sum_G = queries_GD.new_zeros(num_queries) if with_sum else None
+        lse = RunningLogSumExp(queries_GD)
+        sum_G = queries_GD.new_zeros(len(queries_GD)) if with_sum else None
         with torch.autocast(queries_GD.device.type, enabled=False):
             for low, high, logits in walk.chunks():
                 logits_cG = logits[:-1]
@@ -97,17 +102,12 @@ class _NegativeStatistics(Function):
                 logits.scatter_(0, own.collect(low, high, logits), -torch.inf)
                 if excluded is not None:
                     logits_cG.masked_fill_(excluded(low, high), -torch.inf)
-                new_peak_G = torch.maximum(peak_G, logits_cG.amax(dim=0))
-                # A query whose chunks so far held no negative has peak -inf: shift it by 0.
-                shift_G = new_peak_G.masked_fill(new_peak_G == -torch.inf, 0.0)
-                total_G *= (peak_G - shift_G).exp_()
-                total_G += logits_cG.sub_(shift_G).exp_().sum(dim=0)
-                peak_G = new_peak_G
-        lse_G = peak_G + total_G.log()
+                lse.add(logits_cG)
+        lse_G = lse.result()
         positive_G, best_1G, foreign_G = own.positive(num_rows)
         if sum_G is not None:
             sum_G -= own.logits_KG.masked_fill(foreign_G, 0.0).sum(dim=0)
-        kept = (walk.buffer[:-1], total_G) if walk.rows_per_chunk == num_rows else ()
+        kept = (walk.buffer[:-1], lse.total_G) if walk.rows_per_chunk == num_rows else ()
         ctx.save_for_backward(queries_GD, proxies_LD, walk.norm_L1, lse_G, own_KG, best_1G, *kept)
         ctx.rows_per_chunk, ctx.excluded = rows_per_chunk, excluded
         return lse_G, positive_G, sum_G

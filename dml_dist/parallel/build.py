@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from dml_dist.config.objective import LossConfig
 from dml_dist.errors import TopologyError
 from dml_dist.losses.build import build_loss
-from dml_dist.losses.forms import RowLoss
+from dml_dist.losses.forms import RoundsLoss, RowLoss, rounds_of
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.pairs import PairObjective
 from dml_dist.parallel.proxies import Objective, ProxyObjective
@@ -39,7 +39,7 @@ def build_objective(
         TopologyError: If there are more ranks than classes.
     """
     loss = build_loss(config, num_classes)
-    if not isinstance(loss, RowLoss):
+    if not isinstance(loss, RowLoss | RoundsLoss):
         return PairObjective(loss, num_classes=num_classes, comm=comm)
     if comm.world_size > num_classes:
         raise TopologyError(
@@ -59,7 +59,7 @@ def build_objective(
 def proxies_per_class(config: LossConfig) -> int:
     """Return K, the rows of each class in the class table; 0 for a loss without proxies."""
     loss = build_loss(config, num_classes=2)
-    return loss.proxies_per_class if isinstance(loss, RowLoss) else 0
+    return loss.proxies_per_class if isinstance(loss, RowLoss | RoundsLoss) else 0
 
 
 def bytes_per_step(
@@ -85,14 +85,17 @@ def bytes_per_step(
     # Parts of unequal size travel padded to the largest.
     sent = others * largest * torch.int64.itemsize + others * largest * embedding_size * item
     loss = build_loss(config, num_classes=2)
-    if not isinstance(loss, RowLoss):
+    if not isinstance(loss, RowLoss | RoundsLoss):
         return sent
-    hows = list(loss.merges.values())
 
-    def all_reduced(numbers_per_row: int, number_bytes: int) -> int:
-        return 2 * others * numbers_per_row * total * number_bytes // world_size
+    def all_reduced(names: Iterable[str], scalars: frozenset[str], number_bytes: int) -> int:
+        numbers = sum(1 if name in scalars else total for name in names)
+        return 2 * others * numbers * number_bytes // world_size
 
-    sent += all_reduced(len(hows) - hows.count("sum"), item)
-    sent += all_reduced(hows.count("max"), torch.int32.itemsize)
-    sent += all_reduced(len(hows), item)
+    for round_ in rounds_of(loss):
+        merges, scalars = round_.merges, round_.scalars
+        peaks = [name for name, how in merges.items() if how != "sum"]
+        owners = [name for name, how in merges.items() if how == "max"]
+        sent += all_reduced(peaks, scalars, item) + all_reduced(merges, scalars, item)
+        sent += all_reduced(owners, scalars, torch.int32.itemsize)
     return sent + others * largest * embedding_size * item
