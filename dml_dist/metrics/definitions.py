@@ -149,7 +149,8 @@ def _oml_cmc(name: str, number: int) -> Definition:
 
 def _oml_precision(name: str, number: int) -> Definition:
     def scores(relevant_QK: np.ndarray, num_relevant_Q: np.ndarray) -> np.ndarray:
-        return relevant_QK[:, :number].sum(axis=1) / np.minimum(num_relevant_Q, number)
+        hits_Q = _first(relevant_QK, number).sum(axis=1)
+        return np.asarray(hits_Q / np.minimum(num_relevant_Q, number))
 
     return Definition(name, _OML, _places(number), scores, counts_lone=True)
 

@@ -17,7 +17,8 @@ from dml_dist.data.transforms import Transform, build_transform
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.embed import embed
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
-from dml_dist.orchestration.progress import Emit, discard, phase
+from dml_dist.evaluation.saved import LARGEST_BYTES, collect_embeddings, write_embeddings
+from dml_dist.orchestration.progress import Emit, discard, note, phase
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
 from dml_dist.train.plan import RunPlan, resolve
@@ -95,7 +96,14 @@ class Bench:
         return self.split.validation_rows
 
     def measure(
-        self, model: nn.Module, rows: np.ndarray, title: str, neighbors: int = 0
+        self,
+        model: nn.Module,
+        rows: np.ndarray,
+        title: str,
+        neighbors: int = 0,
+        *,
+        final: bool = False,
+        keep: Path | None = None,
     ) -> RetrievalResult:
         """Embed index rows on all ranks and rank them; every rank calls it.
 
@@ -104,6 +112,8 @@ class Bench:
             rows: (N,) int64 index rows, the same on every rank.
             title: Name of the phase for the progress display.
             neighbors: How many neighbours of every query are listed in the result.
+            final: Whether to measure what the configuration asks for at the end as well.
+            keep: File that the embeddings are kept in, if wanted.
         """
         config = self.config.evaluation
         batches = evaluation_loader(
@@ -131,6 +141,8 @@ class Bench:
         )
         if not len(own_rows):
             self.emit(phase(title, len(rows), len(rows)))  # Fewer batches than ranks.
+        if keep is not None:
+            self._keep(keep, embeddings, own_rows, labels)
         return evaluate(
             embeddings,
             labels,
@@ -141,7 +153,23 @@ class Bench:
             memory_mb=config.memory_mb,
             comm=self.comm,
             neighbors=neighbors,
+            extra=config.metrics if final else (),
+            definitions=config.definitions if final else (),
+            super_classes=self.index.super_class[own_rows],
+            seed=self.config.seed,
         )
+
+    def _keep(
+        self, path: Path, embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Keep the embeddings of all ranks in a file, if they are not too many."""
+        saved = collect_embeddings(embeddings, rows, labels, self.comm)
+        if saved is not None:
+            write_embeddings(path, saved)
+        elif self.topology.is_main:
+            self.emit(
+                note(f"embeddings are not kept: more than {LARGEST_BYTES / 2**30:g} GiB of them")
+            )
 
 
 def open_bench(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> Bench:

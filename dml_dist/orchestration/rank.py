@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
+from dml_dist.evaluation.per_class import PerClass, write_per_class
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.bench import Bench, open_bench
@@ -184,9 +187,12 @@ def _finish(
     chosen = select_checkpoint(folder.checkpoints, "best")
     step = read_manifest(chosen).step
     split = config.data.test_split
-    trained = measure_checkpoint(bench, chosen, split, with_gallery=folder)
+    trained = measure_checkpoint(bench, chosen, split, keep=folder)
     untrained = bench.measure(
-        _untrained(config, bench.topology), bench.rows_of(split), f"embed {split}, untrained"
+        _untrained(config, bench.topology),
+        bench.rows_of(split),
+        f"embed {split}, untrained",
+        final=True,
     )
     if evaluations is not None:
         evaluations.write(0, split=split, protocol="untrained", **untrained.as_dict())
@@ -210,7 +216,7 @@ def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:
 
 
 def measure_checkpoint(
-    bench: Bench, checkpoint: Path, split: str, *, with_gallery: RunFolder | None = None
+    bench: Bench, checkpoint: Path, split: str, *, keep: RunFolder | None = None
 ) -> dict[str, float]:
     """Embed and rank a split with a checkpoint's network; every rank calls it.
 
@@ -218,18 +224,34 @@ def measure_checkpoint(
         bench: Data and ranks.
         checkpoint: The checkpoint's folder.
         split: `validation`, or a split of the index.
-        with_gallery: Where a retrieval gallery is kept, if wanted.
+        keep: The run in whose folder a retrieval gallery, the results of each class and, as
+            configured, the embeddings are kept, if wanted.
     """
     config, topology = bench.config, bench.topology
     dtype = resolve_precision(config.train.precision, topology.device_type).dtype
     model = load_model(checkpoint, config.model, seed=config.seed, dtype=dtype)
     rows = bench.rows_of(split)
-    neighbors = NUM_NEIGHBORS if with_gallery else 0
-    result = bench.measure(model.to(topology.device), rows, f"embed {split}", neighbors)
-    if with_gallery is not None and topology.is_main:
+    result = bench.measure(
+        model.to(topology.device),
+        rows,
+        f"embed {split}",
+        NUM_NEIGHBORS if keep else 0,
+        final=True,
+        keep=keep.embeddings if keep and config.evaluation.save_embeddings else None,
+    )
+    if keep is not None and topology.is_main:
         queries = gallery_queries(result, rows, bench.index, config.seed)
-        write_gallery(with_gallery.path, queries)
+        write_gallery(keep.path, queries)
+        _write_per_class(keep.per_class, result.per_class, rows, bench.index)
     return result.as_dict()
+
+
+def _write_per_class(path: Path, result: PerClass, rows: np.ndarray, index: Index) -> None:
+    """Write the results of each class with names and super-classes; a class has one of each."""
+    labels, first = np.unique(index.label[rows], return_index=True)
+    assert np.array_equal(labels, result.label)
+    names = [index.class_names[label] for label in labels]
+    write_per_class(path, result, names, index.super_class[rows[first]].tolist())
 
 
 def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
