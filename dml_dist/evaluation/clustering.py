@@ -36,11 +36,14 @@ def measure_clusters(
         population: The rows of all ranks.
         vectors_ND: This rank's stored rows.
         comm: The ranks.
-        wanted: Names out of `CLUSTERING_METRICS`; f1 comes with pair_precision and pair_recall.
+        wanted: Names; those out of `CLUSTERING_METRICS` are measured, and nothing without one. f1
+            comes with pair_precision and pair_recall.
         seed: Seed of the first centres; it is part of what is returned.
         backend: What proposes centres.
         memory_bytes: Bound on this rank's working memory.
     """
+    if not set(wanted) & set(CLUSTERING_METRICS):
+        return {}
     low, high = population.part(comm.rank)
     clusters = kmeans(
         vectors_ND,

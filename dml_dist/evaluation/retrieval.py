@@ -26,7 +26,7 @@ from dml_dist.evaluation.population import (
     gather_population,
     gather_super_classes,
 )
-from dml_dist.evaluation.rounds import Rounds
+from dml_dist.evaluation.rounds import Outcome, Rounds
 from dml_dist.evaluation.tally import Tally
 from dml_dist.metrics import definitions as defined
 from dml_dist.metrics import per_class
@@ -172,22 +172,33 @@ def evaluate(
     outcome = rounds.run()
     del rounds  # Its float32 copies are not needed by what follows.
     seconds |= outcome.seconds
-    clustering: dict[str, float] = {}
-    if wanted := [name for name in CLUSTERING_METRICS if name in extra]:
-        before = time.perf_counter()
-        clustering = measure_clusters(
-            population,
-            vectors_ND,
-            comm,
-            wanted=wanted,
-            seed=seed,
-            backend=chosen,
-            memory_bytes=memory_bytes,
-        )
+    before = time.perf_counter()
+    clustering = measure_clusters(
+        population,
+        vectors_ND,
+        comm,
+        wanted=extra,
+        seed=seed,
+        backend=chosen,
+        memory_bytes=memory_bytes,
+    )
+    if clustering:
         seconds["cluster"] = time.perf_counter() - before
-    tally = outcome.tally
-    means = metrics.finish(tally.sums, recall_at)
-    listed = outcome.listed
+    seconds["total"] = time.perf_counter() - start
+    return _result(outcome, population, seconds, clustering)
+
+
+def _result(
+    outcome: Outcome,
+    population: Population,
+    seconds: dict[str, float],
+    clustering: dict[str, float],
+) -> RetrievalResult:
+    """Turn sums into means."""
+    tally, listed = outcome.tally, outcome.listed
+    means = metrics.finish(tally.sums, tally.recall_at)
+    super_sums = tally.super_sums
+    by_super = metrics.finish(super_sums, tally.recall_at) if super_sums.num_queries else None
     return RetrievalResult(
         recall_at_k=means.recall_at_k,
         r_precision=means.r_precision,
@@ -195,13 +206,9 @@ def evaluate(
         num_queries=tally.sums.num_queries,
         num_gallery=population.num_gallery,
         num_lone_queries=population.num_lone_queries,
-        seconds=seconds | {"total": time.perf_counter() - start},
+        seconds=seconds,
         per_class=_per_class(tally, population),
-        super_class_recall_at_k={
-            k: hits / tally.super_sums.num_queries
-            for k, hits in zip(recall_at, tally.super_sums.hits_at, strict=True)
-            if tally.super_sums.num_queries
-        },
+        super_class_recall_at_k={} if by_super is None else by_super.recall_at_k,
         clustering=clustering,
         definitions={
             one.name: defined.finish(one, total, population.num_lone_queries)
