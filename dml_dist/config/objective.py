@@ -14,6 +14,12 @@ from dml_dist.config.base import (
     PositiveInt,
     Section,
 )
+from dml_dist.config.pair_losses import (
+    ContrastiveConfig,
+    MarginConfig,
+    MultiSimilarityConfig,
+    TripletConfig,
+)
 from dml_dist.config.proxy_losses import (
     ArcFaceConfig,
     CosFaceConfig,
@@ -39,6 +45,10 @@ LossConfig = Annotated[
     | NormalizedSoftmaxConfig
     | CosFaceConfig
     | ArcFaceConfig
+    | ContrastiveConfig
+    | TripletConfig
+    | MarginConfig
+    | MultiSimilarityConfig
     | CustomLossConfig,
     Field(discriminator="name"),
 ]
@@ -56,17 +66,18 @@ class _OptimizerConfig(Section):
     proxy_lr: PositiveFloat | None = None
     """Learning rate of the proxies; none means `lr`."""
 
+    loss_lr: PositiveFloat | None = None
+    """Learning rate of what the loss learns beside proxies (margin's beta); none means `lr`."""
+
     bias_lr: PositiveFloat | None = None
     """Learning rate of biases of backbone and head; none means that of their group."""
 
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of all parameters that are not excluded."""
 
-    no_weight_decay: tuple[Literal["backbone", "head", "biases", "norms", "proxies"], ...] = (
-        "biases",
-        "norms",
-        "proxies",
-    )
+    no_weight_decay: tuple[
+        Literal["backbone", "head", "biases", "norms", "proxies", "loss"], ...
+    ] = ("biases", "norms", "proxies", "loss")
     """Kinds of parameters without weight decay."""
 
 

@@ -9,23 +9,34 @@ from torch import nn
 from dml_dist.config.custom import load_target
 from dml_dist.config.objective import (
     ArcFaceConfig,
+    ContrastiveConfig,
     CosFaceConfig,
     CustomLossConfig,
     LossConfig,
+    MarginConfig,
+    MultiSimilarityConfig,
     NormalizedSoftmaxConfig,
     ProxyAnchorConfig,
     ProxyNCAConfig,
     SoftTripleConfig,
+    TripletConfig,
 )
 from dml_dist.errors import ConfigError
 from dml_dist.losses.forms import PairLoss, RoundsLoss, RowLoss
+from dml_dist.losses.pairs import AnchorLoss, Contrastive
+from dml_dist.losses.pairs_margin import Margin
+from dml_dist.losses.pairs_multi_similarity import MultiSimilarity
+from dml_dist.losses.pairs_triplet import Triplet
 from dml_dist.losses.proxy_anchor import ProxyAnchor
 from dml_dist.losses.proxy_nca import ProxyNCA
 from dml_dist.losses.soft_triple import SoftTriple
 from dml_dist.losses.softmax import ArcFace, CosFace, NormalizedSoftmax
 
+AnyLoss = RowLoss | RoundsLoss | AnchorLoss | PairLoss
+"""Over sharded proxies, in one round or several; over pairs, by anchor or as a whole."""
 
-def build_loss(config: LossConfig, num_classes: int) -> RowLoss | RoundsLoss | PairLoss:
+
+def build_loss(config: LossConfig, num_classes: int) -> AnyLoss:
     """Return the loss of a configuration.
 
     Args:
@@ -54,13 +65,21 @@ def build_loss(config: LossConfig, num_classes: int) -> RowLoss | RoundsLoss | P
             return CosFace(**options)
         case ArcFaceConfig():
             return ArcFace(**options)
+        case ContrastiveConfig():
+            return Contrastive(**options)
+        case TripletConfig():
+            return Triplet(**options)
+        case MarginConfig():
+            return Margin(**options)
+        case MultiSimilarityConfig():
+            return MultiSimilarity(**options)
         case CustomLossConfig():
             return _custom_loss(config)
         case _:
             assert_never(config)
 
 
-def _custom_loss(config: CustomLossConfig) -> RowLoss | RoundsLoss | PairLoss:
+def _custom_loss(config: CustomLossConfig) -> AnyLoss:
     """Call the user's target with its options, and look at what came of it."""
     where = f"loss.target {config.target}"
     target = load_target(config.target)

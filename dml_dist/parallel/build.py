@@ -8,10 +8,12 @@ import torch
 
 from dml_dist.config.objective import LossConfig
 from dml_dist.errors import TopologyError
-from dml_dist.losses.build import build_loss
+from dml_dist.losses.build import AnyLoss, build_loss
 from dml_dist.losses.forms import RoundsLoss, RowLoss, rounds_of
+from dml_dist.losses.pairs import AnchorLoss
+from dml_dist.losses.pairs_margin import Margin
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.pairs import PairObjective
+from dml_dist.parallel.pairs import PairObjective, anchor_objective
 from dml_dist.parallel.proxies import Objective, ProxyObjective
 
 
@@ -30,7 +32,8 @@ def build_objective(
         config: The loss section.
         num_classes: Training classes, C >= 2.
         embedding_size: D.
-        seed: Seed of the initial proxies, which do not depend on the number of ranks.
+        seed: Seed of the initial proxies and of what losses draw, which do not depend on the
+            number of ranks.
         comm: The ranks.
         dtype: float32, or float64, of proxies and loss.
 
@@ -39,13 +42,15 @@ def build_objective(
         TopologyError: If there are more ranks than classes.
     """
     loss = build_loss(config, num_classes)
-    if not isinstance(loss, RowLoss | RoundsLoss):
-        return PairObjective(loss, num_classes=num_classes, comm=comm)
-    if comm.world_size > num_classes:
+    if comm.world_size > num_classes and _is_sharded(loss):
         raise TopologyError(
             f"loss {config.name}: required at least one class for each rank, got {num_classes} "
             f"training classes and {comm.world_size} ranks; start fewer ranks"
         )
+    if isinstance(loss, AnchorLoss):
+        return anchor_objective(loss, num_classes=num_classes, seed=seed, comm=comm, dtype=dtype)
+    if not isinstance(loss, RowLoss | RoundsLoss):
+        return PairObjective(loss, num_classes=num_classes, comm=comm)
     return ProxyObjective(
         loss,
         num_classes=num_classes,
@@ -62,6 +67,17 @@ def proxies_per_class(config: LossConfig) -> int:
     return loss.proxies_per_class if isinstance(loss, RowLoss | RoundsLoss) else 0
 
 
+def has_class_table(config: LossConfig) -> bool:
+    """Whether ranks own rows of a class table, so that there must be a class for each rank."""
+    return _is_sharded(build_loss(config, num_classes=2))
+
+
+def _is_sharded(loss: AnyLoss) -> bool:
+    if isinstance(loss, Margin):
+        return loss.beta_form == "class"
+    return isinstance(loss, RowLoss | RoundsLoss)
+
+
 def bytes_per_step(
     config: LossConfig,
     *,
@@ -71,7 +87,8 @@ def bytes_per_step(
 ) -> int:
     """Return what the objective makes each rank send in one step, as `Comm.bytes_sent` counts.
 
-    It is O(B D) and does not depend on the number of classes.
+    It is O(B D) and does not depend on the number of classes. The gradients of replicated
+    parameters count.
 
     Args:
         config: The loss section.
@@ -85,6 +102,10 @@ def bytes_per_step(
     # Parts of unequal size travel padded to the largest.
     sent = others * largest * torch.int64.itemsize + others * largest * embedding_size * item
     loss = build_loss(config, num_classes=2)
+    if isinstance(loss, AnchorLoss):
+        reduced = _all_reduced_by_anchors(loss, total)
+        sent += sum(2 * others * numbers * item // world_size for numbers in reduced)
+        return sent + others * largest * embedding_size * item
     if not isinstance(loss, RowLoss | RoundsLoss):
         return sent
 
@@ -99,3 +120,13 @@ def bytes_per_step(
         sent += all_reduced(peaks, scalars, item) + all_reduced(merges, scalars, item)
         sent += all_reduced(owners, scalars, torch.int32.itemsize)
     return sent + others * largest * embedding_size * item
+
+
+def _all_reduced_by_anchors(loss: AnchorLoss, num_rows: int) -> list[int]:
+    """Return how many numbers each all-reduce of a step has."""
+    numbers = [len(loss.merges)]
+    if isinstance(loss, Margin) and loss.beta_form == "class":
+        numbers += [num_rows, num_rows]  # The rows' betas, and their gradients.
+    if isinstance(loss, Margin) and loss.beta_form == "scalar":
+        numbers += [1]  # The gradient of beta.
+    return numbers
