@@ -118,6 +118,10 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
             self._check_shapes(images, request.rows)
         except DmlDistError as error:
             return error
+        finally:
+            if self.index.remote is not None:
+                # An open file that left the cache meanwhile would still fill the disk.
+                self._reader.close()
         labels = torch.from_numpy(self.index.label[request.rows].astype(np.int64))
         rows = torch.from_numpy(request.rows.astype(np.int64))
         # In a loader worker this stacks into shared memory, which saves copying the batch.

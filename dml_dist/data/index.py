@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,9 @@ from dml_dist.data.sample import ROLES
 from dml_dist.data.shard_scan import ScannedImage, ScanTask, list_tar_shards, scan_tar_shard
 from dml_dist.errors import DataError
 from dml_dist.files import open_atomic
+
+if TYPE_CHECKING:
+    from dml_dist.data.remote_shards import RemoteShards
 
 INDEX_NAME = "index.parquet"
 # What an import keeps in its folder until the index stands.
@@ -38,7 +42,7 @@ class Index:
     """All images of a data set; arrays of equal length N, one row an image."""
 
     root: Path
-    """The folder of the tar shards."""
+    """The folder of the tar shards; of remote ones, where they are in the cache."""
 
     tar_shards: tuple[str, ...]
     """File names of the tar shards relative to `root`, rising."""
@@ -81,6 +85,9 @@ class Index:
 
     role: np.ndarray
     """(N,) str objects: both, query or gallery."""
+
+    remote: RemoteShards | None = None
+    """How the tar shards come into `root`; None for a folder of this machine."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -163,6 +170,7 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
         keys=index_table.plain(table, "key", path),
         tar_shard=position.reshape(-1)[codes].astype(np.int32),
         class_names=index_table.class_names(numbers["label"], *texts["class"], path),
+        remote=None,
         **numbers,
         **{
             name: texts[name][0][texts[name][1]]
@@ -232,6 +240,7 @@ def build_index(
         root=root,
         tar_shards=used,
         class_names=class_names,
+        remote=None,
         split=np.array([image.split or split for _, image in images], dtype=object),
         **columns,
     )

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dml_dist.data.batches import Batch, BatchRequest, PlanSampler, ShardDataset
 from dml_dist.data.index import Index
-from dml_dist.data.plans import BatchPlan, evaluation_batches
+from dml_dist.data.plans import BatchPlan, ShuffledPlan, evaluation_batches
+from dml_dist.data.staging import StagedRequests
 from dml_dist.data.transforms import Transform
 from dml_dist.errors import DmlDistError, RunError
 from dml_dist.partition import part_bounds
@@ -36,6 +37,9 @@ POLL_SECONDS = 1.0
 LIMIT_SECONDS = 600.0
 """How long a rank waits for one batch; as long as ranks wait for each other by default."""
 
+EVALUATION_AHEAD = 2
+"""Remote tar shards that an evaluation, which goes from one to the next, has copied ahead."""
+
 
 class BatchLoader:
     """Batches of one rank, in order; every iteration starts a pool of loader workers and ends it.
@@ -46,6 +50,8 @@ class BatchLoader:
         workers: Loader workers; 0 loads in this process.
         prefetch: Batches that each loader worker prepares ahead.
         pin_memory: Whether batches are put into page-locked memory, for a CUDA rank.
+        ahead: Remote tar shards that are copied in the background before they are needed.
+        keep: Remote tar shards that are in the cache all the time.
     """
 
     def __init__(
@@ -56,12 +62,16 @@ class BatchLoader:
         workers: int,
         prefetch: int,
         pin_memory: bool,
+        ahead: int = EVALUATION_AHEAD,
+        keep: np.ndarray | None = None,
     ) -> None:
         self.dataset = dataset
         self.requests = requests
         self.workers = workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self.ahead = ahead
+        self.keep = keep
 
     def __len__(self) -> int:
         return len(self.requests)  # type: ignore[arg-type]  # a Sampler of ours has a length
@@ -71,22 +81,35 @@ class BatchLoader:
 
         Raises:
             DataError: If a sample is missing or damaged; it names the sample.
-            RunError: If a loader worker died, or no batch came within the time limit.
+            RunError: If a loader worker died, no batch came within the time limit, or a remote tar
+                shard did not come.
         """
         if not len(self):
             return
-        iterator = self._start()
+        staged = None
+        if self.dataset.index.remote is not None:
+            staged = StagedRequests(
+                self.dataset.index, self.requests, ahead=self.ahead, keep=self.keep
+            )
+        iterator = None
         try:
+            iterator = self._start(staged or self.requests)
             for _ in range(len(self)):
                 item = self._next(iterator)
+                if isinstance(item, StopIteration) and staged is not None and staged.error:
+                    raise staged.error
                 if isinstance(item, Exception):
                     raise item
+                if staged is not None:
+                    staged.received()
                 yield item
         finally:
             # The last reference ends the pool now, even if an error keeps this frame for a while.
             del iterator
+            if staged is not None:
+                staged.close()
 
-    def _start(self) -> Iterator[Batch | DmlDistError]:
+    def _start(self, requests: Iterable[BatchRequest]) -> Iterator[Batch | DmlDistError]:
         with warnings.catch_warnings(), _signal_handler_kept():
             # Python 3.12 warns of every fork in a process with threads; see the top of this file.
             warnings.filterwarnings("ignore", ".*use of fork.*", DeprecationWarning)
@@ -96,7 +119,7 @@ class BatchLoader:
                 DataLoader[Batch | DmlDistError](
                     self.dataset,
                     batch_size=None,
-                    sampler=self.requests,
+                    sampler=requests,
                     num_workers=self.workers,
                     prefetch_factor=self.prefetch if self.workers else None,
                     timeout=POLL_SECONDS if self.workers else 0,
@@ -184,7 +207,14 @@ def train_loader(
         workers=workers,
         prefetch=prefetch,
         pin_memory=topology.device_type == "cuda",
+        ahead=plan.window if isinstance(plan, ShuffledPlan) else 0,
+        keep=None if isinstance(plan, ShuffledPlan) else plan_tar_shards(index, plan),
     )
+
+
+def plan_tar_shards(index: Index, plan: BatchPlan) -> np.ndarray:
+    """Return the tar shards that an epoch's batches are read from, rising."""
+    return np.unique(index.tar_shard[np.concatenate(plan.epoch(0))])
 
 
 def evaluation_loader(

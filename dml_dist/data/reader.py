@@ -17,8 +17,9 @@ MAX_OPEN_FILES = 64
 class ShardReader:
     """Reads the image bytes of index rows.
 
-    Reads name their position, so that descriptors inherited from a forked parent do no harm; they
-    are left out of pickles. One reader serves one thread.
+    A remote tar shard that is not in the cache is copied there first. Reads name their position, so
+    that descriptors inherited from a forked parent do no harm; they are left out of pickles. One
+    reader serves one thread.
 
     Args:
         index: Where each row's bytes are.
@@ -36,6 +37,7 @@ class ShardReader:
         Raises:
             DataError: If the tar shard is missing, cannot be read or ends too early, or the bytes
                 are not those that were indexed. It names the tar shard and the sample.
+            RunError: If the server of a remote tar shard does not answer, or the cache is full.
         """
         index = self.index
         offset, length = int(index.offset[row]), int(index.length[row])
@@ -54,17 +56,22 @@ class ShardReader:
             )
         found, expected = zlib.crc32(data), int(index.crc32[row])
         if found != expected:
+            cure = "restore the tar shard, or run `dml-dist data verify` to find all damage"
+            if index.remote is not None:
+                cure = "remove the copy, so that it comes again"
             raise DataError(
                 f"{self.describe(row)} is damaged: expected crc32 {expected:08x}, found "
-                f"{found:08x} ({length} bytes at offset {offset}); restore the tar shard, or run "
-                "`dml-dist data verify` to find every damaged sample"
+                f"{found:08x} ({length} bytes at offset {offset}); {cure}"
             )
         return data
 
     def describe(self, row: int) -> str:
         """Return the words that name a row in a message: its key and its tar shard."""
-        path = self.index.root / self.index.tar_shards[int(self.index.tar_shard[row])]
-        return f"sample {str(self.index.keys[row])!r} of {path}"
+        name = self.index.tar_shards[int(self.index.tar_shard[row])]
+        where = str(self.index.root / name)
+        if self.index.remote is not None:
+            where = f"{self.index.remote.folder.shown(name)} (copy: {where})"
+        return f"sample {str(self.index.keys[row])!r} of {where}"
 
     def close(self) -> None:
         """Close all files; the next read opens them again."""
@@ -78,8 +85,11 @@ class ShardReader:
             return descriptor
         if len(self._descriptors) >= self.max_open_files:
             os.close(self._descriptors.popitem(last=False)[1])
-        path = self.index.root / self.index.tar_shards[tar_shard]
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if self.index.remote is not None:
+            descriptor = self.index.remote.open(tar_shard)
+        else:
+            path = self.index.root / self.index.tar_shards[tar_shard]
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors[tar_shard] = descriptor
         return descriptor
 

@@ -10,14 +10,16 @@ from torch import nn
 
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.classes import ClassSplit, split_classes
-from dml_dist.data.index import Index, read_index
+from dml_dist.data.index import Index
 from dml_dist.data.loader import evaluation_loader
 from dml_dist.data.plans import BatchPlan, build_plan
+from dml_dist.data.remote_shards import open_index
 from dml_dist.data.transforms import Transform, build_transform
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.embed import embed
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
 from dml_dist.evaluation.saved import LARGEST_BYTES, collect_embeddings, write_embeddings
+from dml_dist.orchestration.fetch import require_cache_room
 from dml_dist.orchestration.progress import Emit, discard, note, phase
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
@@ -79,6 +81,14 @@ class Bench:
         if len(self.split.validation_rows):
             _check_evaluable(self.index, self.split.validation_rows, "validation")
 
+    def check_cache(self) -> None:
+        """Refuse a cache that is too small for the remote tar shards of the training plan.
+
+        Raises:
+            DataError: If it is, with the sizes.
+        """
+        require_cache_room(self.index, self.batch_plan(), self.config)
+
     def rows_of(self, split: str) -> np.ndarray:
         """Return the index rows of `validation` (classes held out of training) or of a split.
 
@@ -116,31 +126,7 @@ class Bench:
             keep: File that the embeddings are kept in, if wanted.
         """
         config = self.config.evaluation
-        batches = evaluation_loader(
-            self.index,
-            rows,
-            self.transform,
-            batch_size=config.batch_size,
-            topology=self.topology,
-            workers=self.config.data.loader_workers,
-            prefetch=self.config.data.prefetch,
-        )
-        precision = resolve_precision(self.config.train.precision, self.topology.device_type)
-        num_ranks = self.topology.world_size
-
-        def show(done: int) -> None:
-            # This rank's share stands for all: ranks embed the same number of batches but for one.
-            self.emit(phase(title, min(done * num_ranks, len(rows)), len(rows)))
-
-        embeddings, labels, own_rows = embed(
-            model,
-            batches,
-            device=self.topology.device,
-            precision=precision.autocast,
-            progress=show,
-        )
-        if not len(own_rows):
-            self.emit(phase(title, len(rows), len(rows)))  # Fewer batches than ranks.
+        embeddings, labels, own_rows = self.embed(model, rows, title)
         if keep is not None:
             self._keep(keep, embeddings, own_rows, labels)
         return evaluate(
@@ -159,6 +145,43 @@ class Bench:
             seed=self.config.seed,
         )
 
+    def embed(
+        self, model: nn.Module, rows: np.ndarray, title: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return this rank's embeddings, labels and index rows of some rows; every rank calls it.
+
+        Args:
+            model: The network, on this rank's device.
+            rows: (N,) int64 index rows, the same on every rank.
+            title: Name of the phase for the progress display.
+        """
+        batches = evaluation_loader(
+            self.index,
+            rows,
+            self.transform,
+            batch_size=self.config.evaluation.batch_size,
+            topology=self.topology,
+            workers=self.config.data.loader_workers,
+            prefetch=self.config.data.prefetch,
+        )
+        precision = resolve_precision(self.config.train.precision, self.topology.device_type)
+        num_ranks = self.topology.world_size
+
+        def show(done: int) -> None:
+            # This rank's share stands for all: ranks embed the same number of batches but for one.
+            self.emit(phase(title, min(done * num_ranks, len(rows)), len(rows)))
+
+        found = embed(
+            model,
+            batches,
+            device=self.topology.device,
+            precision=precision.autocast,
+            progress=show,
+        )
+        if not len(found[2]):
+            self.emit(phase(title, len(rows), len(rows)))  # Fewer batches than ranks.
+        return found
+
     def _keep(
         self, path: Path, embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray
     ) -> None:
@@ -174,7 +197,7 @@ class Bench:
 
 def open_bench(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> Bench:
     """Read the index and divide its classes; `emit` is called on rank 0 only."""
-    index = read_index(Path(config.data.path))
+    index = open_index(config.data.path, config.data.cache)
     return Bench(
         config=config,
         index=index,

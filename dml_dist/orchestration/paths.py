@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from dml_dist.config.schema import RunConfig
+from dml_dist.urls import local_path
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with the paths of data, data set and weights made absolute."""
-    data: dict[str, Any] = {"path": _absolute(config.data.path)}
+    cache = config.data.cache
+    data: dict[str, Any] = {
+        "path": _absolute(config.data.path),
+        "cache": cache.model_copy(update={"folder": _absolute(cache.folder)}),
+    }
     if (source := getattr(config.data.dataset, "source", None)) is not None:
         assert config.data.dataset is not None
         data["dataset"] = config.data.dataset.model_copy(update={"source": _absolute(source)})
@@ -23,4 +28,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    """Return an absolute path; a URL stays as it is, unless it is that of a local path."""
+    local = local_path(path)
+    return path if local is None else str(local.absolute())

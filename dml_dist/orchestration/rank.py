@@ -22,6 +22,7 @@ from dml_dist.evaluation.per_class import PerClass, write_per_class
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.bench import Bench, open_bench
+from dml_dist.orchestration.fetch import fetch_before_training
 from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_queries
 from dml_dist.orchestration.loggers import open_loggers
 from dml_dist.orchestration.progress import Emit, discard, note, phase, warnings_as_notes
@@ -75,6 +76,7 @@ def _train(assignment: Assignment, bench: Bench) -> dict[str, Any]:
     folder = RunFolder(Path(assignment.run_dir))
     plan = bench.resolve()
     attempt = _begin_attempt(assignment, folder, plan, bench)
+    fetch_before_training(bench.index, bench.batch_plan(), bench.comm, bench.emit)
     if bench.topology.is_main:
         with (
             open_loggers(bench.config, folder, attempt) as loggers,

@@ -39,6 +39,7 @@ from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import newest_checkpoint
 from dml_dist.train.plan import RunPlan
 from dml_dist.train.resume import check_plan
+from dml_dist.urls import local_path
 
 
 def run_training(
@@ -86,7 +87,8 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     config = with_absolute_paths(config)
     check_loggers(config.loggers)
     world_size = world_size_of(config.launch)
-    if (Path(config.data.path) / INDEX_NAME).exists():
+    folder = local_path(config.data.path)
+    if folder is None or (folder / INDEX_NAME).exists():
         require_same_dataset(config.data)
         plan, source = _plan(config, world_size), f"counted in {config.data.path}"
     else:
@@ -113,9 +115,11 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
     if launch_config.launcher == "ray" and launch_config.address is None:
         uses_gpu(launch_config, launch_config.num_workers)
     world_size = world_size_of(launch_config)
-    if launch_config.launcher == "torchrun" and world_size > 1:
+    is_local = local_path(config.data.path) is not None
+    if is_local and launch_config.launcher == "torchrun" and world_size > 1:
         require_index(config.data)  # The other ranks would wait for an import until they give up.
-    ensure_imported(config.data, console)
+    if is_local:
+        ensure_imported(config.data, console)
     plan = _plan(config, world_size)
     if resume:
         with warnings_as_notes(discard):  # The ranks say what is damaged.
@@ -136,6 +140,7 @@ def _plan(config: RunConfig, world_size: int) -> RunPlan:
     # One rank's view is every rank's: the plan depends on their number alone.
     bench = open_bench(config, Topology(world_size=world_size), Comm.single(), discard)
     bench.check_evaluable()
+    bench.check_cache()
     return bench.resolve()
 
 

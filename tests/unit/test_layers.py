@@ -18,7 +18,10 @@ ROOT = Path(dml_dist.__file__).parent
 # below its own; within layers 0 and 1 and between the packages of the others nothing is sideways,
 # except what ALLOWED_SIDEWAYS names.
 LAYERS: dict[int, set[str]] = {
-    0: {"errors", "config", "topology", "partition", "records", "files", "provenance", "runs"},
+    0: {
+        *("errors", "config", "topology", "partition", "records", "files", "provenance", "runs"),
+        "urls",
+    },
     1: {"losses", "models", "metrics"},
     2: {"parallel", "data", "search"},
     3: {"train", "evaluation", "report"},
