@@ -31,6 +31,7 @@ from typing import Any, Literal
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.files import read_json, sync_folder, write_json_atomic, write_text_atomic
 from dml_dist.provenance import GitState, git_revision, installed_versions
+from dml_dist.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,16 @@ class RunFolder:
     """A run's folder: where its files are, and the only writer of run.json and metrics.json."""
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; `create` and `open` are the ways to get one that is a run."""
+        """Name the folder; `create` and `open` are the ways to get one that is a run.
+
+        Raises:
+            ConfigError: If it is a URL.
+        """
+        if is_url(path):
+            raise ConfigError(
+                f"a run folder needs a POSIX file system shared by the nodes, got the URL {path}; "
+                "give --run-dir a folder, such as one of a mounted network disk"
+            )
         self.path = Path(path).absolute()
 
     @property
