@@ -155,6 +155,7 @@ def snapshot(state: TrainState) -> dict[str, Tensor]:
     """Return weights, this rank's proxies and all optimiser state, flat and copied."""
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     found |= {f"owned.{name}": value.detach() for name, value in state.owned.items()}
+    found |= {f"replicated.{name}": value.detach() for name, value in state.replicated.items()}
     for name, values in named_states(state.optimizer).items():
         for key, value in values.items():
             found[f"optim.{name}.{key}"] = torch.as_tensor(value)

@@ -49,6 +49,9 @@ EMBEDDINGS = "embeddings of the global batch"
 
 _LABELS = "labels of the global batch"
 
+PROXIES = "proxies"
+"""Name of the table of proxies; what else a loss learns has another learning rate."""
+
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveOutput:
@@ -170,7 +173,7 @@ class ProxyObjective(Objective):
         """Return this rank's rows of the proxies."""
         shard = self.shard
         rows = OwnedRows(self.proxies, shard.row_low, shard.row_high, shard.num_rows)
-        return {"proxies": rows}
+        return {PROXIES: rows}
 
     def _output(
         self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int

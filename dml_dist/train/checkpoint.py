@@ -21,6 +21,7 @@ from dml_dist.files import sync_folder, write_json_atomic
 from dml_dist.parallel.comm import Comm
 from dml_dist.train.checkpoint_files import (
     BEST,
+    LOSS,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -139,6 +140,9 @@ def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
         parts.append(write_part(folder, MODEL, state.model.state_dict()))
         shared = {k: v for k, v in states.items() if not k.startswith(OWNED_PREFIX)}
         parts.append(write_part(folder, OPTIMIZER, shared))
+        if replicated := state.replicated:
+            values = {name: parameter.detach() for name, parameter in replicated.items()}
+            parts.append(write_part(folder, LOSS, values))
     for name, (parameter, low, high, _) in state.objective.owned_parameters().items():
         rows, scalars = split_rows(parameter, states.get(OWNED_PREFIX + name, {}))
         value = {"values": parameter.detach(), "rows": rows, "shared": scalars}
@@ -186,6 +190,7 @@ def _delete(folder: Path) -> None:
 def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
     state.model.load_state_dict(read_part(folder, MODEL))
     states: dict[str, State] = read_part(folder, OPTIMIZER)
+    _load_replicated(folder, manifest, state)
     for name, (parameter, low, high, num_rows) in state.objective.owned_parameters().items():
         values, states[OWNED_PREFIX + name] = _read_rows(folder, manifest, name, low, high)
         saved = max((file.high for file in manifest.files if file.table == name), default=0)
@@ -199,6 +204,22 @@ def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
             parameter.copy_(values)
     load_named_states(state.optimizer, {name: value for name, value in states.items() if value})
     state.step = manifest.step
+
+
+def _load_replicated(folder: Path, manifest: Manifest, state: TrainState) -> None:
+    """Put in what the loss learns beside tables."""
+    has_file = any(file.name == LOSS for file in manifest.files)
+    values: dict[str, Tensor] = read_part(folder, LOSS) if has_file else {}
+    needed = {name: tuple(parameter.shape) for name, parameter in state.replicated.items()}
+    saved = {name: tuple(value.shape) for name, value in values.items()}
+    if saved != needed:
+        raise CheckpointError(
+            f"required {needed} of the loss, got {saved} in {folder}; "
+            "use the loss the checkpoint was saved with"
+        )
+    with torch.no_grad():
+        for name, parameter in state.replicated.items():
+            parameter.copy_(values[name])
 
 
 def _read_rows(

@@ -2,7 +2,8 @@
 
     step_00000500-a1/            500 updates, saved by attempt 1
         model.pt                 the network's state dict
-        optim.pt                 optimiser state of the network's parameters, by name
+        optim.pt                 optimiser state of what every rank holds, by name
+        loss.pt                  what the loss learns beside tables, by name; only if it does
         proxies-0-250.pt         rows 0 .. 249 of the table "proxies" and their optimiser state
         proxies-250-500.pt
         manifest.json            what belongs to it: sizes, crc32, ranges, configuration
@@ -34,6 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.pt"
 OPTIMIZER = "optim.pt"
+LOSS = "loss.pt"
 BEST = "best.json"
 """Beside the checkpoints: which of them is the best."""
 

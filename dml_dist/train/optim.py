@@ -1,13 +1,14 @@
 """The optimiser: groups of parameters with their learning rates, and clipping over all ranks.
 
-One optimiser holds the replicated parameters (backbone, head) and this rank's rows of the
-objective's tables (proxies). Each group carries `base_lr` and `names` (of its parameters) beside
-torch's own keys; `base_lr` times the schedule's factor is its learning rate.
+One optimiser holds the replicated parameters (backbone, head, those of the objective) and this
+rank's rows of the objective's tables (proxies). Each group carries `base_lr` and `names` (of its
+parameters) beside torch's own keys; `base_lr` times the schedule's factor is its learning rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, assert_never
 
 import torch
@@ -27,12 +28,18 @@ from dml_dist.config.objective import (
 from dml_dist.errors import ConfigError
 from dml_dist.models.embedding import EmbeddingModel, ParameterKind, parameter_kinds
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.proxies import PROXIES
 
 OWNED_PREFIX = "objective."
+REPLICATED_PREFIX = "loss."
+"""Before the names of the objective's parameters: of tables, and of what every rank holds."""
 
 
 def parameter_groups(
-    config: OptimizerConfig, model: EmbeddingModel, owned: Mapping[str, Parameter]
+    config: OptimizerConfig,
+    model: EmbeddingModel,
+    owned: Mapping[str, Parameter],
+    replicated: Mapping[str, Parameter] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Return the groups: parameters of equal learning rate and decay together, in a fixed order.
 
@@ -40,6 +47,7 @@ def parameter_groups(
         config: The optimiser section.
         model: The embedding network; every rank holds all of it.
         owned: This rank's rows of the objective's tables, by name.
+        replicated: What the objective learns beside tables, by name; every rank holds all of it.
 
     Returns:
         Dictionaries with params, names, base_lr, lr and weight_decay.
@@ -57,8 +65,14 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         add(name, parameter, _learning_rate(config, kinds[name]), _decays(config, kinds[name]))
     proxy_lr = config.lr if config.proxy_lr is None else config.proxy_lr
+    loss_lr = config.lr if config.loss_lr is None else config.loss_lr
     for name, parameter in owned.items():
-        add(OWNED_PREFIX + name, parameter, proxy_lr, "proxies" not in config.no_weight_decay)
+        if name == PROXIES:
+            add(OWNED_PREFIX + name, parameter, proxy_lr, "proxies" not in config.no_weight_decay)
+        else:
+            add(OWNED_PREFIX + name, parameter, loss_lr, "loss" not in config.no_weight_decay)
+    for name, parameter in replicated.items():
+        add(REPLICATED_PREFIX + name, parameter, loss_lr, "loss" not in config.no_weight_decay)
     return list(groups.values())
 
 

@@ -24,7 +24,7 @@ from dml_dist.models.build import build_model
 from dml_dist.models.describe import batch_norm_channels, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
 from dml_dist.parallel.batch_norm import batch_norm_bytes
-from dml_dist.parallel.build import bytes_per_step, proxies_per_class
+from dml_dist.parallel.build import bytes_per_step, has_class_table, proxies_per_class
 from dml_dist.partition import part_sizes
 from dml_dist.train.state import resolve_precision
 
@@ -139,7 +139,7 @@ def resolve(
     """
     sizes = np.asarray(train_class_sizes, dtype=np.int64)
     per_class = proxies_per_class(config.loss)
-    _check_classes(sizes, world_size if per_class else 1)
+    _check_classes(sizes, world_size if has_class_table(config.loss) else 1)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     batches = build_plan(
         config.data.batches,

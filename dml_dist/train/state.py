@@ -68,6 +68,11 @@ class TrainState:
         """This rank's rows of the objective's tables, by name."""
         return {name: rows.parameter for name, rows in self.objective.owned_parameters().items()}
 
+    @property
+    def replicated(self) -> dict[str, Parameter]:
+        """What the objective learns beside its tables, by name; equal on every rank."""
+        return self.objective.replicated_parameters()
+
 
 def resolve_precision(
     name: Literal["auto", "float32", "bf16", "float64"], device_type: str
@@ -117,8 +122,10 @@ def build_state(
             dtype=precision.dtype,
         ).to(comm.device)
         owned = {name: rows.parameter for name, rows in objective.owned_parameters().items()}
-        _check_all_owned(objective, owned)
-        optimizer = build_optimizer(config.optim, parameter_groups(config.optim, model, owned))
+        replicated = objective.replicated_parameters()
+        _check_all_owned(objective, {**owned, **replicated})
+        groups = parameter_groups(config.optim, model, owned, replicated)
+        optimizer = build_optimizer(config.optim, groups)
     except Exception as caught:  # Handed to all ranks by agree.
         error = caught
     comm.agree(error, what="building the model")
@@ -154,7 +161,8 @@ def check_finite(state: TrainState) -> None:
         RunError: If a rank has such weights; it names them.
     """
     error = None
-    for name, value in {**state.model.state_dict(), **state.owned}.items():
+    values = {**state.model.state_dict(), **state.owned, **state.replicated}
+    for name, value in values.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             error = RunError(
                 f"required finite weights, got non-finite ones in {name} at step {state.step}; "
@@ -206,13 +214,13 @@ def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) ->
     )
 
 
-def _check_all_owned(objective: Objective, owned: Mapping[str, Parameter]) -> None:
+def _check_all_owned(objective: Objective, declared: Mapping[str, Parameter]) -> None:
     """Refuse parameters of the objective that nobody would keep equal across ranks."""
-    known = {id(parameter) for parameter in owned.values()}
+    known = {id(parameter) for parameter in declared.values()}
     lost = [name for name, value in objective.named_parameters() if id(value) not in known]
     if lost:
         raise ConfigError(
             f"loss: required that every parameter of the objective has one owner (a row of a "
-            f"table), got {lost} without one, which ranks would not keep equal; "
-            "make them rows of a table or constants"
+            f"table) or is replicated, got {lost} which are neither, and which ranks would not "
+            "keep equal; make them rows of a table, replicated_parameters() or constants"
         )

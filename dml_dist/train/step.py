@@ -38,7 +38,8 @@ def train_step(
     """Make one update; every rank calls this with its part of the global batch.
 
     DDP averages the gradients of the network over ranks; the objective holds the factor that makes
-    them those of the global batch (the gradient contract in `parallel/proxies.py`).
+    them those of the global batch (the gradient contract in `parallel/proxies.py`), and sums those
+    of its own replicated parameters.
 
     Args:
         state: Changed in place; `step` is one higher afterwards.
@@ -54,15 +55,16 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     with state.precision.context(images.device.type):
         embeddings = state.network(images)
-    output = state.objective(embeddings, labels, batch_sizes)
+    output = state.objective(embeddings, labels, batch_sizes, step=state.step)
     with state.comm.guard("gradients"):
         output.loss.backward()
+    state.objective.sum_replicated_gradients()
     if not update_backbone:
         state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no new state.
     norm = None
     if max_grad_norm is not None:
-        owned = state.owned.values()
-        norm = clip_gradients(state.model.parameters(), owned, max_grad_norm, state.comm)
+        shared = [*state.model.parameters(), *state.replicated.values()]
+        norm = clip_gradients(shared, state.owned.values(), max_grad_norm, state.comm)
     set_learning_rates(state.optimizer, learning_rate_factor)
     state.optimizer.step()
     state.step += 1
