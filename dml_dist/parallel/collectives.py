@@ -46,6 +46,14 @@ def gather_rows_of_whole(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: s
     return _GatherRowsOfWhole.apply(x, tuple(sizes), comm, what)
 
 
+def times_world_size(x: Tensor, comm: Comm) -> Tensor:
+    """Return x, whose gradient is multiplied by W for DDP's mean.
+
+    For rows of this rank that enter its part of a loss without being gathered.
+    """
+    return x if comm.world_size == 1 else _TimesWorldSize.apply(x, comm.world_size)
+
+
 def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Comm) -> Statistics:
     """Return the statistics over all ranks' proxy shards, on every rank.
 
@@ -175,3 +183,14 @@ class _GatherRowsOfWhole(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         own = grad.split(ctx.sizes)[ctx.comm.rank]
         return own * ctx.comm.world_size, None, None, None
+
+
+class _TimesWorldSize(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world_size: int) -> Tensor:
+        ctx.world_size = world_size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.world_size, None

@@ -1,0 +1,155 @@
+"""Non-isotropy regularisation over a loss with sharded proxies (formulas: `losses/{flow,nir}.py`).
+
+Under the gradient contract of `parallel/proxies.py`, with the rows of rank r as one part of the
+sum that the regulariser is:
+
+    c_i     normalised proxy of row i's class, fetched from its owner; the ranks' gradients for it
+            are summed and go to the owner, without a factor
+    flow    the same on every rank, a replicated parameter: the parts' gradients are summed
+    x_i     this rank's own rows, which DDP averages: their gradient is multiplied by W
+
+A class of K proxies gives their mean, normalised again, as its condition.
+
+Shape legend: G rows of the global batch, B rows of this rank, D embedding size, K proxies a class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dml_dist.losses.flow import ConditionalFlow
+from dml_dist.losses.nir import Link, continued_linearly, linked, negative_log_likelihood
+from dml_dist.losses.numerics import Merge, normalize_rows
+from dml_dist.parallel.collectives import merge_over_ranks, times_world_size
+from dml_dist.parallel.proxies import Objective, ObjectiveOutput, OwnedRows, ProxyObjective
+from dml_dist.parallel.tables import fetch_rows
+
+_NOISE_STREAM = 0x4E4F4953
+"""Keeps these draws apart from others with the same seed."""
+
+Target = Literal["embeddings", "proxies", "flow"]
+
+
+class NIRObjective(Objective):
+    """flow_weight times the regulariser, plus loss_weight times the loss beneath."""
+
+    def __init__(
+        self,
+        beneath: ProxyObjective,
+        flow: ConditionalFlow,
+        *,
+        seed: int,
+        flow_weight: float = 1.0,
+        loss_weight: float = 1.0,
+        link: Link = "nll",
+        noise: float = 0.0,
+        warmup_steps: int = 0,
+        gradients_to: Sequence[Target] = ("embeddings", "proxies", "flow"),
+    ) -> None:
+        """Wrap an objective with proxies.
+
+        Args:
+            beneath: The objective; each class must have proxies of its own.
+            flow: The flow, equal on every rank, whose condition has the embedding's size.
+            seed: Names, with the step, the noise.
+            flow_weight: Weight of the regulariser, > 0.
+            loss_weight: Weight of the loss beneath, > 0.
+            link: What is averaged: `nll`, or its exponential.
+            noise: Width of the uniform noise on normalised embeddings, >= 0.
+            warmup_steps: Steps at the start whose regulariser reaches the flow alone.
+            gradients_to: Where the regulariser's gradients go.
+        """
+        super().__init__(beneath.num_classes, beneath.comm)
+        self.beneath = beneath
+        self.flow = flow
+        self.seed = seed
+        self.flow_weight = flow_weight
+        self.loss_weight = loss_weight
+        self.link: Link = link
+        self.noise = noise
+        self.warmup_steps = warmup_steps
+        self.gradients_to = frozenset(gradients_to)
+
+    def owned_parameters(self) -> dict[str, OwnedRows]:
+        """Return this rank's rows of the tables beneath."""
+        return self.beneath.owned_parameters()
+
+    def replicated_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the flow's parameters, and those beneath."""
+        own = {f"flow.{name}": value for name, value in self.flow.named_parameters()}
+        return {**self.beneath.replicated_parameters(), **own}
+
+    def _output(
+        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
+    ) -> ObjectiveOutput:
+        beneath = self.beneath._output(embeddings_BD, labels_G, batch_sizes, step)
+        low = sum(batch_sizes[: self.comm.rank])
+        high = low + batch_sizes[self.comm.rank]
+        conditions_GD = self._conditions(labels_G)
+        rows_BD = normalize_rows(embeddings_BD.to(conditions_GD.dtype))
+        rows_BD = self._with_noise(rows_BD, len(labels_G), low, high, step)
+        targets = self.gradients_to if step >= self.warmup_steps else frozenset({"flow"})
+        if "embeddings" not in targets:
+            rows_BD = rows_BD.detach()
+        if "proxies" not in targets:
+            conditions_GD = conditions_GD.detach()
+        rows_BD = times_world_size(rows_BD, self.comm)
+        nll_B = negative_log_likelihood(*self._flow(rows_BD, conditions_GD[low:high], targets))
+        sums = {
+            "nir": linked(nll_B, self.link).sum(),
+            "flow_nll": nll_B.detach().sum(),
+            "flow_continued_share": continued_linearly(nll_B.detach(), self.link).sum(),
+        }
+        sums = {name: value.to(nll_B.dtype) for name, value in sums.items()}
+        merges: dict[str, Merge] = dict.fromkeys(sums, "sum")
+        total = {
+            name: value / len(labels_G)
+            for name, value in merge_over_ranks(sums, merges, self.comm).items()
+        }
+        loss = self.flow_weight * total["nir"] + self.loss_weight * beneath.loss
+        recorded = {name: value.detach() for name, value in total.items()}
+        return ObjectiveOutput(
+            loss, {**beneath.statistics, "loss_beneath": beneath.loss.detach(), **recorded}
+        )
+
+    def _conditions(self, labels_G: Tensor) -> Tensor:
+        """Return the normalised proxy of each row's class, (G, D)."""
+        proxies_LD, shard = self.beneath.proxies, self.beneath.shard
+        ids_GK = labels_G[:, None] * shard.proxies_per_class
+        ids_GK = ids_GK + torch.arange(shard.proxies_per_class, device=labels_G.device)
+        rows = fetch_rows(
+            proxies_LD,
+            ids_GK.reshape(-1),
+            shard.row_low,
+            shard.row_high,
+            self.comm,
+            what="conditions of the flow",
+        )
+        rows = normalize_rows(rows)
+        if shard.proxies_per_class == 1:
+            return rows
+        return normalize_rows(rows.reshape(*ids_GK.shape, -1).mean(dim=1))
+
+    def _flow(
+        self, rows_BD: Tensor, conditions_BD: Tensor, targets: frozenset[str]
+    ) -> tuple[Tensor, Tensor]:
+        if "flow" in targets:
+            z_BD, log_det_B = self.flow(rows_BD, conditions_BD)
+            return z_BD, log_det_B
+        state = {name: value.detach() for name, value in self.flow.state_dict().items()}
+        z_BD, log_det_B = torch.func.functional_call(self.flow, state, (rows_BD, conditions_BD))
+        return z_BD, log_det_B
+
+    def _with_noise(self, rows_BD: Tensor, num_rows: int, low: int, high: int, step: int) -> Tensor:
+        """Return the rows with noise that is drawn for the whole batch: the same for any W."""
+        if self.noise == 0:
+            return rows_BD
+        name = np.random.SeedSequence((self.seed, _NOISE_STREAM, step))
+        drawn = np.random.Generator(np.random.Philox(name)).random((num_rows, rows_BD.shape[1]))
+        noise_BD = torch.from_numpy(drawn[low:high]).to(rows_BD)
+        return normalize_rows(rows_BD + self.noise * noise_BD)
