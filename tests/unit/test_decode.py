@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 from dml_dist.data import decode
 from dml_dist.data.decode import decode_image
-from dml_dist.data.image_check import check_image
+from dml_dist.data.image_check import check_image, inspect_image
 from dml_dist.errors import DataError
 
 HEIGHT, WIDTH = 37, 50
@@ -147,3 +149,87 @@ def test_damage_names_the_sample(data: bytes) -> None:
 def test_no_warning_reaches_the_user(recwarn: pytest.WarningsRecorder) -> None:
     decode_image(encoded(picture("RGB"), "PNG"), "here")
     assert not recwarn.list
+
+
+def png(levels: np.ndarray, color_type: int, bits: int, transparent: bytes = b"") -> bytes:
+    """Encode (H, W[, C]) levels as PNG by hand; PIL writes no 16-bit colours."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    rows = levels.astype(">u2" if bits == 16 else "u1")
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", levels.shape[1], levels.shape[0], bits, color_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", transparent) if transparent else b"")
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+
+
+GREY_16 = (_X * 1300 + _Y * 3).astype(np.uint16)
+RGB_16 = np.stack([GREY_16, GREY_16[::-1], GREY_16 // 2], axis=-1)
+SIXTEEN_BITS = {
+    "grey": (png(GREY_16, 0, 16), GREY_16),
+    "grey and transparent": (png(GREY_16, 0, 16, b"\0\5"), GREY_16),
+    "colour": (png(RGB_16, 2, 16), RGB_16),
+    "grey and alpha": (png(np.stack([GREY_16, GREY_16], axis=-1), 4, 16), GREY_16),
+    "colour and alpha": (png(np.dstack([RGB_16, GREY_16]), 6, 16), RGB_16),
+    "grey in TIFF": (encoded(Image.fromarray(GREY_16), "TIFF"), GREY_16),
+}
+
+
+@pytest.mark.parametrize("torchvision", [True, False])
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_sixteen_bits_are_scaled_and_not_clipped(
+    kind: str, torchvision: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torchvision:
+        monkeypatch.setattr(decode, "_decode_torchvision", None)
+    data, levels = SIXTEEN_BITS[kind]
+    expected = np.broadcast_to((levels >> 8).reshape(HEIGHT, WIDTH, -1), (HEIGHT, WIDTH, 3))
+    image = decode_image(data, "here").permute(1, 2, 0).numpy()
+    assert np.array_equal(image, expected)
+    assert inspect_image(data).width == WIDTH
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    return encoded(picture("RGB"), "JPEG", exif=exif)
+
+
+def ycck() -> bytes:
+    """A CMYK JPEG whose marker says that its first three channels are YCbCr."""
+    data = encoded(picture("CMYK"), "JPEG")
+    at = data.index(b"Adobe") + 11
+    return data[:at] + b"\2" + data[at + 1 :]
+
+
+RARE = {
+    "EXIF": turned(),
+    "YCCK": ycck(),
+    "MPO": encoded(picture("RGB"), "MPO", save_all=True, append_images=[picture("L")]),
+    "CMYK in TIFF": encoded(picture("CMYK"), "TIFF"),
+    "YCbCr in TIFF": encoded(picture("YCbCr"), "TIFF"),
+    "1 bit in BMP": encoded(picture("1"), "BMP"),
+    "transparent colour in PNG": png(PIXELS, 2, 8, b"\0\5\0\6\0\2"),
+    "alpha in WebP": encoded(picture("RGBA"), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("torchvision", [True, False])
+@pytest.mark.parametrize("kind", RARE)
+def test_rare_kinds_are_what_pil_makes_of_them(
+    kind: str, torchvision: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torchvision:
+        monkeypatch.setattr(decode, "_decode_torchvision", None)
+    image = decode_image(RARE[kind], "here")
+    expected = by_pil(RARE[kind])
+    assert image.shape == expected.shape == (3, HEIGHT, WIDTH)  # EXIF turns nothing
+    assert (image.int() - expected.int()).abs().max() <= 2
+    assert inspect_image(RARE[kind]).height == HEIGHT

@@ -1,0 +1,123 @@
+"""`data import` of official data sets, its options, and what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dml_dist.config.data import SOPConfig, SplitConfig, TableConfig
+from dml_dist.data.index import read_index
+from dml_dist.orchestration.datasets import describe
+from tests import official_layouts as layouts
+
+Cli = Callable[..., tuple[int, str]]
+
+
+def test_official_data_in_small(cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    layouts.sop(tmp_path / "sop")
+    command = ["data", "import", "sop", "--source", "sop", "--out", "shards"]
+    code, output = cli(*command)
+    assert code == 2
+    assert "error: Stanford Online Products in" in output
+    assert "--allow-partial" in output
+    assert not (tmp_path / "shards").exists()
+    command += ["--allow-partial", "--max-side", 20]
+    code, output = cli(*command)
+    assert code == 0, output
+    assert "going on with what is there" in caplog.text
+    assert "train: 8 images of 3 classes" in output
+    assert "test: 5 images of 2 classes" in output
+    assert output.strip().splitlines()[-1].startswith("13 images of 5 classes in 2 tar shards")
+    assert set(read_index(tmp_path / "shards").width) == {20}
+    code, output = cli(*command[:-1], 16)
+    assert code == 2
+    assert "with other settings" in output
+
+
+def test_skipped_images_are_told_each_time(cli: Cli, tmp_path: Path) -> None:
+    layouts.inshop(tmp_path / "inshop")
+    broken = next((tmp_path / "inshop").rglob("02_1_front.jpg"))
+    broken.write_bytes(b"")
+    command = ["data", "import", "inshop", "--source", "inshop", "--out", "shards"]
+    command += ["--allow-partial"]
+    code, output = cli(*command)
+    assert code == 2
+    assert f"{broken}: the image is empty (0 bytes)" in output
+    for _ in range(2):
+        code, output = cli(*command, "--on-broken", "skip")
+        assert code == 0, output
+        assert "skipped 1 broken images, all in shards/skipped.csv, first:" in output
+        assert f"{broken}: the image is empty" in output
+    code, output = cli(*command)
+    assert code == 2
+    assert "has skipped 1" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", 3], "--seed 3 has no effect on a split in sorted order"),
+        (["--seed", 0, "--order", "sorted"], "give --order seeded too, or leave out --seed"),
+        (["--split-file", "s.csv", "--split", "train=0.4"], "alone, got also --split;"),
+        (
+            ["--split-file", "s.csv", "--by", "image", "--order", "seeded", "--seed", 1],
+            "--split-file decides on the split alone, got also --by, --order, --seed",
+        ),
+        (["--allow-partial"], "got allow_partial, which this data set does not have"),
+        (["--max-side", 5], "max_side: Input should be greater than or equal to 16"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    cli: Cli, tmp_path: Path, options: list[object], message: str
+) -> None:
+    code, output = cli("data", "import", "folder", "--source", ".", "--out", "shards", *options)
+    assert code == 2
+    assert message in " ".join(output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_belong_to_other_data_sets_are_refused(cli: Cli) -> None:
+    for name, options, message in (
+        ("glyphs", ["--max-side", 64], "got max_side, source, which"),
+        ("glyphs", ["--on-broken", "skip"], "got on_broken, source, which"),
+        ("cub200", ["--seed", 1], "got seed, which"),
+        ("cub200", ["--split", "train=0.5"], "the split is part of the data set"),
+    ):
+        code, output = cli("data", "import", name, "--source", "x", "--out", "shards", *options)
+        assert code == 2
+        assert message in output
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"file": "s.csv", "by": "image"}, "file decides on the split, so by must be left out"),
+        ({"file": "s.csv", "order": "seeded", "seed": 1}, "so order, seed must be left out"),
+        ({"seed": 4}, "seed 4 is used with order: seeded only, got order: sorted"),
+    ],
+)
+def test_split_settings_without_effect_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SplitConfig(**values)
+
+
+def test_what_shards_say_of_themselves() -> None:
+    """Paths and what is done about trouble are no part of which data set this is."""
+    lenient = SOPConfig(source="a", allow_partial=True, on_broken="skip")
+    assert describe(lenient) == describe(SOPConfig(source="b")) == '{"name": "sop"}'
+    assert describe(TableConfig(source="b", max_side=64)) == '{"max_side": 64, "name": "table"}'
+
+
+def test_a_dry_run_without_the_data_says_so(cli: Cli, tmp_path: Path) -> None:
+    config = {
+        "name": "dry",
+        "data": {"path": "shards", "dataset": {"name": "cub200", "source": "nowhere"}},
+        "train": {"global_batch_size": 90, "epochs": 1},
+    }
+    (tmp_path / "dry.yaml").write_text(yaml.safe_dump(config))
+    code, output = cli("train", "dry.yaml", "--dry-run")
+    assert code == 0, output
+    assert "not imported yet: counts estimated" in " ".join(output.split())
