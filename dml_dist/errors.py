@@ -43,5 +43,9 @@ class RunError(DmlDistError):
     exit_code = 1
 
 
+class LoaderLostError(RunError):
+    """A loader worker died; the rank that it worked for can go on from a checkpoint."""
+
+
 class PeerLostError(RunError):
     """A collective ended without the other ranks: one of them died, gave up or is too late."""

@@ -8,16 +8,24 @@ file `.<name>.<random>.tmp` behind, which nothing reads.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import secrets
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dml_dist.errors import DataError
+
+_SECONDS_BETWEEN_TRIES = 0.1
+
+# The system keeps these locks by process: holders in one process are told apart here.
+_held: dict[Path, BinaryIO] = {}
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,6 +105,53 @@ def read_json(path: Path) -> Any:
             f"required a JSON file, got {path}, which is damaged ({error}); "
             "restore it from a copy or remove it"
         ) from None
+
+
+@contextmanager
+def hold(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold a lock file against all other holders, also those on other machines of a shared disk.
+
+    The lock ends with this process, however that ends. Processes that were forked from it do not
+    keep it, as they would with `flock`: loader workers outlive a killed rank by some seconds.
+
+    Args:
+        path: The lock file; it is made, and stays.
+        wait_seconds: How long to wait for another holder to end.
+
+    Raises:
+        BlockingIOError: If another one holds it; `strerror` names the process.
+    """
+    path = Path(path).resolve()
+    deadline = time.monotonic() + wait_seconds
+    while (owner := _try_to_hold(path)) is not None:
+        if time.monotonic() >= deadline:
+            raise BlockingIOError(errno.EAGAIN, f"held by {owner}", str(path))
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    try:
+        yield
+    finally:
+        _held.pop(path).close()
+
+
+def _try_to_hold(path: Path) -> str | None:
+    """Hold the file and return None, or return who holds it."""
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    if path in _held:
+        return me  # To open and close the file once more would give the lock up.
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by hold)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(me.encode())
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().decode(errors="replace")
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return owner or "another process"
+        raise
+    _held[path] = file
+    return None
 
 
 def plain(value: Any) -> Any:

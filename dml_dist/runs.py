@@ -17,21 +17,24 @@ resumption or restart. Only rank 0 writes; all files here are replaced as a whol
 
 from __future__ import annotations
 
-import fcntl
 import platform
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dml_dist.errors import ConfigError, DataError
-from dml_dist.files import read_json, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.errors import ConfigError, DataError, RunError
+from dml_dist.files import hold, read_json, sync_folder, write_json_atomic, write_text_atomic
 from dml_dist.provenance import GitState, git_revision, installed_versions
 from dml_dist.urls import is_url
+
+# Ranks of a killed command end within some seconds, when they meet their missing peers or Ray's
+# processes find their owner gone.
+_SECONDS_FOR_AN_EARLIER_RANK = 60.0
 
 
 @dataclass(frozen=True)
@@ -223,20 +226,48 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other commands from writing to this run; the lock ends with this process.
+        """Keep other commands from this run; the lock ends with this process.
 
         Raises:
             ConfigError: If another command works on the run now.
         """
-        with open(self.path / ".lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with self._hold(".lock", 0.0) as owner:
+            if owner is not None:
                 raise ConfigError(
                     f"required a run that no other command works on, got {self.path}, on which "
-                    "one works now; wait for it or end it, or give another --run-dir"
-                ) from None
+                    f"one works now ({owner}); wait for it or end it, or give another --run-dir"
+                )
             yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one rank 0 that writes to this run; waits for one that is about to end.
+
+        A command that is killed may leave ranks on other machines, or under Ray, that go on for
+        some seconds: their records and checkpoints must not mix with those of the next attempt.
+
+        Raises:
+            RunError: If an earlier rank 0 does not end.
+        """
+        with self._hold(".writer", _SECONDS_FOR_AN_EARLIER_RANK) as owner:
+            if owner is not None:
+                raise RunError(
+                    f"required that no earlier rank 0 writes to {self.path}, got one that still "
+                    f"does after {_SECONDS_FOR_AN_EARLIER_RANK:g} s ({owner}); end that process, "
+                    "then continue with --resume"
+                )
+            yield
+
+    @contextmanager
+    def _hold(self, name: str, wait_seconds: float) -> Iterator[str | None]:
+        """Hold a lock file of this run and give None, or who else holds it."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(hold(self.path / name, wait_seconds=wait_seconds))
+                owner = None
+            except BlockingIOError as error:
+                owner = error.strerror
+            yield owner
 
     def info(self) -> RunInfo:
         """Read run.json.

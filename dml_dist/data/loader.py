@@ -27,7 +27,7 @@ from dml_dist.data.index import Index
 from dml_dist.data.plans import BatchPlan, ShuffledPlan, evaluation_batches
 from dml_dist.data.staging import StagedRequests
 from dml_dist.data.transforms import Transform
-from dml_dist.errors import DmlDistError, RunError
+from dml_dist.errors import DmlDistError, LoaderLostError, RunError
 from dml_dist.partition import part_bounds
 from dml_dist.topology import Topology
 
@@ -154,7 +154,7 @@ class BatchLoader:
         )
 
 
-def worker_death(error: Exception) -> RunError | None:
+def worker_death(error: Exception) -> LoaderLostError | None:
     """Return what to tell the user if an error of a DataLoader means a dead loader worker.
 
     A batch that a dead worker still had to hand over ends in an error of its connection. Where
@@ -167,7 +167,7 @@ def worker_death(error: Exception) -> RunError | None:
     lost = isinstance(error, OSError | EOFError) and not text.startswith("Caught")
     if not from_pool and not lost:
         return None
-    return RunError(
+    return LoaderLostError(
         f"all loader workers are required until the end, but one died ({text or 'end of file'}); "
         "most often the machine ran out of memory: lower data.loader_workers or data.prefetch"
     )

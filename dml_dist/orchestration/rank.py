@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,23 @@ def _train(assignment: Assignment, bench: Bench) -> dict[str, Any]:
     start = time.monotonic()
     folder = RunFolder(Path(assignment.run_dir))
     plan = bench.resolve()
-    attempt = _begin_attempt(assignment, folder, plan, bench)
-    fetch_before_training(bench.index, bench.batch_plan(), bench.comm, bench.emit)
-    if bench.topology.is_main:
-        with (
-            open_loggers(bench.config, folder, attempt) as loggers,
-            RecordWriter(folder.records("steps"), attempt, loggers.of("steps")) as steps,
-            RecordWriter(
-                folder.records("evaluations"), attempt, loggers.of("evaluations")
-            ) as evaluations,
-        ):
-            around = _surroundings(folder, plan, bench, attempt, steps, evaluations)
-            result = train(bench.config, plan, bench.comm, around, resume=True)
-            return _finish(result, folder, bench, start, evaluations)
-    around = _surroundings(folder, plan, bench, attempt, None, None)
-    result = train(bench.config, plan, bench.comm, around, resume=True)
-    return _finish(result, folder, bench, start, None)
+    steps = evaluations = None
+    with ExitStack() as held:
+        if bench.topology.is_main:
+            held.enter_context(folder.writing())
+        attempt = _begin_attempt(assignment, folder, plan, bench)
+        fetch_before_training(bench.index, bench.batch_plan(), bench.comm, bench.emit)
+        if bench.topology.is_main:
+            loggers = held.enter_context(open_loggers(bench.config, folder, attempt))
+            steps = held.enter_context(
+                RecordWriter(folder.records("steps"), attempt, loggers.of("steps"))
+            )
+            evaluations = held.enter_context(
+                RecordWriter(folder.records("evaluations"), attempt, loggers.of("evaluations"))
+            )
+        around = _surroundings(folder, plan, bench, attempt, steps, evaluations)
+        result = train(bench.config, plan, bench.comm, around, resume=True)
+        return _finish(result, folder, bench, start, evaluations)
 
 
 def _begin_attempt(assignment: Assignment, folder: RunFolder, plan: RunPlan, bench: Bench) -> int:

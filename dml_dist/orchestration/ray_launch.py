@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 import shutil
-import signal
 import sys
 import threading
 import uuid
@@ -22,6 +21,7 @@ from typing import Any
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.orchestration.progress import Emit, note
+from dml_dist.orchestration.ray_mail import Drain, Mailbox, fatal_of
 from dml_dist.orchestration.ray_worker import ray_rank
 from dml_dist.orchestration.tasks import Assignment, rebuild_error
 
@@ -42,10 +42,12 @@ _LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _OBJECT_STORE_BYTES = 128 * 2**20
-_SECONDS_BETWEEN_DRAINS = 0.2
 _CONTROLLER_FAILURES = 3
 _SECONDS_FOR_AN_ANSWER = 5.0
-_SECONDS_FOR_MAIL = 20.0
+_SECONDS_BETWEEN_LOOKS = 0.2
+# Ten times as many processes as cores make Ray's start take 3 to 5 minutes.
+_SECONDS_BEFORE_A_WORD = 60.0
+_SECONDS_OF_SILENCE = 900.0
 
 
 def run_under_ray(
@@ -58,7 +60,7 @@ def run_under_ray(
         RunError: If no cluster answers, or a rank failed more often than `max_failures`.
         DmlDistError: The error of the rank that gave up, whatever its class.
     """
-    with _ray(launch), _signal_handlers_kept():
+    with _ray(launch):
         return _fit(assignment, launch, use_gpu=use_gpu, emit=emit)
 
 
@@ -69,10 +71,13 @@ def _fit(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
-    # A fresh name each time: Ray's own state of an earlier attempt must not come back.
-    name = f"attempt-{uuid.uuid4().hex[:12]}"
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    # A fresh name each time: Ray's own state of an earlier attempt, whole or torn, must not come
+    # back. What killed commands left of it goes: the run's lock keeps other trainings away.
+    name = f"{assignment.kind}-{uuid.uuid4().hex[:12]}"
     scratch = Path(assignment.run_dir) / ".ray"
+    for stale in scratch.glob("train-*") if assignment.kind == "train" else ():
+        shutil.rmtree(stale, ignore_errors=True)
     trainer = TorchTrainer(
         ray_rank,
         train_loop_config={"assignment": assignment.to_json(), "mailbox": mailbox},
@@ -95,32 +100,55 @@ def _fit(
         ),
     )
     try:
-        with _Drain(mailbox, emit):
-            result = trainer.fit()
-    except SystemExit:  # Ray's Ctrl-C handler would end the process as if all had gone well.
-        raise KeyboardInterrupt from None
+        with Drain(mailbox, emit) as drain:
+            result = _result_of(trainer, drain, emit)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        if (fatal := _fatal(mailbox)) is not None:
+        if (fatal := fatal_of(mailbox)) is not None:
             raise rebuild_error(fatal) from error
         raise RunError(_describe(error, launch)) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
         with contextlib.suppress(OSError):  # Another command of this run may use it.
             scratch.rmdir()
-    if (fatal := _fatal(mailbox)) is not None:
+    if (fatal := fatal_of(mailbox)) is not None:
         raise rebuild_error(fatal)
     return dict(result.return_value)
 
 
-def _fatal(mailbox: Any) -> dict[str, Any] | None:
-    """Return the event of the rank that gave up, if one did and the cluster still answers."""
-    import ray
+def _result_of(trainer: Any, drain: Drain, emit: Emit) -> Any:
+    """Return what `fit` returns; it runs in a thread, so that its silence can be ended.
 
-    try:
-        event: dict[str, Any] | None = ray.get(mailbox.fatal.remote(), timeout=_SECONDS_FOR_MAIL)
-    except ray.exceptions.RayError:
-        return None
-    return event
+    Ray Train waits without a limit for its processes to start: on a machine with other work they
+    take minutes, and where one never comes, for ever. In a thread `fit` also leaves Ctrl-C alone.
+    """
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((trainer.fit(), None))
+        except BaseException as error:  # Raised again in the main thread.
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(_SECONDS_BETWEEN_LOOKS)
+        silence = drain.silence_seconds
+        busy = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+        if silence > _SECONDS_OF_SILENCE:
+            raise RunError(
+                f"required a sign of life of a rank within {_SECONDS_OF_SILENCE:g} s, got none: "
+                f"Ray did not start the ranks, or they stand still ({busy}); see whether the "
+                "cluster lives and has room, then continue with --resume"
+            )
+        if silence > _SECONDS_BEFORE_A_WORD and not told:
+            emit(note(f"no rank has answered for {silence:.0f} s: Ray starts slowly ({busy}) ..."))
+        told = silence > _SECONDS_BEFORE_A_WORD
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def _describe(error: Exception, launch: LaunchConfig) -> str:
@@ -141,60 +169,6 @@ def _describe(error: Exception, launch: LaunchConfig) -> str:
 def _last_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-class _Mailbox:
-    """An actor that holds events until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._fatal: dict[str, Any] | None = None
-
-    def push(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "fatal":
-            self._fatal = self._fatal or event
-        else:
-            self._events.append(event)
-
-    def drain(self) -> list[dict[str, Any]]:
-        events, self._events = self._events, []
-        return events
-
-    def fatal(self) -> dict[str, Any] | None:
-        return self._fatal
-
-
-class _Drain:
-    """Hands the mailbox's events on from a thread, while `fit` blocks the main one."""
-
-    def __init__(self, mailbox: Any, emit: Emit) -> None:
-        self._mailbox = mailbox
-        self._emit = emit
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> _Drain:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=30)
-
-    def _work(self) -> None:
-        import ray
-
-        stopping = False
-        while not stopping:
-            stopping = self._stop.wait(_SECONDS_BETWEEN_DRAINS)
-            try:
-                events = ray.get(self._mailbox.drain.remote(), timeout=_SECONDS_FOR_MAIL)
-            except ray.exceptions.GetTimeoutError:
-                continue  # A busy machine; what was not fetched is fetched next time.
-            except ray.exceptions.RayError:
-                return  # The cluster is gone; `fit` reports why.
-            for event in events:
-                self._emit(event)
 
 
 # ---------------------------------------------------------------- the cluster
@@ -277,19 +251,6 @@ def _require_resources(launch: LaunchConfig) -> None:
             f"{needed:g} CPUs are required, the cluster {launch.address or 'here'} has {have:g}; "
             "lower launch.num_workers or launch.cpus_per_rank, or add nodes"
         )
-
-
-@contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Put the caller's Ctrl-C handler back: Ray leaves its own installed after `fit`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def announce(launch: LaunchConfig, emit: Emit) -> None:

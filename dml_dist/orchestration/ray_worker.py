@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from typing import Any
 
-from dml_dist.errors import DmlDistError, PeerLostError
-from dml_dist.orchestration.progress import Event
+from dml_dist.errors import DmlDistError, LoaderLostError, PeerLostError, RunError
+from dml_dist.orchestration.progress import Event, note
+from dml_dist.orchestration.ray_mail import signs_of_life
 from dml_dist.orchestration.tasks import Assignment, fatal_event
 
 # A rank that lost its peers waits this long for one of them to say that it gave up on purpose.
 _SECONDS_FOR_A_REASON = 5.0
+# What a restart cannot mend: the disk is full, or may not be written to.
+_FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Run this rank's share of an assignment.
 
-    An error that a restart cannot mend (bad data, a non-finite loss) is told to the driver and the
-    function returns: a raised one would make Ray restart all ranks. A rank that merely lost its
-    peers asks first whether one of them gave up in that way.
+    An error that a restart cannot mend (bad data, a non-finite loss, a full disk) is told to the
+    driver and the function returns: a raised one makes Ray restart all ranks. A rank that merely
+    lost its peers asks first whether one of them gave up in that way.
     """
     import ray
     from ray import train
@@ -48,18 +52,35 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         assignment = Assignment.from_json(settings["assignment"])
         timeout = assignment.config.launch.timeout_seconds
         comm = init(topology, timeout_seconds=timeout)
-        return run_rank(assignment, topology, comm, emit)
-    except PeerLostError:
+        with signs_of_life(mailbox):
+            return run_rank(assignment, topology, comm, emit)
+    except PeerLostError as error:
+        if ray.get(mailbox.fatal.remote()) is None:
+            emit(note(f"lost a rank: {error}"))
         deadline = time.monotonic() + _SECONDS_FOR_A_REASON
         while time.monotonic() < deadline:
             if ray.get(mailbox.fatal.remote()) is not None:
                 return None
             time.sleep(0.1)
         raise
-    except DmlDistError as error:
+    except LoaderLostError as error:
+        emit(note(f"rank {topology.rank} of {topology.world_size}: {error}"))
+        raise
+    except (DmlDistError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in _FINAL:
+                raise
+            error = _disk_error(error)
         ray.get(mailbox.push.remote(fatal_event(error, topology.rank)))
         shutdown()  # The other ranks' collectives end now instead of at their timeout.
         return None
+
+
+def _disk_error(error: OSError) -> RunError:
+    return RunError(
+        f"required to write to the run's folder, got: {error}; see to the disk, then continue "
+        "with --resume"
+    )
 
 
 def _quiet() -> None:
