@@ -152,9 +152,8 @@ def evaluate(
         error = raised
     comm.agree(error, what="check the rows to evaluate")
     population = gather_population(local, comm)
-    super_N = None
-    if "super_class_recall" in extra:
-        super_N = gather_super_classes(names, population, comm)
+    by_super = "super_class_recall" in extra
+    super_N = gather_super_classes(names, population, comm) if by_super else None
     vectors_ND = _stored(local.embeddings_ND, population, distance, comm)
     memory_bytes = int(memory_mb * 2**20)
     rounds = Rounds(
@@ -168,11 +167,10 @@ def evaluate(
         memory_bytes=memory_bytes,
         neighbors=neighbors,
     )
-    seconds = {"prepare": time.perf_counter() - start}
+    prepared = time.perf_counter()
     outcome = rounds.run()
     del rounds  # Its float32 copies are not needed by what follows.
-    seconds |= outcome.seconds
-    before = time.perf_counter()
+    ranked = time.perf_counter()
     clustering = measure_clusters(
         population,
         vectors_ND,
@@ -182,10 +180,9 @@ def evaluate(
         backend=chosen,
         memory_bytes=memory_bytes,
     )
-    if clustering:
-        seconds["cluster"] = time.perf_counter() - before
-    seconds["total"] = time.perf_counter() - start
-    return _result(outcome, population, seconds, clustering)
+    end = time.perf_counter()
+    seconds = {"prepare": prepared - start, **outcome.seconds, "cluster": end - ranked}
+    return _result(outcome, population, seconds | {"total": end - start}, clustering)
 
 
 def _result(

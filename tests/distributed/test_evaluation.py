@@ -9,6 +9,7 @@ import pytest
 
 from dml_dist.errors import DataError
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
+from dml_dist.evaluation.saved import SavedEmbeddings, collect_embeddings
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
 from tests.ranks import run_ranks
@@ -19,6 +20,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"distance": "cosine", "backend": "faiss", "memory_mb": 512.0},
     {"distance": "euclidean", "backend": "torch", "memory_mb": 0.5},
 ]
+EVERYTHING: dict[str, Any] = {
+    "extra": ("nmi", "nmi_geometric", "f1", "ami", "super_class_recall"),
+    "definitions": ("nir.map_c", "oml.map_at_5"),
+    "seed": 1,
+}
+SUPER_CLASSES = np.array(["", "animal", "plant", "a"])
 # Shares of the rows: uneven, and one rank without any.
 SHARES = {1: [(1.0,)], 2: [(0.3, 0.7)], 3: [(0.45, 0.0, 0.55)]}
 
@@ -38,6 +45,10 @@ def _summary(result: RetrievalResult) -> dict[str, Any]:
         **result.as_dict(),
         "query_rows": result.query_rows.tolist(),
         "neighbors": result.neighbors.tolist(),
+        **{
+            name: getattr(result.per_class, name).tobytes()
+            for name in ("label", "num_images", "num_queries", "recall_at_1", "map_at_r")
+        },
     }
 
 
@@ -56,7 +67,9 @@ def _all_cases(topology: Topology) -> dict[str, list[dict[str, Any]]]:
                     recall_at=RECALL_AT,
                     neighbors=4,
                     comm=comm,
+                    super_classes=SUPER_CLASSES[case.labels[part] % 4],
                     **options,
+                    **EVERYTHING,
                 )
                 key = f"{name}, {options['distance']}"
                 results.setdefault(key, []).append(_summary(result))
@@ -70,6 +83,23 @@ def test_the_digits_of_one_process_on_every_rank(world_size: int) -> None:
         for key, listed in results.items():
             for result in listed:
                 assert result == expected[key][0], (rank, key)
+
+
+def _collected(topology: Topology) -> SavedEmbeddings | None:
+    # Rank 1 has no row, and so does not know the width.
+    count = 2 - topology.rank % 2 * 2
+    x = np.full((count, 3 if count else 0), topology.rank, dtype=np.float32)
+    rows = np.arange(count) + 10 * topology.rank
+    return collect_embeddings(x, rows, rows * 2, _comm(topology))
+
+
+def test_rank_0_collects_all_embeddings_in_rank_order() -> None:
+    results = run_ranks(_collected, 3)
+    assert results[1:] == [None, None]
+    assert results[0] is not None
+    assert results[0].embeddings.tolist() == [[0.0] * 3] * 2 + [[2.0] * 3] * 2
+    assert results[0].rows.tolist() == [0, 1, 20, 21]
+    assert results[0].labels.tolist() == [0, 2, 40, 42]
 
 
 def _bad_row_on_rank_1(topology: Topology) -> str:

@@ -145,7 +145,7 @@ def test_names_of_records_and_seconds_of_stages() -> None:
         "num_gallery",
         "num_lone_queries",
     ]
-    assert set(result.seconds) == {"prepare", "list", "count", "total"}
+    assert set(result.seconds) == {"prepare", "list", "count", "cluster", "total"}
     assert result.neighbors is None
 
 
