@@ -19,6 +19,7 @@ from dml_dist.config.base import (
 from dml_dist.config.data import BalancedBatchesConfig, DataConfig, StandardTransformConfig
 from dml_dist.config.loggers import LoggerConfig
 from dml_dist.config.model import ModelConfig, ViTConfig
+from dml_dist.config.nir import NIRConfig
 from dml_dist.config.objective import (
     AdamConfig,
     ConstantScheduleConfig,
@@ -27,6 +28,7 @@ from dml_dist.config.objective import (
     ProxyNCAConfig,
     ScheduleConfig,
 )
+from dml_dist.config.projections import ProjectionsConfig
 
 # ---------------------------------------------------------------- validation
 
@@ -223,6 +225,12 @@ class RunConfig(Section):
 
     loss: LossConfig = ProxyNCAConfig()
     """What training minimises."""
+
+    nir: NIRConfig | None = None
+    """Non-isotropy regularisation over `loss`; none leaves it out."""
+
+    projections: ProjectionsConfig | None = None
+    """Alternating projections onto feasible sets; none trains on one problem."""
 
     optim: OptimizerConfig = AdamConfig()
     """How a gradient changes the parameters."""

@@ -20,6 +20,8 @@ Shape legend: G rows, D coordinates, E size of the condition.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -88,16 +90,19 @@ class ConditionalFlow(nn.Module):
     def forward(self, x_GD: Tensor, condition_GE: Tensor) -> tuple[Tensor, Tensor]:
         """Return z, (G, D), and log |det dz/dx|, (G,)."""
         log_det_G = x_GD.new_zeros(x_GD.shape[0])
-        for block in self.blocks:
+        for block in self._blocks():
             x_GD, part_G = block(x_GD, condition_GE)
             log_det_G = log_det_G + part_G
         return x_GD, log_det_G
 
     def inverse(self, z_GD: Tensor, condition_GE: Tensor) -> Tensor:
         """Return the x whose z this is, (G, D)."""
-        for block in reversed(self.blocks):
+        for block in reversed(self._blocks()):
             z_GD = block.inverse(z_GD, condition_GE)
         return z_GD
+
+    def _blocks(self) -> list[_CouplingBlock]:
+        return cast("list[_CouplingBlock]", list(self.blocks))
 
 
 class _CouplingBlock(nn.Module):

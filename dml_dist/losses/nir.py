@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Link = Literal["nll", "exp"]
@@ -39,4 +40,6 @@ def linked(nll_G: Tensor, link: Link) -> Tensor:
 
 def continued_linearly(nll_G: Tensor, link: Link) -> Tensor:
     """Return for each row whether the tangent stands for its exponential, (G,) bool."""
-    return nll_G > MAX_EXPONENT if link == "exp" else nll_G.new_zeros(nll_G.shape, dtype=bool)
+    if link == "nll":
+        return torch.zeros_like(nll_G, dtype=torch.bool)
+    return nll_G > MAX_EXPONENT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from dml_dist.models.build import build_model
 from dml_dist.models.describe import batch_norm_channels, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
 from dml_dist.parallel.batch_norm import batch_norm_bytes
-from dml_dist.parallel.build import bytes_per_step, has_class_table, proxies_per_class
+from dml_dist.parallel.build import bytes_per_step, has_class_table, proxy_rows
 from dml_dist.partition import part_sizes
+from dml_dist.train.plan_methods import check_methods, describe_methods
 from dml_dist.train.state import resolve_precision
 
 
@@ -37,6 +38,7 @@ class RunPlan:
         world_size: W, number of ranks.
         num_images: Training images.
         num_classes: C, training classes.
+        class_sizes: Images of each training class, by class id.
         num_validation_images: Images of the classes held out.
         num_validation_classes: Classes held out; 0 without validation.
         global_batch_size: B, images of a full batch over all ranks.
@@ -50,11 +52,13 @@ class RunPlan:
         num_backbone_parameters: Numbers in the backbone.
         num_head_parameters: Numbers in pooling and head.
         network: Label and value of what else there is to know of the network.
+        methods: Label and value of regularisation and alternating projections.
     """
 
     world_size: int
     num_images: int
     num_classes: int
+    class_sizes: tuple[int, ...] = field(repr=False)
     num_validation_images: int
     num_validation_classes: int
     global_batch_size: int
@@ -67,6 +71,7 @@ class RunPlan:
     num_backbone_parameters: int
     num_head_parameters: int
     network: tuple[tuple[str, str], ...]
+    methods: tuple[tuple[str, str], ...]
 
     def batch_sizes(self, step: int) -> list[int]:
         """Return the number of images of every rank at a global step, from 0.
@@ -102,6 +107,7 @@ class RunPlan:
             ("parameters of the backbone", f"{self.num_backbone_parameters:,}"),
             ("parameters of the head", f"{self.num_head_parameters:,}"),
             *self.network,
+            *self.methods,
             ("rows of proxies per rank", proxies),
             ("with their optimiser state", memory),
             ("sent per rank and step, objective", _readable(self.objective_bytes)),
@@ -138,7 +144,6 @@ def resolve(
         TopologyError: If there are more ranks than classes or images of a batch.
     """
     sizes = np.asarray(train_class_sizes, dtype=np.int64)
-    per_class = proxies_per_class(config.loss)
     _check_classes(sizes, world_size if has_class_table(config.loss) else 1)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     batches = build_plan(
@@ -150,17 +155,19 @@ def resolve(
         global_batch_size=config.train.global_batch_size,
         world_size=world_size,
     )
+    check_methods(config, sizes)
     total_steps = config.train.steps or (config.train.epochs or 0) * batches.steps_per_epoch
     _check_course(config, total_steps, batches.steps_per_epoch)
     model = _model_without_memory(config)
     backbone, head = _count_parameters(model)
     dtype = resolve_precision(config.train.precision, "cpu").dtype
-    rows = tuple(size * per_class for size in part_sizes(len(sizes), world_size))
+    rows = proxy_rows(config.loss, class_sizes=sizes.tolist(), world_size=world_size)
     batch_size = config.train.global_batch_size
     return RunPlan(
         world_size=world_size,
         num_images=len(labels),
         num_classes=len(sizes),
+        class_sizes=tuple(sizes.tolist()),
         num_validation_images=sum(validation_class_sizes),
         num_validation_classes=len(validation_class_sizes),
         global_batch_size=batch_size,
@@ -173,11 +180,13 @@ def resolve(
             embedding_size=config.model.embedding_size,
             batch_sizes=part_sizes(batch_size, world_size),
             dtype=dtype,
+            nir=config.nir,
         ),
         ddp_bytes=2 * (world_size - 1) * dtype.itemsize * (backbone + head) // world_size,
         num_backbone_parameters=backbone,
         num_head_parameters=head,
         network=_describe(model, world_size, dtype),
+        methods=tuple(describe_methods(config, sizes)),
     )
 
 

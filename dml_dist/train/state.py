@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,7 +90,12 @@ def resolve_precision(
 
 
 def build_state(
-    config: RunConfig, *, num_classes: int, comm: Comm, pretrained: bool = True
+    config: RunConfig,
+    *,
+    num_classes: int,
+    comm: Comm,
+    pretrained: bool = True,
+    class_sizes: Sequence[int] | None = None,
 ) -> TrainState:
     """Return the state before the first step, the same for any number of ranks.
 
@@ -101,6 +106,7 @@ def build_state(
         num_classes: C, number of training classes.
         comm: The ranks.
         pretrained: False where a checkpoint is loaded next.
+        class_sizes: Images of each training class; needed where the loss weighs classes.
 
     Raises:
         ConfigError: If the model, loss or optimiser cannot be built.
@@ -120,6 +126,8 @@ def build_state(
             seed=config.seed,
             comm=comm,
             dtype=precision.dtype,
+            nir=config.nir,
+            class_sizes=class_sizes,
         ).to(comm.device)
         owned = {name: rows.parameter for name, rows in objective.owned_parameters().items()}
         replicated = objective.replicated_parameters()
