@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dml_dist.data.fingerprint import NEAR_BITS
+from dml_dist.data.fingerprint import NEAR_BITS, NEAR_SHARE
 
 # Fingerprints compared at once: 2^18 pairs, whose intermediate results fit into a core's cache.
 _QUERIES, _OTHERS = 64, 4096
@@ -53,8 +53,8 @@ def find_copies(
     """Find exact copies everywhere and near-duplicates across splits.
 
     Of two splits the images of the later one are looked for in the earlier one: `train` first, the
-    others by name. Takes O(N^2) steps of a few bit operations, in blocks: 6 s for two splits of
-    60,000 on one core.
+    others by name. Fingerprints of two splits are compared in blocks, all pairs whose numbers of
+    set bits are near: of two splits of 60,000 in 1 s on one core, 40 s if all images are alike.
 
     Args:
         split: Split of each image, (N,) str.
@@ -89,7 +89,7 @@ def find_copies(
 
 
 def nearest(queries: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nearest fingerprint within `NEAR_BITS` of each query.
+    """Return the nearest fingerprint of each query that counts as a near-duplicate.
 
     Args:
         queries: (n, 2) uint64.
@@ -117,16 +117,15 @@ def nearest(queries: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
             block = sorted_others[start:stop]
             difference = np.bitwise_count(queries[at, None, 0] ^ block[None, :, 0])
             difference += np.bitwise_count(queries[at, None, 1] ^ block[None, :, 1])
-            smallest = difference.min(axis=1)
-            for query in np.flatnonzero(smallest <= bits[at]).tolist():
-                distance = int(smallest[query])
-                if distance > NEAR_BITS:
-                    continue
-                same = np.flatnonzero(difference[query] == distance)
-                row = int(other_order[start:stop][same].min())
-                best = (int(bits[at[query]]), int(found[at[query]]))
-                if (distance, row) < best:
-                    bits[at[query]], found[at[query]] = distance, row
+            for query in np.flatnonzero(difference.min(axis=1) <= NEAR_BITS).tolist():
+                row = difference[query].astype(np.int64)
+                plainer = np.minimum(query_ones[at[query]], sorted_ones[start:stop])
+                near = np.flatnonzero(row <= np.minimum(NEAR_BITS, plainer // NEAR_SHARE))
+                if near.size:
+                    distance = int(row[near].min())
+                    other = int(other_order[start:stop][near[row[near] == distance]].min())
+                    best = (int(bits[at[query]]), int(found[at[query]]))
+                    bits[at[query]], found[at[query]] = min(best, (distance, other))
     return found, bits
 
 
