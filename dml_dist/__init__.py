@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dml_dist.data.write_shards import import_dataset
     from dml_dist.evaluation.retrieval import evaluate
     from dml_dist.losses.proxy_anchor import proxy_anchor_loss
-    from dml_dist.losses.proxy_nca import proxy_nca_loss
+    from dml_dist.losses.proxy_nca_functions import dynamic_proxy_nca_loss, proxy_nca_loss
     from dml_dist.losses.soft_triple import soft_triple_loss
     from dml_dist.losses.softmax import arcface_loss, cosface_loss, normalized_softmax_loss
     from dml_dist.models.build import build_model
@@ -38,11 +38,12 @@ _HOMES = {
     "build_plan": "data.plans",
     "build_transform": "data.transforms",
     "cosface_loss": "losses.softmax",
+    "dynamic_proxy_nca_loss": "losses.proxy_nca_functions",
     "evaluate": "evaluation.retrieval",
     "import_dataset": "data.write_shards",
     "normalized_softmax_loss": "losses.softmax",
     "proxy_anchor_loss": "losses.proxy_anchor",
-    "proxy_nca_loss": "losses.proxy_nca",
+    "proxy_nca_loss": "losses.proxy_nca_functions",
     "read_index": "data.index",
     "soft_triple_loss": "losses.soft_triple",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "build_plan",
     "build_transform",
     "cosface_loss",
+    "dynamic_proxy_nca_loss",
     "evaluate",
     "import_dataset",
     "normalized_softmax_loss",

@@ -12,24 +12,54 @@ CosineMargin = Annotated[float, Field(ge=0, le=1)]
 
 
 class ProxyNCAConfig(Section):
-    """Proxy-NCA (Movshovitz-Attias et al., ICCV 2017), static assignment, NCA surrogate."""
+    """Proxy-NCA (Movshovitz-Attias et al., ICCV 2017): both surrogates, all assignments."""
 
     name: Literal["proxy_nca"] = "proxy_nca"
+
+    surrogate: Literal["nca", "margin"] = "nca"
+    """`nca` is a softmax over proxies, `margin` a hinge for each negative proxy."""
 
     denominator: Literal["all", "negatives"] = "all"
     """`negatives` is the paper's form; `all` also has the positive in the denominator."""
 
     embedding_scale: PositiveFloat = 3.0
-    """s_x, the length given to normalised embeddings."""
+    """s_x, the length given to normalised embeddings; for `surrogate: nca`."""
 
     proxy_scale: PositiveFloat = 3.0
     """s_p, the length given to normalised proxies; logits are 2 s_x s_p cos."""
 
+    margin: Annotated[float, Field(gt=0, lt=4)] = 0.5
+    """M of `surrogate: margin`, between 0 and 4, the squared distances of unit rows."""
+
+    margin_reduction: Literal["mean", "sum"] = "mean"
+    """How `surrogate: margin` takes a sample's negatives together."""
+
+    assignment: Literal["static", "fractional", "dynamic"] = "static"
+    """A class's proxies; one that classes share by a drawn map; or the nearest of all proxies."""
+
     proxies_per_class: PositiveInt = 1
     """K; the nearest of the class's K proxies is the positive, the others are no negatives."""
 
+    proxy_share: Annotated[float, Field(gt=0, le=16)] = 1.0
+    """Number of proxies by that of classes, for fractional (at most 1) and dynamic assignment."""
+
+    use_labels: bool = True
+    """Dynamic: negatives are proxies nearest to the batch's other classes; else all but one."""
+
+    dead_after_steps: PositiveInt = 1000
+    """Dynamic: a proxy that was the nearest of no sample for so many steps counts as dead."""
+
+    revive_dead: bool = False
+    """Dynamic: every `dead_after_steps` steps, put dead proxies where drawn samples are."""
+
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread over the negative proxies; needs `denominator: all`."""
+
+    class_weighting: Literal["none", "inverse_frequency", "effective_number"] = "none"
+    """Weights of samples by the number of training images of their class."""
+
+    effective_number_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """beta of `class_weighting: effective_number`: weights are (1 - beta) / (1 - beta^n)."""
 
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
@@ -41,7 +71,36 @@ class ProxyNCAConfig(Section):
                 f"label_smoothing {self.label_smoothing} needs denominator: all, "
                 "got denominator: negatives, whose loss is no cross-entropy"
             )
+        if self.assignment == "fractional" and self.proxy_share > 1:
+            raise ValueError(
+                "assignment: fractional needs proxy_share of at most 1, a proxy for each class, "
+                f"got proxy_share {self.proxy_share}"
+            )
+        if self.label_smoothing > 0 and self.assignment == "dynamic":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing} needs assignment: static or fractional, "
+                "got assignment: dynamic, whose negatives change with the batch"
+            )
+        nca = ("denominator", "embedding_scale", "proxy_scale", "label_smoothing")
+        self._only("surrogate", ("nca",), nca)
+        self._only("surrogate", ("margin",), ("margin", "margin_reduction"))
+        self._only("assignment", ("static",), ("proxies_per_class",))
+        self._only("assignment", ("fractional", "dynamic"), ("proxy_share",))
+        dynamic = ("use_labels", "dead_after_steps", "revive_dead")
+        self._only("assignment", ("dynamic",), dynamic)
+        self._only("class_weighting", ("effective_number",), ("effective_number_beta",))
         return self
+
+    def _only(self, choice: str, with_values: tuple[str, ...], fields: tuple[str, ...]) -> None:
+        """Refuse a setting that the choice makes no use of: it would do nothing."""
+        chosen = getattr(self, choice)
+        for name in fields:
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if chosen not in with_values and given != default:
+                raise ValueError(
+                    f"{name} {given} needs {choice}: {' or '.join(with_values)}, "
+                    f"got {choice}: {chosen}, which does not use it"
+                )
 
 
 class ProxyAnchorConfig(Section):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dml_dist.config.custom import load_target
 from dml_dist.config.objective import (
@@ -22,6 +24,7 @@ from dml_dist.config.objective import (
     TripletConfig,
 )
 from dml_dist.errors import ConfigError
+from dml_dist.losses.class_weights import class_weights, fractional_rows
 from dml_dist.losses.forms import PairLoss, RoundsLoss, RowLoss
 from dml_dist.losses.pairs import AnchorLoss, Contrastive
 from dml_dist.losses.pairs_margin import Margin
@@ -29,6 +32,8 @@ from dml_dist.losses.pairs_multi_similarity import MultiSimilarity
 from dml_dist.losses.pairs_triplet import Triplet
 from dml_dist.losses.proxy_anchor import ProxyAnchor
 from dml_dist.losses.proxy_nca import ProxyNCA
+from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA
+from dml_dist.losses.proxy_nca_margin import ProxyNCAMargin
 from dml_dist.losses.soft_triple import SoftTriple
 from dml_dist.losses.softmax import ArcFace, CosFace, NormalizedSoftmax
 
@@ -36,15 +41,26 @@ AnyLoss = RowLoss | RoundsLoss | AnchorLoss | PairLoss
 """Over sharded proxies, in one round or several; over pairs, by anchor or as a whole."""
 
 
-def build_loss(config: LossConfig, num_classes: int) -> AnyLoss:
+def build_loss(
+    config: LossConfig,
+    num_classes: int,
+    *,
+    class_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> AnyLoss:
     """Return the loss of a configuration.
 
     Args:
         config: The loss section.
         num_classes: Training classes, C.
+        class_sizes: Images of each training class; needed for weights of classes.
+        seed: Seed of what a loss draws once: the map of fractional assignment.
+        device: Where maps and weights of classes are kept.
 
     Raises:
-        ConfigError: If there are fewer than two classes, or a custom loss is not what it must be.
+        ConfigError: If there are fewer than two classes or proxies, class sizes are missing, or a
+            custom loss is not what it must be.
     """
     if num_classes < 2:
         raise ConfigError(
@@ -54,7 +70,7 @@ def build_loss(config: LossConfig, num_classes: int) -> AnyLoss:
     options = config.model_dump(exclude={"name"})
     match config:
         case ProxyNCAConfig():
-            return ProxyNCA(num_classes, **options)
+            return _proxy_nca(config, num_classes, class_sizes, seed, device)
         case ProxyAnchorConfig():
             return ProxyAnchor(**options)
         case SoftTripleConfig():
@@ -77,6 +93,59 @@ def build_loss(config: LossConfig, num_classes: int) -> AnyLoss:
             return _custom_loss(config)
         case _:
             assert_never(config)
+
+
+def _proxy_nca(
+    config: ProxyNCAConfig,
+    num_classes: int,
+    class_sizes: Sequence[int] | None,
+    seed: int,
+    device: torch.device | str,
+) -> RowLoss | RoundsLoss:
+    """Return the form of Proxy-NCA that surrogate and assignment name."""
+    weights: Tensor | None = None
+    if config.class_weighting != "none":
+        if class_sizes is None or len(class_sizes) != num_classes:
+            raise ConfigError(
+                f"loss.class_weighting {config.class_weighting}: required the number of images of "
+                f"each of the {num_classes} training classes, got "
+                f"{None if class_sizes is None else len(class_sizes)}; give class_sizes"
+            )
+        weights = class_weights(config.class_weighting, class_sizes, config.effective_number_beta)
+        weights = weights.to(device)
+    units, rows = num_classes, None
+    if config.assignment != "static":
+        units = int(config.proxy_share * num_classes + 0.5)
+        if units < 2:
+            raise ConfigError(
+                f"loss.proxy_share: required at least 2 proxies, got {config.proxy_share} of "
+                f"{num_classes} classes, which is {units}; raise it"
+            )
+    memory = {"logit_memory_mb"}
+    nca = {"denominator", "embedding_scale", "proxy_scale"}
+    if config.assignment == "dynamic":
+        return DynamicProxyNCA(
+            units,
+            **config.model_dump(include=memory | nca | {"surrogate", "margin", "use_labels"}),
+            reduction=config.margin_reduction,
+            class_weights=weights,
+        )
+    if config.assignment == "fractional":
+        rows = fractional_rows(num_classes, units, seed).to(device)
+    if config.surrogate == "margin":
+        return ProxyNCAMargin(
+            units,
+            **config.model_dump(include=memory | {"margin", "proxies_per_class"}),
+            reduction=config.margin_reduction,
+            class_rows=rows,
+            class_weights=weights,
+        )
+    return ProxyNCA(
+        units,
+        **config.model_dump(include=memory | nca | {"proxies_per_class", "label_smoothing"}),
+        class_rows=rows,
+        class_weights=weights,
+    )
 
 
 def _custom_loss(config: CustomLossConfig) -> AnyLoss:

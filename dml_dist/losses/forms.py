@@ -131,6 +131,15 @@ class RoundsLoss(Protocol):
         """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
 
 
+def table_units(loss: RowLoss | RoundsLoss, num_classes: int) -> int:
+    """Return what a loss's table is cut by: its classes, or single rows if it has no such order.
+
+    A loss whose table has its own number of rows says so by an attribute `num_free_rows`.
+    """
+    free: int | None = getattr(loss, "num_free_rows", None)
+    return num_classes if free is None else free
+
+
 def rounds_of(loss: RowLoss | RoundsLoss) -> tuple[Round, ...]:
     """Return the rounds of a loss of either kind."""
     if isinstance(loss, RoundsLoss):

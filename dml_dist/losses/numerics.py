@@ -8,8 +8,12 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-Merge = Literal["logsumexp", "max", "sum"]
-"""How one statistic of two proxy shards becomes that of both together."""
+Merge = Literal["logsumexp", "max", "sum", "argmax"]
+"""How one statistic of two proxy shards becomes that of both together.
+
+`argmax` is of (2, ...) float64 tensors without gradient, of values and the table's rows that they
+are of: the larger value stays, of equal ones that of the lower row.
+"""
 
 Statistics = dict[str, Tensor]
 """Statistics of a batch over some proxy shards: name -> tensor; equal shapes on every shard."""
@@ -70,5 +74,8 @@ def _merge(a: Tensor, b: Tensor, how: Merge) -> Tensor:
             return torch.where(a >= b, a, b)
         case "sum":
             return a + b
+        case "argmax":
+            first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
+            return torch.where(first, a, b)
         case _:
             assert_never(how)

@@ -17,17 +17,25 @@ The second is the softmax cross-entropy over positive and negatives, in a form t
 gradients when the loss is tiny and when the positive's softmax underflows. Label smoothing e
 (denominator all) takes the target 1 - e on the positive and e spread evenly over the (C - 1) K
 negatives, and adds e (l_i+ - mean_neg(l_i)).
+
+Fractional assignment has fewer proxies than classes: a fixed map gives each class a row that it
+shares with others. Classes that share a sample's row give it no negative, so it is the same loss
+with rows in place of classes.
+
+With class weights the mean is sum_i w_{y_i} l_i / sum_i w_{y_i}. The margin surrogate is in
+`losses/proxy_nca_margin.py`, dynamic assignment in `losses/proxy_nca_dynamic.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from dml_dist.losses.chunks import own_rows
+from dml_dist.losses.class_weights import held_weights, mean_over_rows, table_labels
 from dml_dist.losses.forms import ProxyShard
 from dml_dist.losses.numerics import (
     Merge,
@@ -36,8 +44,6 @@ from dml_dist.losses.numerics import (
     normalize_rows,
     softplus_exact,
 )
-from dml_dist.losses.one_process import check_labels as check_labels
-from dml_dist.losses.one_process import loss_of_table, whole_classes
 from dml_dist.losses.proxy_logits import negative_statistics
 
 
@@ -46,13 +52,15 @@ class ProxyNCA:
     """Proxy-NCA as a loss of row form (`losses/forms.py`).
 
     Attributes:
-        num_classes: C >= 2.
+        num_classes: Units of the table: C >= 2, or with `class_rows` its rows P >= 2.
         denominator: `all`, or `negatives` as in the paper.
         embedding_scale: s_x > 0.
         proxy_scale: s_p > 0.
         proxies_per_class: K >= 1.
         label_smoothing: Share e of the target on negatives, 0 <= e < 1; needs `all`.
         logit_memory_mb: Bound on the memory for logits in MiB, > 0.
+        class_rows: Row of each class, (C,) int64, for fractional assignment.
+        class_weights: Weight of each class, (C,), or None for equal ones.
     """
 
     num_classes: int
@@ -62,6 +70,8 @@ class ProxyNCA:
     proxies_per_class: int = 1
     label_smoothing: float = 0.0
     logit_memory_mb: float = 64.0
+    class_rows: Tensor | None = field(default=None, compare=False)
+    class_weights: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -73,16 +83,23 @@ class ProxyNCA:
             raise ValueError("label_smoothing > 0 required denominator 'all', got 'negatives'")
 
     @property
+    def num_free_rows(self) -> int | None:
+        """P where the table has its own number of rows, None where it has K a class."""
+        return None if self.class_rows is None else self.num_classes
+
+    @property
     def logit_scale(self) -> float:
         """2 s_x s_p, the logit of a cosine of 1."""
         return 2.0 * self.embedding_scale * self.proxy_scale
 
     @property
     def merges(self) -> Mapping[str, Merge]:
-        """The statistics of one row: two, and a third with label smoothing."""
+        """The statistics of one row: two, a third with label smoothing, one with weights."""
         merges: dict[str, Merge] = {"lse_negatives": "logsumexp", "positive": "sum"}
         if self.label_smoothing > 0:
             merges["sum_negatives"] = "sum"
+        if self.class_weights is not None:
+            merges["weight"] = "sum"
         return merges
 
     def partial(
@@ -91,26 +108,33 @@ class ProxyNCA:
         """Return the statistics of each row over one proxy shard, each (G,)."""
         dtype = accurate_dtype(embeddings_GD, proxies_LD)
         queries_GD = normalize_rows(embeddings_GD.to(dtype)) * self.logit_scale
+        own_KG = own_rows(table_labels(labels_G, self.class_rows), shard)
         found = negative_statistics(
             queries_GD,
             proxies_LD.to(dtype),
-            own_rows(labels_G, shard),
+            own_KG,
             memory_mb=self.logit_memory_mb,
-            with_sum="sum_negatives" in self.merges,
+            with_sum=self.label_smoothing > 0,
         )
-        return {name: getattr(found, name) for name in self.merges}
+        values: Statistics = {"lse_negatives": found.lse_negatives, "positive": found.positive}
+        if found.sum_negatives is not None:
+            values["sum_negatives"] = found.sum_negatives
+        if self.class_weights is not None:
+            weights_C = self.class_weights
+            values["weight"] = held_weights(weights_C, labels_G, own_KG, len(proxies_LD), dtype)
+        return values
 
     def finish(self, total: Statistics) -> Tensor:
         """Return the mean over the rows of the global batch."""
         gap_G = total["lse_negatives"] - total["positive"]
         if self.denominator == "negatives":
-            return gap_G.mean()
+            return mean_over_rows(gap_G, total)
         loss_G = softplus_exact(gap_G)
         if self.label_smoothing > 0:
             num_negatives = (self.num_classes - 1) * self.proxies_per_class
             mean_negative_G = total["sum_negatives"] / num_negatives
             loss_G = loss_G + self.label_smoothing * (total["positive"] - mean_negative_G)
-        return loss_G.mean()
+        return mean_over_rows(loss_G, total)
 
     def statistics(self, total: Statistics) -> Statistics:
         """Return the mean cosine to the positive, and the share of rows it does not dominate."""
@@ -119,44 +143,3 @@ class ProxyNCA:
             "positive_cosine": total["positive"].mean() / self.logit_scale,
             "violation_rate": violated_G.to(total["positive"].dtype).mean(),
         }
-
-
-def proxy_nca_loss(
-    embeddings_BD: Tensor,
-    labels_B: Tensor,
-    proxies: Tensor,
-    *,
-    denominator: Literal["all", "negatives"] = "all",
-    embedding_scale: float = 3.0,
-    proxy_scale: float = 3.0,
-    proxies_per_class: int = 1,
-    label_smoothing: float = 0.0,
-    logit_memory_mb: float = 64.0,
-) -> Tensor:
-    """Return Proxy-NCA of one process, a 0-d tensor: one shard through the same formula.
-
-    Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
-        labels_B: Classes, (B,) int64, 0 .. C - 1.
-        proxies: Proxies, (C K, D), of any length; row c K + k is proxy k of class c.
-        denominator: `all`, or `negatives` as in the paper.
-        embedding_scale: s_x, the length that normalised embeddings are given, > 0.
-        proxy_scale: s_p, the length that normalised proxies are given, > 0.
-        proxies_per_class: K, >= 1.
-        label_smoothing: Share of the target on the negatives, 0 <= e < 1.
-        logit_memory_mb: Bound on the memory for logits in MiB, > 0.
-
-    Raises:
-        ValueError: If shapes, labels or options do not fit.
-    """
-    num_classes = whole_classes(proxies, proxies_per_class)
-    loss = ProxyNCA(
-        num_classes,
-        denominator,
-        embedding_scale,
-        proxy_scale,
-        proxies_per_class,
-        label_smoothing,
-        logit_memory_mb,
-    )
-    return loss_of_table(loss, embeddings_BD, labels_B, proxies, num_classes=num_classes)

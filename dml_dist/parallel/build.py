@@ -52,9 +52,7 @@ def build_objective(
             classes.
         TopologyError: If there are more ranks than classes or proxies.
     """
-    loss = build_loss(
-        config, num_classes, class_sizes=class_sizes, seed=seed, device=comm.device
-    )
+    loss = build_loss(config, num_classes, class_sizes=class_sizes, seed=seed, device=comm.device)
     if comm.world_size > num_classes and _is_sharded(loss):
         raise TopologyError(
             f"loss {config.name}: required at least one class for each rank, got {num_classes} "
@@ -109,6 +107,14 @@ def proxy_rows(
     _check_rows(config, loss, len(class_sizes), world_size)
     units = part_sizes(table_units(loss, len(class_sizes)), world_size)
     return tuple(size * loss.proxies_per_class for size in units)
+
+
+def proxies_per_class(config: LossConfig) -> int:
+    """Return K, the proxies that each class has, its own or shared; 0 where classes have none."""
+    loss = _form_of(config)
+    if isinstance(loss, DynamicProxyNCA) or not isinstance(loss, RowLoss | RoundsLoss):
+        return 0
+    return loss.proxies_per_class
 
 
 def _check_rows(config: LossConfig, loss: AnyLoss, num_classes: int, world_size: int) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from dml_dist.config.nir import FlowConfig, NIRConfig
 from dml_dist.errors import ConfigError
+from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.proxies import Objective, ProxyObjective
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def regularized(
     # Imported here: runs without a flow work without zuko.
     from dml_dist.parallel.nir import NIRObjective
 
-    if not isinstance(beneath, ProxyObjective) or beneath.shard.proxies_per_class < 1:
+    if not isinstance(beneath, ProxyObjective) or isinstance(beneath, DynamicProxyObjective):
         raise ConfigError(
             "nir: required a loss that has proxies of each class, which the flow takes as its "
             f"condition, got {type(beneath).__name__}; leave the section nir out, or choose "

@@ -59,8 +59,8 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
 
     One all-reduce of maxima and one of sums, whatever the number of statistics (and a second one
     of maxima when a statistic is merged by `max`, to find whose it is: the lowest rank's among
-    equals). The backward pass moves nothing: what flows back is the derivative of the whole loss
-    by this rank's statistics.
+    equals; two of maxima for `argmax`). The backward pass moves nothing: what flows back is the
+    derivative of the whole loss by this rank's statistics.
 
     Args:
         partial: This rank's statistics; the same shapes on every rank.
@@ -69,6 +69,12 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
     """
     if comm.world_size == 1:
         return partial  # One shard's statistics are the total.
+    nearest = _argmax_over_ranks(
+        {name: partial[name] for name, how in merges.items() if how == "argmax"}, comm
+    )
+    merges = {name: how for name, how in merges.items() if how != "argmax"}
+    if not merges:
+        return nearest
     peaks = _peaks_over_ranks(partial, [n for n, how in merges.items() if how != "sum"], comm)
     winners = _winners(partial, peaks, [n for n, how in merges.items() if how == "max"], comm)
     addends: Statistics = {}
@@ -80,6 +86,8 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
                 addends[name] = torch.where(winners[name], partial[name], 0.0)
             case "sum":
                 addends[name] = partial[name]
+            case "argmax":
+                raise AssertionError("merged above")
             case _:
                 assert_never(how)
     packed = _SumOverRanks.apply(_pack(addends), comm, "sums of loss statistics")
@@ -89,7 +97,7 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
             # At least 1 but where no rank has anything: -inf then, with a gradient of 0.
             positive = total[name].clamp_min(torch.finfo(total[name].dtype).tiny)
             total[name] = peaks[name] + positive.log()
-    return total
+    return {**nearest, **total}
 
 
 @torch.no_grad()
@@ -112,6 +120,22 @@ def sum_gradients(parameters: Sequence[nn.Parameter], comm: Comm) -> None:
     sizes = [part.numel() for part in parts]
     for parameter, part in zip(parameters, total.split(sizes), strict=True):
         parameter.grad = part.view_as(parameter).clone()
+
+
+@torch.no_grad()
+def _argmax_over_ranks(values: Statistics, comm: Comm) -> Statistics:
+    """Return largest values and, among equals, the lowest of their rows, each (2, ...)."""
+    if not values:
+        return {}
+    own = {name: value[0] for name, value in values.items()}
+    best = _unpack(comm.all_reduce_max(_pack(own), what="nearest proxies"), own)
+    # Minus the row, so that the lowest one is the largest bid.
+    bids = {
+        name: torch.where(value[0] == best[name], -value[1], -torch.inf)
+        for name, value in values.items()
+    }
+    rows = _unpack(comm.all_reduce_max(_pack(bids), what="rows of nearest proxies"), bids)
+    return {name: torch.stack([best[name], -rows[name]]) for name in values}
 
 
 @torch.no_grad()

@@ -26,7 +26,13 @@ from dml_dist.losses.flow import ConditionalFlow
 from dml_dist.losses.nir import Link, continued_linearly, linked, negative_log_likelihood
 from dml_dist.losses.numerics import Merge, normalize_rows
 from dml_dist.parallel.collectives import merge_over_ranks, times_world_size
-from dml_dist.parallel.proxies import Objective, ObjectiveOutput, OwnedRows, ProxyObjective
+from dml_dist.parallel.proxies import (
+    Objective,
+    ObjectiveOutput,
+    OwnedBuffer,
+    OwnedRows,
+    ProxyObjective,
+)
 from dml_dist.parallel.tables import fetch_rows
 
 _NOISE_STREAM = 0x4E4F4953
@@ -79,6 +85,14 @@ class NIRObjective(Objective):
         """Return this rank's rows of the tables beneath."""
         return self.beneath.owned_parameters()
 
+    def owned_buffers(self) -> dict[str, OwnedBuffer]:
+        """Return what is counted beneath."""
+        return self.beneath.owned_buffers()
+
+    def after_update(self, step: int) -> dict[str, Tensor]:
+        """Do what is due beneath."""
+        return self.beneath.after_update(step)
+
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
         """Return the flow's parameters, and those beneath."""
         own = {f"flow.{name}": value for name, value in self.flow.named_parameters()}
@@ -120,8 +134,8 @@ class NIRObjective(Objective):
     def _conditions(self, labels_G: Tensor) -> Tensor:
         """Return the normalised proxy of each row's class, (G, D)."""
         proxies_LD, shard = self.beneath.proxies, self.beneath.shard
-        ids_GK = labels_G[:, None] * shard.proxies_per_class
-        ids_GK = ids_GK + torch.arange(shard.proxies_per_class, device=labels_G.device)
+        ids_GK = self.beneath.rows_of_classes(labels_G)
+        assert ids_GK is not None
         rows = fetch_rows(
             proxies_LD,
             ids_GK.reshape(-1),

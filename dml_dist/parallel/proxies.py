@@ -36,7 +36,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss, rounds_of
+from dml_dist.losses.class_weights import table_labels
+from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss, rounds_of, table_units
 from dml_dist.losses.numerics import Statistics
 from dml_dist.losses.one_process import check_labels
 from dml_dist.parallel.collectives import gather_rows_of_parts, merge_over_ranks, sum_gradients
@@ -71,6 +72,15 @@ class OwnedRows(NamedTuple):
     """Rows of a table that this rank alone owns: optimised and saved here, not seen by DDP."""
 
     parameter: nn.Parameter
+    row_low: int
+    row_high: int
+    num_rows_total: int
+
+
+class OwnedBuffer(NamedTuple):
+    """Rows of what an objective counts, which this rank alone owns: saved here, not optimised."""
+
+    values: Tensor
     row_low: int
     row_high: int
     num_rows_total: int
@@ -121,6 +131,22 @@ class Objective(nn.Module):
         """Return the parameters that this rank owns, by name, each with its rows of the table."""
         return {}
 
+    def owned_buffers(self) -> dict[str, OwnedBuffer]:
+        """Return what this rank counts and checkpoints keep, by name, each with its rows."""
+        return {}
+
+    def after_update(self, step: int) -> dict[str, Tensor]:
+        """Do what is due after an update; every rank calls this.
+
+        Args:
+            step: Updates made, this one included.
+
+        Returns:
+            By name of an owned parameter, those of its rows that begin anew, (n,) int64: what the
+            optimiser knows of them is to be forgotten.
+        """
+        return {}
+
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that every rank holds alike, by name; DDP does not see them.
 
@@ -163,11 +189,18 @@ class ProxyObjective(Objective):
     ) -> None:
         super().__init__(num_classes, comm)
         self.loss = loss
-        low, high = part_bounds(num_classes, comm.world_size, comm.rank)
-        self.shard = ProxyShard(num_classes, low, high, loss.proxies_per_class)
+        units = table_units(loss, num_classes)
+        low, high = part_bounds(units, comm.world_size, comm.rank)
+        self.shard = ProxyShard(units, low, high, loss.proxies_per_class)
         initial = torch.empty(self.shard.row_high - self.shard.row_low, embedding_size, dtype=dtype)
         fill_initial_proxies(initial, self.shard.row_low, seed)
         self.proxies = nn.Parameter(initial.to(comm.device))
+
+    def rows_of_classes(self, labels_G: Tensor) -> Tensor | None:
+        """Return the whole table's rows of each label's class, (G, K); None without any."""
+        rows_G = table_labels(labels_G, getattr(self.loss, "class_rows", None))
+        k = self.shard.proxies_per_class
+        return rows_G[:, None] * k + torch.arange(k, device=labels_G.device)
 
     def owned_parameters(self) -> dict[str, OwnedRows]:
         """Return this rank's rows of the proxies."""
@@ -188,4 +221,11 @@ class ProxyObjective(Objective):
             total |= merge_over_ranks(partial, round_.merges, self.comm)
         with torch.no_grad():
             statistics = self.loss.statistics(total)
+            statistics |= self._observe(embeddings_GD, labels_G, total)
         return ObjectiveOutput(self.loss.finish(total), statistics)
+
+    def _observe(
+        self, embeddings_GD: Tensor, labels_G: Tensor, total: Statistics
+    ) -> dict[str, Tensor]:
+        """Look at a step without gradients; return more to be recorded."""
+        return {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from dml_dist.errors import CheckpointError, RunError
 from dml_dist.files import sync_folder, write_json_atomic
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.proxies import OwnedBuffer, OwnedRows
 from dml_dist.train.checkpoint_files import (
     BEST,
     LOSS,
@@ -101,6 +102,11 @@ def load_checkpoint(folder: Path, manifest: Manifest, state: TrainState) -> None
     state.comm.agree(error, what="loading a checkpoint")
 
 
+def _owned(state: TrainState) -> dict[str, OwnedRows | OwnedBuffer]:
+    """Return this rank's rows of all tables: those that are optimised, and counts."""
+    return {**state.objective.owned_parameters(), **state.objective.owned_buffers()}
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -143,7 +149,7 @@ def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
         if replicated := state.replicated:
             values = {name: parameter.detach() for name, parameter in replicated.items()}
             parts.append(write_part(folder, LOSS, values))
-    for name, (parameter, low, high, _) in state.objective.owned_parameters().items():
+    for name, (parameter, low, high, _) in _owned(state).items():
         rows, scalars = split_rows(parameter, states.get(OWNED_PREFIX + name, {}))
         value = {"values": parameter.detach(), "rows": rows, "shared": scalars}
         file = f"{name}-{low}-{high}.pt"
@@ -191,7 +197,7 @@ def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
     state.model.load_state_dict(read_part(folder, MODEL))
     states: dict[str, State] = read_part(folder, OPTIMIZER)
     _load_replicated(folder, manifest, state)
-    for name, (parameter, low, high, num_rows) in state.objective.owned_parameters().items():
+    for name, (parameter, low, high, num_rows) in _owned(state).items():
         values, states[OWNED_PREFIX + name] = _read_rows(folder, manifest, name, low, high)
         saved = max((file.high for file in manifest.files if file.table == name), default=0)
         if values.shape != parameter.shape or saved != num_rows:

@@ -55,7 +55,13 @@ def train(
     changes = check_resume(*found, config) if found else []
     if found:
         check_plan(*found, config, plan)
-    state = build_state(config, num_classes=plan.num_classes, comm=comm, pretrained=found is None)
+    state = build_state(
+        config,
+        num_classes=plan.num_classes,
+        comm=comm,
+        pretrained=found is None,
+        class_sizes=plan.class_sizes,
+    )
     loop = _Loop(config, plan, state, around)
     if found:
         loop.go_on_from(*found)

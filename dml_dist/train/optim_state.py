@@ -52,7 +52,7 @@ def load_named_states(optimizer: Optimizer, states: Mapping[str, State]) -> None
     optimizer.load_state_dict(packed)
 
 
-def split_rows(parameter: Parameter, state: State) -> tuple[dict[str, Tensor], State]:
+def split_rows(parameter: Tensor, state: State) -> tuple[dict[str, Tensor], State]:
     """Divide the state of a table's rows into what is kept per row and what all ranks share.
 
     Raises:
@@ -80,6 +80,20 @@ def join_rows(parts: list[tuple[dict[str, Tensor], State]]) -> State:
     rows, shared = parts[0]
     joined = {key: torch.cat([part[0][key] for part in parts]) for key in rows}
     return {**joined, **shared}
+
+
+@torch.no_grad()
+def forget_rows(optimizer: Optimizer, parameter: Parameter, rows: Tensor) -> None:
+    """Set what the optimiser keeps of some rows of a table to 0, as it began.
+
+    Args:
+        optimizer: Changed in place.
+        parameter: The table's rows of this rank.
+        rows: Which of them, (n,) int64.
+    """
+    if state := optimizer.state.get(parameter):
+        for value in split_rows(parameter, state)[0].values():
+            value[rows] = 0
 
 
 def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Parameter]]:

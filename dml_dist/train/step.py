@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dml_dist.train.optim import clip_gradients, set_learning_rates
+from dml_dist.train.optim_state import forget_rows
 from dml_dist.train.state import TrainState
 
 
@@ -68,4 +69,6 @@ def train_step(
     set_learning_rates(state.optimizer, learning_rate_factor)
     state.optimizer.step()
     state.step += 1
+    for name, rows in state.objective.after_update(state.step).items():
+        forget_rows(state.optimizer, state.owned[name], rows)
     return StepOutput(output.statistics, norm)

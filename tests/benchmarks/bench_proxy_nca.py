@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dml_dist.losses.proxy_nca import proxy_nca_loss
+from dml_dist.losses.proxy_nca_functions import proxy_nca_loss
 
 SCALE = 9.0
 CONTENDERS = ("dml_dist", "pytorch-metric-learning", "dense cross-entropy")

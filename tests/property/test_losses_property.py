@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dml_dist.losses.forms import ProxyShard, RowLoss
 from dml_dist.losses.numerics import Statistics, merge_statistics
-from dml_dist.losses.proxy_nca import ProxyNCA, proxy_nca_loss
+from dml_dist.losses.proxy_nca import ProxyNCA
+from dml_dist.losses.proxy_nca_functions import proxy_nca_loss
 from tests.custom_examples import HardNegativeSoftmax
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)

@@ -15,7 +15,8 @@ from dml_dist.errors import ConfigError
 from dml_dist.losses.build import build_loss
 from dml_dist.losses.chunks import chunk_rows
 from dml_dist.losses.forms import RowLoss
-from dml_dist.losses.proxy_nca import ProxyNCA, proxy_nca_loss
+from dml_dist.losses.proxy_nca import ProxyNCA
+from dml_dist.losses.proxy_nca_functions import proxy_nca_loss
 from dml_dist.parallel.build import proxies_per_class
 from tests.oracles_losses import proxy_nca_oracle
 

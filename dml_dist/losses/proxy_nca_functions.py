@@ -1,0 +1,162 @@
+"""Proxy-NCA of one process, on plain tensors: one shard through the formulas of all its forms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dml_dist.losses.forms import RoundsLoss, RowLoss
+from dml_dist.losses.one_process import loss_of_table, whole_classes
+from dml_dist.losses.proxy_nca import ProxyNCA
+from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA
+from dml_dist.losses.proxy_nca_margin import ProxyNCAMargin
+
+
+def proxy_nca_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor,
+    proxies: Tensor,
+    *,
+    surrogate: Literal["nca", "margin"] = "nca",
+    denominator: Literal["all", "negatives"] = "all",
+    embedding_scale: float = 3.0,
+    proxy_scale: float = 3.0,
+    margin: float = 0.5,
+    margin_reduction: Literal["mean", "sum"] = "mean",
+    proxies_per_class: int = 1,
+    label_smoothing: float = 0.0,
+    class_rows: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    logit_memory_mb: float = 64.0,
+) -> Tensor:
+    """Return Proxy-NCA with static or fractional assignment, a 0-d tensor.
+
+    Args:
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        labels_B: Classes, (B,) int64, 0 .. C - 1.
+        proxies: Proxies, (C K, D), of any length; row c K + k is proxy k of class c. With
+            `class_rows` (P, D).
+        surrogate: `nca`, or `margin`, which uses no scales, denominator and label smoothing.
+        denominator: `all`, or `negatives` as in the paper.
+        embedding_scale: s_x, the length that normalised embeddings are given, > 0.
+        proxy_scale: s_p, the length that normalised proxies are given, > 0.
+        margin: M of the margin surrogate, in squared distances of unit rows, 0 < M < 4.
+        margin_reduction: Of the hinges of a row over its negatives.
+        proxies_per_class: K, >= 1.
+        label_smoothing: Share of the target on the negatives, 0 <= e < 1.
+        class_rows: Row of each class, (C,) int64, where classes share proxies (fractional).
+        class_weights: Weight of each class, (C,); none means equal ones.
+        logit_memory_mb: Bound on the memory for logits in MiB, > 0.
+
+    Raises:
+        ValueError: If shapes, labels or options do not fit.
+    """
+    if class_rows is not None and proxies_per_class != 1:
+        raise ValueError(
+            f"required one proxy a class with class_rows, got proxies_per_class {proxies_per_class}"
+        )
+    units = whole_classes(proxies, proxies_per_class)
+    num_classes = units if class_rows is None else len(class_rows)
+    _check_classes("class_weights", class_weights, num_classes)
+    if class_rows is not None and not bool(((class_rows >= 0) & (class_rows < units)).all()):
+        raise ValueError(f"required class_rows in 0 .. {units - 1}, got others")
+    loss: RowLoss | RoundsLoss
+    if surrogate == "margin":
+        check_margin(margin)
+        loss = ProxyNCAMargin(
+            units,
+            margin,
+            margin_reduction,
+            proxies_per_class,
+            logit_memory_mb,
+            class_rows,
+            class_weights,
+        )
+    else:
+        loss = ProxyNCA(
+            units,
+            denominator,
+            embedding_scale,
+            proxy_scale,
+            proxies_per_class,
+            label_smoothing,
+            logit_memory_mb,
+            class_rows,
+            class_weights,
+        )
+    return loss_of_table(
+        loss, embeddings_BD, labels_B, proxies, num_classes=num_classes, num_units=units
+    )
+
+
+def dynamic_proxy_nca_loss(
+    embeddings_BD: Tensor,
+    labels_B: Tensor | None,
+    proxies_PD: Tensor,
+    *,
+    surrogate: Literal["nca", "margin"] = "nca",
+    denominator: Literal["all", "negatives"] = "all",
+    embedding_scale: float = 3.0,
+    proxy_scale: float = 3.0,
+    margin: float = 0.5,
+    margin_reduction: Literal["mean", "sum"] = "mean",
+    logit_memory_mb: float = 64.0,
+) -> Tensor:
+    """Return Proxy-NCA with dynamic assignment, a 0-d tensor.
+
+    Args:
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        labels_B: Classes, (B,) int64, >= 0: negatives are the proxies nearest to samples of other
+            classes; None: all proxies but the nearest are.
+        proxies_PD: Proxies, (P, D), P >= 2, of any length.
+        surrogate: `nca`, or `margin`, which uses no scales and denominator.
+        denominator: `all`, or `negatives` as in the paper.
+        embedding_scale: s_x, the length that normalised embeddings are given, > 0.
+        proxy_scale: s_p, the length that normalised proxies are given, > 0.
+        margin: M of the margin surrogate, in squared distances of unit rows, 0 < M < 4.
+        margin_reduction: Of the hinges of a row over its negatives.
+        logit_memory_mb: Bound on the memory for logits in MiB, > 0.
+
+    Raises:
+        ValueError: If shapes, labels or options do not fit.
+    """
+    if len(proxies_PD) < 2:
+        raise ValueError(f"required at least 2 proxies, got {len(proxies_PD)}")
+    check_margin(margin)
+    loss = DynamicProxyNCA(
+        len(proxies_PD),
+        surrogate,
+        denominator,
+        embedding_scale,
+        proxy_scale,
+        margin,
+        margin_reduction,
+        labels_B is not None,
+        logit_memory_mb,
+    )
+    if labels_B is None:
+        labels_B = torch.zeros(len(embeddings_BD), dtype=torch.int64, device=embeddings_BD.device)
+    num_classes = int(labels_B.max()) + 1 if len(labels_B) else 1
+    return loss_of_table(
+        loss,
+        embeddings_BD,
+        labels_B,
+        proxies_PD,
+        num_classes=num_classes,
+        num_units=len(proxies_PD),
+    )
+
+
+def check_margin(margin: float) -> None:
+    """Raise ValueError for a margin that no, or every, pair of squared distances keeps."""
+    if not 0 < margin < 4:
+        raise ValueError(
+            f"required a margin between 0 and 4, the squared distances of unit rows, got {margin}"
+        )
+
+
+def _check_classes(name: str, values: Tensor | None, num_classes: int) -> None:
+    if values is not None and values.shape != (num_classes,):
+        raise ValueError(f"required {name} of shape ({num_classes},), got {tuple(values.shape)}")
