@@ -13,8 +13,9 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from dml_dist.data.decode import decode_image
 from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.index import Index
-from dml_dist.data.plans import BatchPlan, locate, rank_positions
+from dml_dist.data.plans import BatchPlan, global_batches, rank_positions
 from dml_dist.data.reader import ShardReader
+from dml_dist.data.systematic import FollowedPlan
 from dml_dist.data.transforms import Transform
 from dml_dist.errors import ConfigError, DmlDistError
 from dml_dist.topology import Topology
@@ -59,17 +60,17 @@ class BatchRequest:
 
 
 class PlanSampler(Sampler[BatchRequest]):
-    """This rank's part of every step of a plan; computes one epoch at a time, when it is reached.
+    """This rank's part of every step of a plan.
 
     Args:
-        plan: The global batches.
+        plan: The global batches, or a plan with the states that it follows.
         topology: This rank.
         start_step: First global step.
         end_step: Global step after the last.
     """
 
     def __init__(
-        self, plan: BatchPlan, topology: Topology, *, start_step: int, end_step: int
+        self, plan: BatchPlan | FollowedPlan, topology: Topology, *, start_step: int, end_step: int
     ) -> None:
         self.plan = plan
         self.topology = topology
@@ -80,14 +81,14 @@ class PlanSampler(Sampler[BatchRequest]):
         return max(0, self.end_step - self.start_step)
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        epoch_at_hand, batches = -1, list[np.ndarray]()
-        for step in range(self.start_step, self.end_step):
-            epoch, place = locate(step, self.plan.steps_per_epoch)
-            if epoch != epoch_at_hand:
-                epoch_at_hand, batches = epoch, self.plan.epoch(epoch)
-            rows = batches[place]
+        for step, rows in self._global_batches():
             low, high = rank_positions(len(rows), self.topology.world_size, self.topology.rank)
             yield BatchRequest(step, low, rows[low:high])
+
+    def _global_batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        if isinstance(self.plan, FollowedPlan):
+            return self.plan.global_batches(self.start_step, self.end_step)
+        return global_batches(self.plan, self.start_step, self.end_step)
 
 
 class ShardDataset(Dataset[Batch | DmlDistError]):

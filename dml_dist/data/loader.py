@@ -26,6 +26,7 @@ from dml_dist.data.batches import Batch, BatchRequest, PlanSampler, ShardDataset
 from dml_dist.data.index import Index
 from dml_dist.data.plans import BatchPlan, ShuffledPlan, evaluation_batches
 from dml_dist.data.staging import StagedRequests
+from dml_dist.data.systematic import FollowedPlan
 from dml_dist.data.transforms import Transform
 from dml_dist.errors import DmlDistError, LoaderLostError, RunError
 from dml_dist.partition import part_bounds
@@ -175,7 +176,7 @@ def worker_death(error: Exception) -> LoaderLostError | None:
 
 def train_loader(
     index: Index,
-    plan: BatchPlan,
+    plan: BatchPlan | FollowedPlan,
     transform: Transform,
     *,
     seed: int,
@@ -191,7 +192,7 @@ def train_loader(
 
     Args:
         index: Where images are.
-        plan: The global batches.
+        plan: The global batches, or a plan with the states that it follows.
         transform: How images become tensors.
         seed: Seed of the random views.
         topology: This rank.
@@ -212,8 +213,10 @@ def train_loader(
     )
 
 
-def plan_tar_shards(index: Index, plan: BatchPlan) -> np.ndarray:
+def plan_tar_shards(index: Index, plan: BatchPlan | FollowedPlan) -> np.ndarray:
     """Return the tar shards that an epoch's batches are read from, rising."""
+    if isinstance(plan, FollowedPlan):
+        return np.unique(index.tar_shard[plan.rows])
     return np.unique(index.tar_shard[np.concatenate(plan.epoch(0))])
 
 

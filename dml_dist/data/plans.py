@@ -8,6 +8,7 @@ arithmetic: step `s` is batch `s mod steps_per_epoch` of epoch `s div steps_per_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -221,6 +222,21 @@ def build_plan(
 def locate(step: int, steps_per_epoch: int) -> tuple[int, int]:
     """Return `(epoch, step inside the epoch)` of a global step; both count from 0."""
     return divmod(step, steps_per_epoch)
+
+
+def global_batches(
+    plan: BatchPlan, start_step: int, end_step: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Give (step, (b,) index rows) from `start_step` to `end_step` - 1.
+
+    One epoch is computed at a time, when it is reached.
+    """
+    epoch_at_hand, batches = -1, list[np.ndarray]()
+    for step in range(start_step, end_step):
+        epoch, place = locate(step, plan.steps_per_epoch)
+        if epoch != epoch_at_hand:
+            epoch_at_hand, batches = epoch, plan.epoch(epoch)
+        yield step, batches[place]
 
 
 def rank_positions(batch_size: int, world_size: int, rank: int) -> tuple[int, int]:

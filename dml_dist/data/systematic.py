@@ -187,6 +187,29 @@ def systematic_batches(
         yield step, next(batches)
 
 
+@dataclass(frozen=True, eq=False)
+class FollowedPlan:
+    """A systematic plan with the states that it follows, for a sampler.
+
+    Attributes:
+        plan: The plan.
+        states: By rising first step; looked at again at every step (`systematic_batches`).
+    """
+
+    plan: SystematicPlan
+    states: Sequence[PlanState]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows that any batch may hold, (n,) int64."""
+        return self.plan.rows
+
+    def global_batches(self, start_step: int, end_step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Give (step, (P K,) index rows) from `start_step` to `end_step` - 1."""
+        for step, batch in systematic_batches(self.plan, self.states, start_step, end_step):
+            yield step, batch.rows
+
+
 def draw_representatives(
     rows: np.ndarray, labels: np.ndarray, *, seed: int, problem: int, number: int
 ) -> np.ndarray:
