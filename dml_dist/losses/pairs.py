@@ -111,6 +111,13 @@ def pair_distances(anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
     return distances
 
 
+_NEAR = 1e-2
+"""Below this a matrix product would lose digits of the pair's difference; few are so near."""
+
+_NEAR_NUMBERS = 1 << 22
+"""Numbers of the differences of near pairs that are held at a time."""
+
+
 class _PairDistances(Function):
     @staticmethod
     def forward(ctx: Any, anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
@@ -125,8 +132,16 @@ class _PairDistances(Function):
     def backward(ctx: Any, grad_AG: Tensor) -> tuple[Tensor, Tensor]:
         anchors_AD, rows_GD, distances_AG = ctx.saved_tensors
         weights_AG = torch.where(distances_AG > 0, grad_AG / distances_AG, 0.0)
-        of_anchors = anchors_AD * weights_AG.sum(dim=1, keepdim=True) - weights_AG @ rows_GD
-        of_rows = rows_GD * weights_AG.sum(dim=0)[:, None] - weights_AG.T @ anchors_AD
+        near_AG = (distances_AG < _NEAR) & (weights_AG != 0)
+        far_AG = weights_AG.masked_fill(near_AG, 0.0)
+        of_anchors = anchors_AD * far_AG.sum(dim=1, keepdim=True) - far_AG @ rows_GD
+        of_rows = rows_GD * far_AG.sum(dim=0)[:, None] - far_AG.T @ anchors_AD
+        chunk = max(1, _NEAR_NUMBERS // max(1, rows_GD.shape[1]))
+        for pairs_Q2 in near_AG.nonzero().split(chunk):
+            i_Q, j_Q = pairs_Q2.unbind(dim=1)
+            pulls_QD = weights_AG[i_Q, j_Q, None] * (anchors_AD[i_Q] - rows_GD[j_Q])
+            of_anchors.index_add_(0, i_Q, pulls_QD)
+            of_rows.index_add_(0, j_Q, pulls_QD, alpha=-1)
         return of_anchors, of_rows
 
 
