@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from dml_dist.data.transforms import build_transform
     from dml_dist.data.write_shards import import_dataset
     from dml_dist.evaluation.retrieval import evaluate
+    from dml_dist.losses.pairs import contrastive_loss
+    from dml_dist.losses.pairs_margin import margin_loss
+    from dml_dist.losses.pairs_multi_similarity import multi_similarity_loss
+    from dml_dist.losses.pairs_triplet import triplet_loss
     from dml_dist.losses.proxy_anchor import proxy_anchor_loss
     from dml_dist.losses.proxy_nca_functions import dynamic_proxy_nca_loss, proxy_nca_loss
     from dml_dist.losses.soft_triple import soft_triple_loss
@@ -37,15 +41,19 @@ _HOMES = {
     "build_objective": "parallel.build",
     "build_plan": "data.plans",
     "build_transform": "data.transforms",
+    "contrastive_loss": "losses.pairs",
     "cosface_loss": "losses.softmax",
     "dynamic_proxy_nca_loss": "losses.proxy_nca_functions",
     "evaluate": "evaluation.retrieval",
     "import_dataset": "data.write_shards",
+    "margin_loss": "losses.pairs_margin",
+    "multi_similarity_loss": "losses.pairs_multi_similarity",
     "normalized_softmax_loss": "losses.softmax",
     "proxy_anchor_loss": "losses.proxy_anchor",
     "proxy_nca_loss": "losses.proxy_nca_functions",
     "read_index": "data.index",
     "soft_triple_loss": "losses.soft_triple",
+    "triplet_loss": "losses.pairs_triplet",
 }
 
 __all__ = [
@@ -59,15 +67,19 @@ __all__ = [
     "build_objective",
     "build_plan",
     "build_transform",
+    "contrastive_loss",
     "cosface_loss",
     "dynamic_proxy_nca_loss",
     "evaluate",
     "import_dataset",
+    "margin_loss",
+    "multi_similarity_loss",
     "normalized_softmax_loss",
     "proxy_anchor_loss",
     "proxy_nca_loss",
     "read_index",
     "soft_triple_loss",
+    "triplet_loss",
 ]
 
 
