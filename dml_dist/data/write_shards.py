@@ -160,7 +160,7 @@ def _accepted(index: Index, on_broken: OnBroken) -> Index:
     if on_broken == "raise" and summary is not None and summary.num_skipped:
         raise DataError(
             f"every image must be readable, and this import into {index.root} has skipped "
-            f"{summary.num_skipped}, listed in {SKIPPED_NAME}; accept that (on_broken: skip), or "
+            f"{summary.num_skipped}, listed in {SKIPPED_NAME}; accept that (--on-broken skip), or "
             "repair them and import into a new folder"
         )
     return index
@@ -266,8 +266,8 @@ def _write_missing(
         raise DataError(
             f"every image must be readable, {len(problems)} are not:\n  "
             + "\n  ".join(problems[:_MAX_PROBLEMS])
-            + "\nrepair them and run the import again, leave them out (on_broken: skip), or remove "
-            "them and start in a new folder"
+            + "\nrepair them and run the import again, leave them out (--on-broken skip), or "
+            "remove them and start in a new folder"
         )
 
 

@@ -116,10 +116,10 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
             description=describe(dataset),
             progress=lambda done, total: display(phase("write shards", done, total)),
         )
-    splits, counts = np.unique(index.split.astype(str), return_counts=True)
-    for split, count in zip(splits.tolist(), counts.tolist(), strict=True):
-        num_classes = len(np.unique(index.label[index.rows(split)]))
-        _say(console, f"{split}: {count:,} images of {num_classes:,} classes")
+    for split in sorted(set(index.split.tolist()), key=lambda name: (name != "train", name)):
+        rows = index.rows(split)
+        num_classes = len(np.unique(index.label[rows]))
+        _say(console, f"{split}: {len(rows):,} images of {num_classes:,} classes")
     summary = read_summary(out)
     for line in [] if summary is None else summary.lines(out):
         _say(console, line)

@@ -95,7 +95,7 @@ def test_a_tar_shard_of_broken_images_only_is_not_written(tmp_path: Path) -> Non
 
 def test_what_was_skipped_is_not_forgotten(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"7 are not:(.|\n)*leave them out \(on_broken: skip\)"):
+    with pytest.raises(DataError, match=r"7 are not:(.|\n)*leave them out \(--on-broken skip\)"):
         run(raw, out, "raise")
     before = keys_of(run(raw, out))
     assert keys_of(run(raw, out)) == before
