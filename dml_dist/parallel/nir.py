@@ -27,6 +27,7 @@ from dml_dist.losses.nir import Link, continued_linearly, linked, negative_log_l
 from dml_dist.losses.numerics import Merge, normalize_rows
 from dml_dist.parallel.collectives import merge_over_ranks, times_world_size
 from dml_dist.parallel.proxies import (
+    GlobalBatch,
     Objective,
     ObjectiveOutput,
     OwnedBuffer,
@@ -98,22 +99,19 @@ class NIRObjective(Objective):
         own = {f"flow.{name}": value for name, value in self.flow.named_parameters()}
         return {**self.beneath.replicated_parameters(), **own}
 
-    def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
-    ) -> ObjectiveOutput:
-        beneath = self.beneath._output(embeddings_BD, labels_G, batch_sizes, step)
-        low = sum(batch_sizes[: self.comm.rank])
-        high = low + batch_sizes[self.comm.rank]
-        conditions_GD = self._conditions(labels_G)
+    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
+        beneath = self.beneath._output(embeddings_BD, batch)
+        own, num_rows = batch.part(self.comm.rank), len(batch.labels_G)
+        conditions_GD = self._conditions(batch.labels_G)
         rows_BD = normalize_rows(embeddings_BD.to(conditions_GD.dtype))
-        rows_BD = self._with_noise(rows_BD, len(labels_G), low, high, step)
-        targets = self.gradients_to if step >= self.warmup_steps else frozenset({"flow"})
+        rows_BD = self._with_noise(rows_BD, num_rows, own, batch.step)
+        targets = self.gradients_to if batch.step >= self.warmup_steps else frozenset({"flow"})
         if "embeddings" not in targets:
             rows_BD = rows_BD.detach()
         if "proxies" not in targets:
             conditions_GD = conditions_GD.detach()
         rows_BD = times_world_size(rows_BD, self.comm)
-        nll_B = negative_log_likelihood(*self._flow(rows_BD, conditions_GD[low:high], targets))
+        nll_B = negative_log_likelihood(*self._flow(rows_BD, conditions_GD[own], targets))
         sums = {
             "nir": linked(nll_B, self.link).sum(),
             "flow_nll": nll_B.detach().sum(),
@@ -122,7 +120,7 @@ class NIRObjective(Objective):
         sums = {name: value.to(nll_B.dtype) for name, value in sums.items()}
         merges: dict[str, Merge] = dict.fromkeys(sums, "sum")
         total = {
-            name: value / len(labels_G)
+            name: value / num_rows
             for name, value in merge_over_ranks(sums, merges, self.comm).items()
         }
         loss = self.flow_weight * total["nir"] + self.loss_weight * beneath.loss
@@ -159,11 +157,11 @@ class NIRObjective(Objective):
         z_BD, log_det_B = torch.func.functional_call(self.flow, state, (rows_BD, conditions_BD))
         return z_BD, log_det_B
 
-    def _with_noise(self, rows_BD: Tensor, num_rows: int, low: int, high: int, step: int) -> Tensor:
+    def _with_noise(self, rows_BD: Tensor, num_rows: int, own: slice, step: int) -> Tensor:
         """Return the rows with noise that is drawn for the whole batch: the same for any W."""
         if self.noise == 0:
             return rows_BD
         name = np.random.SeedSequence((self.seed, _NOISE_STREAM, step))
         drawn = np.random.Generator(np.random.Philox(name)).random((num_rows, rows_BD.shape[1]))
-        noise_BD = torch.from_numpy(drawn[low:high]).to(rows_BD)
+        noise_BD = torch.from_numpy(drawn[own]).to(rows_BD)
         return normalize_rows(rows_BD + self.noise * noise_BD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from dml_dist.parallel.collectives import (
     merge_over_ranks,
 )
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import EMBEDDINGS, Objective, ObjectiveOutput, OwnedRows
+from dml_dist.parallel.proxies import EMBEDDINGS, GlobalBatch, Objective, ObjectiveOutput, OwnedRows
 from dml_dist.parallel.tables import fetch_rows
 from dml_dist.partition import part_bounds
 
@@ -31,16 +30,14 @@ class PairObjective(Objective):
         super().__init__(num_classes, comm)
         self.loss = loss
 
-    def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
-    ) -> ObjectiveOutput:
+    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
         embeddings_GD = gather_rows_of_whole(
             embeddings_BD.to(accurate_dtype(embeddings_BD)),
-            batch_sizes,
+            batch.sizes,
             self.comm,
             what=EMBEDDINGS,
         )
-        return ObjectiveOutput(self.loss(embeddings_GD, labels_G), {})
+        return ObjectiveOutput(self.loss(embeddings_GD, batch.labels_G), {})
 
 
 class AnchorObjective(Objective):
@@ -64,26 +61,25 @@ class AnchorObjective(Objective):
         self.seed = seed
         self.dtype = dtype
 
-    def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
-    ) -> ObjectiveOutput:
+    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
         dtype = torch.promote_types(accurate_dtype(embeddings_BD), self.dtype)
         embeddings_GD = gather_rows_of_parts(
-            embeddings_BD.to(dtype), batch_sizes, self.comm, what=EMBEDDINGS
+            embeddings_BD.to(dtype), batch.sizes, self.comm, what=EMBEDDINGS
         )
-        low = sum(batch_sizes[: self.comm.rank])
-        batch = AnchorBatch(
+        own = batch.part(self.comm.rank)
+        anchors = AnchorBatch(
             embeddings_GD,
-            labels_G,
-            low,
-            low + batch_sizes[self.comm.rank],
+            batch.labels_G,
+            own.start,
+            own.stop,
+            is_representative_G=batch.is_representative_G,
             seed=self.seed,
-            step=step,
+            step=batch.step,
         )
-        betas_G = self._betas(labels_G)
+        betas_G = self._betas(batch.labels_G)
         if betas_G is not None:
-            batch = replace(batch, betas_A=betas_G[batch.low : batch.high].to(dtype))
-        partial = self.loss.anchor_partial(batch)
+            anchors = replace(anchors, betas_A=betas_G[own].to(dtype))
+        partial = self.loss.anchor_partial(anchors)
         total = merge_over_ranks(partial, self.loss.merges, self.comm)
         with torch.no_grad():
             statistics = self.loss.statistics(total)

@@ -49,6 +49,7 @@ EMBEDDINGS = "embeddings of the global batch"
 """Name of that collective in errors."""
 
 _LABELS = "labels of the global batch"
+_REPRESENTATIVES = "representatives of the global batch"
 
 PROXIES = "proxies"
 """Name of the table of proxies; what else a loss learns has another learning rate."""
@@ -86,6 +87,29 @@ class OwnedBuffer(NamedTuple):
     num_rows_total: int
 
 
+@dataclass(frozen=True, eq=False)
+class GlobalBatch:
+    """What every rank knows of a step.
+
+    Attributes:
+        labels_G: Class ids of all rows, (G,) int64.
+        sizes: Rows of each rank.
+        step: Updates made so far, which names what a loss draws.
+        is_representative_G: Which rows are representatives of their classes, (G,) bool; None when
+            pairs of all rows count.
+    """
+
+    labels_G: Tensor
+    sizes: Sequence[int]
+    step: int = 0
+    is_representative_G: Tensor | None = None
+
+    def part(self, rank: int) -> slice:
+        """Return the rows of a rank."""
+        low = sum(self.sizes[:rank])
+        return slice(low, low + self.sizes[rank])
+
+
 class Objective(nn.Module):
     """The loss of the global batch as a function of this rank's rows. Never wrapped in DDP."""
 
@@ -101,6 +125,7 @@ class Objective(nn.Module):
         batch_sizes: Sequence[int],
         *,
         step: int = 0,
+        is_representative_B: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the loss of the global batch; a collective, called by every rank.
 
@@ -110,6 +135,8 @@ class Objective(nn.Module):
             labels_B: Their class ids, (B,) int64, 0 .. num_classes - 1.
             batch_sizes: Rows of each rank, the same on every rank; batch_sizes[rank] = B.
             step: Updates made so far, which names what a loss draws; the same on every rank.
+            is_representative_B: Which of the rows are representatives, (B,) bool: a loss of pairs
+                or triplets counts those that hold one. None counts all, on every rank.
 
         Raises:
             ValueError: If shapes or class ids do not fit; class ids on every rank alike.
@@ -119,7 +146,13 @@ class Objective(nn.Module):
             labels_G = self.comm.all_gather_rows(labels_B, batch_sizes, what=_LABELS)
             # After the gather, so that one rank's bad label ends all ranks alike.
             check_labels(labels_G, sum(batch_sizes), self.num_classes)
-            output = self._output(embeddings_BD, labels_G, batch_sizes, step)
+            representatives_G = None
+            if is_representative_B is not None:
+                representatives_G = self.comm.all_gather_rows(
+                    is_representative_B, batch_sizes, what=_REPRESENTATIVES
+                )
+            batch = GlobalBatch(labels_G, batch_sizes, step, representatives_G)
+            output = self._output(embeddings_BD, batch)
         loss = output.loss
         if labels_G.device.type != "cpu":
             # A device is not waited for to look at its labels: a wrong one makes the loss NaN.
@@ -163,9 +196,7 @@ class Objective(nn.Module):
         """
         sum_gradients(list(self.replicated_parameters().values()), self.comm)
 
-    def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
-    ) -> ObjectiveOutput:
+    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
         raise NotImplementedError
 
 
@@ -208,20 +239,18 @@ class ProxyObjective(Objective):
         rows = OwnedRows(self.proxies, shard.row_low, shard.row_high, shard.num_rows)
         return {PROXIES: rows}
 
-    def _output(
-        self, embeddings_BD: Tensor, labels_G: Tensor, batch_sizes: Sequence[int], step: int
-    ) -> ObjectiveOutput:
+    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
         embeddings_GD = gather_rows_of_parts(
-            embeddings_BD.to(self.proxies.dtype), batch_sizes, self.comm, what=EMBEDDINGS
+            embeddings_BD.to(self.proxies.dtype), batch.sizes, self.comm, what=EMBEDDINGS
         )
         total: Statistics = {}
         for round_ in rounds_of(self.loss):
             known = {name: value.detach() for name, value in total.items()}
-            partial = round_.partial(embeddings_GD, labels_G, self.proxies, self.shard, known)
+            partial = round_.partial(embeddings_GD, batch.labels_G, self.proxies, self.shard, known)
             total |= merge_over_ranks(partial, round_.merges, self.comm)
         with torch.no_grad():
             statistics = self.loss.statistics(total)
-            statistics |= self._observe(embeddings_GD, labels_G, total)
+            statistics |= self._observe(embeddings_GD, batch.labels_G, total)
         return ObjectiveOutput(self.loss.finish(total), statistics)
 
     def _observe(
