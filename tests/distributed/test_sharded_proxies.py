@@ -6,9 +6,7 @@ concatenated batch, in float64, with plain autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dml_dist.config.objective import CustomLossConfig, LossConfig, ProxyNCAConfig
+from dml_dist.config.objective import ProxyNCAConfig
 from dml_dist.errors import TopologyError
 from dml_dist.parallel.build import build_objective, bytes_per_step
 from dml_dist.parallel.comm import Comm
@@ -24,74 +22,10 @@ from dml_dist.parallel.process_group import init
 from dml_dist.parallel.proxies import Objective
 from dml_dist.partition import part_sizes
 from dml_dist.topology import Topology
-from tests.oracles_losses import (
-    contrastive_pairs_oracle,
-    hard_negative_softmax_oracle,
-    proxy_nca_oracle,
-)
+from tests.distributed.loss_cases import CASES, SEED, Case
 from tests.ranks import run_ranks
 
 INPUT, DIM = 6, 4
-
-
-@dataclass(frozen=True)
-class Case:
-    """One objective and one batch; labels are for the global batch."""
-
-    name: str
-    loss: LossConfig
-    num_classes: int = 7
-    labels: tuple[int, ...] = (0, 3, 3, 6, 1, 0, 5, 3)
-    zero_rows: tuple[int, ...] = ()
-    equal_rows: tuple[int, int] | None = None
-    zero_proxy: int | None = None
-    proxies_per_class: int = 1
-    oracle: Callable[..., Tensor] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def _nca(name: str, *, memory: float = 64.0, **rest: Any) -> Case:
-    of_case = {key: rest.pop(key) for key in tuple(rest) if key in Case.__dataclass_fields__}
-    per_class = rest.get("proxies_per_class", of_case.get("proxies_per_class", 1))
-    rest["proxies_per_class"] = per_class
-    of_case["proxies_per_class"] = per_class
-    loss = ProxyNCAConfig(logit_memory_mb=memory, **rest)
-    return Case(name, loss, oracle=proxy_nca_oracle, options=rest, **of_case)
-
-
-ONE_ROW = 1e-9
-CASES = (
-    _nca("all"),
-    _nca("negatives", denominator="negatives"),
-    _nca("smoothing", label_smoothing=0.1, embedding_scale=1.0, proxy_scale=8.0),
-    _nca("three proxies", proxies_per_class=3, num_classes=5, labels=(0, 3, 3, 4, 1, 0, 2)),
-    _nca(
-        "three proxies, smoothing, chunks of a row",
-        proxies_per_class=3,
-        label_smoothing=0.2,
-        memory=ONE_ROW,
-    ),
-    _nca("three proxies, negatives", proxies_per_class=3, denominator="negatives"),
-    _nca("one class, chunks of a row", labels=(2,) * 8, memory=ONE_ROW),
-    _nca("zero rows, equal rows", zero_rows=(1, 4), equal_rows=(0, 5)),
-    _nca("zero proxy", zero_proxy=4),
-    _nca("a class a rank", num_classes=3, labels=(0, 1, 2, 2)),
-    Case(
-        "custom, row form",
-        CustomLossConfig(
-            target="tests.custom_examples:HardNegativeSoftmax",
-            options={"scale": 8.0, "margin": 0.3},
-        ),
-        oracle=hard_negative_softmax_oracle,
-        options={"scale": 8.0, "margin": 0.3},
-    ),
-    Case(
-        "custom, pair form",
-        CustomLossConfig(target="tests.custom_examples:ContrastivePairs", options={"margin": 1.5}),
-        oracle=contrastive_pairs_oracle,
-        options={"margin": 1.5},
-    ),
-)
 
 
 class Network(nn.Module):
@@ -143,7 +77,8 @@ def _table(case: Case, objective: Objective, comm: Comm) -> Tensor:
     for parameter, low, high, total in objective.owned_parameters().values():
         if case.zero_proxy is not None and low <= case.zero_proxy < high:
             parameter.data[case.zero_proxy - low] = 0
-        sizes = [n * case.proxies_per_class for n in part_sizes(case.num_classes, comm.world_size)]
+        k = case.proxies_per_class
+        sizes = [n * k for n in part_sizes(total // k, comm.world_size)]
         table = comm.all_gather_rows(parameter.detach(), sizes)
         assert len(table) == total
         return table
@@ -165,9 +100,10 @@ def _check_case(case: Case, comm: Comm) -> None:
         case.loss,
         num_classes=case.num_classes,
         embedding_size=DIM,
-        seed=5,
+        seed=SEED,
         comm=comm,
         dtype=torch.float64,
+        class_sizes=case.class_sizes,
     )
     torch.manual_seed(3)
     network = Network().double()
