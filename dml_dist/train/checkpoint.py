@@ -26,6 +26,7 @@ from dml_dist.train.checkpoint_files import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
+    PROJECTIONS,
     Manifest,
     PartFile,
     checkpoint_folders,
@@ -149,6 +150,8 @@ def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
         if replicated := state.replicated:
             values = {name: parameter.detach() for name, parameter in replicated.items()}
             parts.append(write_part(folder, LOSS, values))
+        if state.projections is not None:
+            parts.append(write_part(folder, PROJECTIONS, state.projections.state_dict()))
     for name, (parameter, low, high, _) in _owned(state).items():
         rows, scalars = split_rows(parameter, states.get(OWNED_PREFIX + name, {}))
         value = {"values": parameter.detach(), "rows": rows, "shared": scalars}
@@ -197,6 +200,8 @@ def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
     state.model.load_state_dict(read_part(folder, MODEL))
     states: dict[str, State] = read_part(folder, OPTIMIZER)
     _load_replicated(folder, manifest, state)
+    if state.projections is not None:
+        state.projections.load_state_dict(read_part(folder, PROJECTIONS))
     for name, (parameter, low, high, num_rows) in _owned(state).items():
         values, states[OWNED_PREFIX + name] = _read_rows(folder, manifest, name, low, high)
         saved = max((file.high for file in manifest.files if file.table == name), default=0)

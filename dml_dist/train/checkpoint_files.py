@@ -4,6 +4,7 @@
         model.pt                 the network's state dict
         optim.pt                 optimiser state of what every rank holds, by name
         loss.pt                  what the loss learns beside tables, by name; only if it does
+        projections.pt           problem, representatives, last solution; only under projections
         proxies-0-250.pt         rows 0 .. 249 of the table "proxies" and their optimiser state
         proxies-250-500.pt
         manifest.json            what belongs to it: sizes, crc32, ranges, configuration
@@ -36,6 +37,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.pt"
 OPTIMIZER = "optim.pt"
 LOSS = "loss.pt"
+PROJECTIONS = "projections.pt"
 BEST = "best.json"
 """Beside the checkpoints: which of them is the best."""
 

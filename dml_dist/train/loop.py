@@ -24,6 +24,7 @@ from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
 from dml_dist.train.meter import Meter
 from dml_dist.train.plan import RunPlan
+from dml_dist.train.projections import Projections
 from dml_dist.train.resume import check_plan, check_resume
 from dml_dist.train.schedule import learning_rate_factor
 from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
@@ -62,9 +63,14 @@ def train(
         pretrained=found is None,
         class_sizes=plan.class_sizes,
     )
+    if config.projections is not None:
+        assert around.projections is not None
+        state.projections = Projections(config.projections, around.projections, comm)
     loop = _Loop(config, plan, state, around)
     if found:
         loop.go_on_from(*found)
+    elif state.projections is not None:
+        state.projections.begin(state.model)
     start_step = state.step
     loop.run()
     assert loop.last is not None
@@ -133,6 +139,8 @@ class _Loop:
                 f"{state.comm.rank}, got batch {batch.step} with {len(batch.labels)}; "
                 "the loader and the plan must be made from the same data and configuration"
             )
+        if projections := state.projections:
+            projections.before_step(state.model, step)
         self._seed(step)
         device = state.comm.device
         labels = torch.from_numpy(self.around.class_ids(batch.labels.numpy()))
@@ -144,11 +152,20 @@ class _Loop:
             learning_rate_factor=self._factor(step),
             max_grad_norm=config.train.max_grad_norm,
             update_backbone=step >= config.train.backbone_warmup_epochs * self.plan.steps_per_epoch,
+            is_representative=self._representatives(batch),
+            proximal=projections.term if projections else None,
         )
         values = dict(output.statistics)
         if output.gradient_norm is not None:
             values["gradient_norm"] = output.gradient_norm
         self.meter.add(values, sum(sizes), data_seconds)
+
+    def _representatives(self, batch: Batch) -> torch.Tensor | None:
+        """Return which images of a batch are representatives; None when all pairs count."""
+        if self.state.projections is None:
+            return None
+        found = self.state.projections.is_representative(batch.rows.numpy(), batch.step)
+        return None if found is None else torch.from_numpy(found).to(self.state.comm.device)
 
     def _seed(self, step: int) -> None:
         """Make what the network draws depend on seed, step and rank: a resumed run repeats it."""
@@ -173,7 +190,9 @@ class _Loop:
         """Log, validate and save where it is due; all ranks decide alike."""
         step = self.state.step
         validates, saves = self._validates(step), self._saves(step)
-        pauses = saves or validates or self._tests(step)
+        projections = self.state.projections
+        prepares = projections is not None and projections.prepares_after(step)
+        pauses = saves or validates or self._tests(step) or prepares
         # A record at every pause, too: nothing is measured or saved after a bad loss, and the means
         # of a resumed run run over the same steps as those of an uninterrupted one.
         if pauses or step % self.config.train.log_every == 0:
@@ -182,10 +201,14 @@ class _Loop:
             return
         share_buffers(self.state.model, self.state.comm)
         check_finite(self.state)
-        improved = self._validate(step) if validates else False
+        map_at_r = self._validate(step) if validates else None
+        improved = map_at_r is not None and self._is_best(step, map_at_r)
         if self._tests(step):
             metrics = self._measure("test", step)
             self._write_evaluation(step, "test", metrics, protocol="literature")
+        if projections is not None:
+            # Before the checkpoint, which has to hold what the loader will follow.
+            projections.after_step(self.state.model, step, map_at_r)
         if saves or improved:
             self._save()
         self.meter.restart()
@@ -211,6 +234,8 @@ class _Loop:
         first = step - self.meter.num_steps + 1
         reading = self.meter.read()
         values = reading.values
+        if self.state.projections is not None:
+            values |= self.state.projections.record(self.state.model)
         if self.around.step_records is not None:
             lr = self.config.optim.lr * self._factor(step - 1)
             self.around.step_records.write(
@@ -234,14 +259,17 @@ class _Loop:
             event = ProgressEvent(self.state.step, self.plan.total_steps, loss, images_per_second)
             self.around.report(event)
 
-    def _validate(self, step: int) -> bool:
-        """Measure the classes held out; return whether they never were better."""
+    def _validate(self, step: int) -> float:
+        """Measure the classes held out; return their MAP@R."""
         metrics = self._measure("validation", step)
         self._write_evaluation(step, "validation", metrics, protocol="validation")
-        value = float(metrics["map_at_r"])
-        if math.isnan(value) or (self.best is not None and value <= self.best.map_at_r):
+        return float(metrics["map_at_r"])
+
+    def _is_best(self, step: int, map_at_r: float) -> bool:
+        """Return whether no validation was as good, and note it then."""
+        if math.isnan(map_at_r) or (self.best is not None and map_at_r <= self.best.map_at_r):
             return False
-        self.best = Best(self._manifest().folder, step, value)
+        self.best = Best(self._manifest().folder, step, map_at_r)
         return True
 
     def _measure(self, split: Literal["validation", "test"], step: int) -> dict[str, float]:

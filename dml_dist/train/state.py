@@ -21,6 +21,7 @@ from dml_dist.parallel.build import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.proxies import Objective
 from dml_dist.train.optim import build_optimizer, parameter_groups
+from dml_dist.train.projections import Projections
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class TrainState:
         comm: The ranks.
         precision: The arithmetic.
         step: Number of updates made.
+        projections: The course of alternating projections; None without them.
     """
 
     model: EmbeddingModel
@@ -62,6 +64,7 @@ class TrainState:
     comm: Comm
     precision: Precision
     step: int
+    projections: Projections | None = None
 
     @property
     def owned(self) -> dict[str, Parameter]:

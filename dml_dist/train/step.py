@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dml_dist.train.optim import clip_gradients, set_learning_rates
 from dml_dist.train.optim_state import forget_rows
+from dml_dist.train.proximal import ProximalTerm
 from dml_dist.train.state import TrainState
 
 
@@ -35,6 +36,8 @@ def train_step(
     learning_rate_factor: float,
     max_grad_norm: float | None = None,
     update_backbone: bool = True,
+    is_representative: Tensor | None = None,
+    proximal: ProximalTerm | None = None,
 ) -> StepOutput:
     """Make one update; every rank calls this with its part of the global batch.
 
@@ -51,12 +54,21 @@ def train_step(
         max_grad_norm: Bound on the norm of all gradients together, or None.
         update_backbone: False leaves the backbone, its running statistics and its optimiser state
             as they are.
+        is_representative: Which images are representatives of their classes, (b,) bool; None on
+            every rank when all pairs count.
+        proximal: Draws the weights to an earlier solution.
     """
     state.model.hold_backbone(not update_backbone)
     state.optimizer.zero_grad(set_to_none=True)
     with state.precision.context(images.device.type):
         embeddings = state.network(images)
-    output = state.objective(embeddings, labels, batch_sizes, step=state.step)
+    output = state.objective(
+        embeddings,
+        labels,
+        batch_sizes,
+        step=state.step,
+        is_representative_B=is_representative,
+    )
     with state.comm.guard("gradients"):
         output.loss.backward()
     state.objective.sum_replicated_gradients()
@@ -66,6 +78,8 @@ def train_step(
     if max_grad_norm is not None:
         shared = [*state.model.parameters(), *state.replicated.values()]
         norm = clip_gradients(shared, state.owned.values(), max_grad_norm, state.comm)
+    if proximal is not None:
+        proximal.add_gradients(state.model)
     set_learning_rates(state.optimizer, learning_rate_factor)
     state.optimizer.step()
     state.step += 1

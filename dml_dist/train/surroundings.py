@@ -14,6 +14,7 @@ from dml_dist.data.loader import Batch
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.records import RecordWriter
 from dml_dist.train.checkpoint_files import Best
+from dml_dist.train.projections import ProjectionMeans
 from dml_dist.train.state import TrainState
 
 
@@ -47,6 +48,7 @@ class Surroundings:
         report: Takes progress events; called on rank 0 only.
         step_records: Writes training records; None on other ranks than 0.
         evaluation_records: Writes validation records; None on other ranks than 0.
+        projections: What alternating projections need; None without them.
     """
 
     checkpoints: Path
@@ -57,6 +59,7 @@ class Surroundings:
     report: Callable[[ProgressEvent], None]
     step_records: RecordWriter | None = None
     evaluation_records: RecordWriter | None = None
+    projections: ProjectionMeans | None = None
 
 
 @dataclass(frozen=True)

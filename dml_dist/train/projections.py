@@ -1,0 +1,227 @@
+"""Alternating projections in progress: which problem is trained on, and when the next one begins.
+
+Can, Gurbuz, Alatan, "Deep Metric Learning with Alternating Projections onto Feasible Sets", ICIP
+2021. Training looks for a point of an intersection of sets: all embeddings that satisfy the
+proximity constraints to one set of class representatives. A problem fixes the representatives,
+which every batch then holds (`data/systematic.py`), and draws the weights to the solution of the
+problem before (`train/proximal.py`).
+
+What a problem needs is prepared `lead_steps` before its first step, because the loader reads
+ahead: a run that is resumed in between finds what was prepared in the checkpoint, and repeats the
+uninterrupted one. Every rank calls every method, and all decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dml_dist.config.projections import ProjectionsConfig
+from dml_dist.data.systematic import PlanState, SystematicPlan, draw_representatives, state_at
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.parallel.comm import Comm
+from dml_dist.search.representatives import k_center, nearest_classes
+from dml_dist.train.proximal import ProximalTerm
+
+EmbedRows = Callable[[EmbeddingModel, np.ndarray], Tensor]
+"""From a model and (n,) index rows to their embeddings, (n, D) float32, the same on every rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionMeans:
+    """What alternating projections are given by their surroundings.
+
+    Attributes:
+        plan: The systematic batches.
+        embed: Embeds index rows on all ranks; every rank calls it.
+        states: What the plan follows, shared with the loader, which looks at it at every step.
+    """
+
+    plan: SystematicPlan
+    embed: EmbedRows
+    states: list[PlanState] = field(default_factory=list)
+
+
+class Projections:
+    """The course of the problems.
+
+    Attributes:
+        states: What the batch plan follows, by rising first step.
+        term: Draws the weights to the last solution; None in the first problem.
+    """
+
+    def __init__(self, config: ProjectionsConfig, means: ProjectionMeans, comm: Comm) -> None:
+        self.config = config
+        self.means = means
+        self.comm = comm
+        self.states = means.states
+        self.term: ProximalTerm | None = None
+        # The problem that is trained on, its first step, and how its validations went.
+        self._problem = 0
+        self._first_step = 0
+        self._best = float("-inf")
+        self._num_worse = 0
+
+    def begin(self, model: EmbeddingModel) -> None:
+        """Prepare the first problem, before any step."""
+        self.states.append(self._prepare(model, problem=0, first_step=0))
+
+    def before_step(self, model: EmbeddingModel, step: int) -> None:
+        """Enter a problem that begins at this step: what was learnt so far is its last solution."""
+        problem = state_at(self.states, step).problem
+        if problem == self._problem:
+            return
+        weight = self.config.proximal_weight * self.config.proximal_decay ** (problem - 1)
+        self.term = ProximalTerm.at(model, weight)
+        self._problem, self._first_step = problem, step
+        self._best, self._num_worse = float("-inf"), 0
+
+    def after_step(self, model: EmbeddingModel, step: int, map_at_r: float | None) -> None:
+        """Prepare what begins `lead_steps` from now, if anything does.
+
+        Args:
+            model: As it is after `step` updates, the same on every rank.
+            step: Updates made.
+            map_at_r: Validation MAP@R, if it was measured after this step.
+        """
+        stands_still = self._stands_still(step, map_at_r)
+        if self.states[-1].problem > self._problem:
+            return  # The next problem is prepared already.
+        first = step + self.config.lead_steps
+        if stands_still or self._ends(first):
+            self._add(self._prepare(model, problem=self._problem + 1, first_step=first), step)
+        elif self._refreshes(first):
+            drawn = self.states[-1].representatives
+            state = PlanState(self._problem, first, drawn, self._neighbors(model, drawn))
+            self._add(state, step)
+
+    def prepares_after(self, step: int) -> bool:
+        """Tell whether `after_step` may embed images after `step` updates."""
+        first = step + self.config.lead_steps
+        return self._ends(first) or self._refreshes(first)
+
+    def is_representative(self, rows: np.ndarray, step: int) -> np.ndarray | None:
+        """Return which rows of a batch are representatives, (b,) bool; None when all pairs count.
+
+        Args:
+            rows: (b,) index rows.
+            step: Updates made before the batch.
+        """
+        if self.config.pairs == "all":
+            return None
+        return np.isin(rows, state_at(self.states, step).representatives)
+
+    def record(self, model: EmbeddingModel) -> dict[str, float]:
+        """Return what is recorded of the problem; it waits for the device."""
+        values = {"problem": float(self._problem)}
+        if self.term is not None:
+            values["distance_to_last_solution"] = float(self.term.distance(model))
+        return values
+
+    # ------------------------------------------------------------ decisions
+
+    def _ends(self, first: int) -> bool:
+        return first == self._first_step + self.config.steps_per_problem
+
+    def _stands_still(self, step: int, map_at_r: float | None) -> bool:
+        """Note a validation; return whether the problem ends for want of progress."""
+        if map_at_r is None or self.config.patience is None:
+            return False
+        if map_at_r > self._best:
+            self._best, self._num_worse = map_at_r, 0
+        else:
+            self._num_worse += 1
+        lasted = step - self._first_step >= self.config.min_steps
+        return lasted and self._num_worse >= self.config.patience
+
+    def _refreshes(self, first: int) -> bool:
+        mining = self.config.mining
+        if mining is None or mining.refresh_every is None:
+            return False
+        return first > self._first_step and (first - self._first_step) % mining.refresh_every == 0
+
+    def _add(self, state: PlanState, step: int) -> None:
+        """Append a state, in place; what holds before `step` is read by nobody any more."""
+        now = state_at(self.states, step).first_step
+        kept = [old for old in self.states if now <= old.first_step < state.first_step]
+        self.states[:] = [*kept, state]
+
+    # ------------------------------------------------------------ preparation
+
+    def _prepare(self, model: EmbeddingModel, *, problem: int, first_step: int) -> PlanState:
+        config, plan = self.config, self.means.plan
+        number = config.representatives_per_class
+        if config.selection == "random":
+            drawn = self._draw(problem, number)
+        else:
+            pool = self._draw(problem, config.pool_per_class)
+            embeddings = self.means.embed(model, pool.reshape(-1))
+            picked = k_center(embeddings.reshape(*pool.shape, -1), number)
+            drawn = np.take_along_axis(pool, picked.cpu().numpy(), axis=1)
+        assert len(drawn) == plan.num_classes
+        return PlanState(problem, first_step, drawn, self._neighbors(model, drawn))
+
+    def _draw(self, problem: int, number: int) -> np.ndarray:
+        plan = self.means.plan
+        return draw_representatives(
+            plan.rows, plan.labels, seed=plan.seed, problem=problem, number=number
+        )
+
+    def _neighbors(self, model: EmbeddingModel, representatives: np.ndarray) -> np.ndarray | None:
+        mining = self.config.mining
+        if mining is None:
+            return None
+        embeddings = self.means.embed(model, representatives.reshape(-1))
+        found = nearest_classes(
+            embeddings.reshape(*representatives.shape, -1), mining.neighbors_per_class, self.comm
+        )
+        return found.cpu().numpy()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as tensors and numbers."""
+        return {
+            "problem": self._problem,
+            "first_step": self._first_step,
+            "best": self._best,
+            "num_worse": self._num_worse,
+            "states": [
+                {
+                    "problem": state.problem,
+                    "first_step": state.first_step,
+                    "representatives": torch.from_numpy(state.representatives),
+                    "neighbors": (
+                        None if state.neighbors is None else torch.from_numpy(state.neighbors)
+                    ),
+                }
+                for state in self.states
+            ],
+            "weight": None if self.term is None else self.term.weight,
+            "anchor": {} if self.term is None else dict(self.term.anchor),
+        }
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, on any number of ranks."""
+        self._problem = values["problem"]
+        self._first_step = values["first_step"]
+        self._best = values["best"]
+        self._num_worse = values["num_worse"]
+        self.states[:] = [
+            PlanState(
+                state["problem"],
+                state["first_step"],
+                state["representatives"].numpy(),
+                None if state["neighbors"] is None else state["neighbors"].numpy(),
+            )
+            for state in values["states"]
+        ]
+        self.term = None
+        if values["weight"] is not None:
+            anchor = {name: x.to(self.comm.device) for name, x in values["anchor"].items()}
+            self.term = ProximalTerm(anchor, values["weight"])
