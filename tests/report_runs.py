@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from dml_dist.records import RecordWriter
-from dml_dist.report import GalleryNeighbor, GalleryQuery, write_gallery
+from dml_dist.report import GalleryClass, GalleryNeighbor, GalleryQuery, write_gallery
+from dml_dist.report.proxies import ProxyFacts, write_proxy_facts
 from dml_dist.runs import RunFolder
 
 EVIL = '<script>alert("x")</script>'
@@ -77,12 +80,73 @@ def new_run(path: Path) -> RunFolder:
     return RunFolder.create(path, f"name: demo\nseed: 7 # {EVIL}\n", name="demo", seed=7)
 
 
+def write_classes(run: RunFolder, recall: list[float], super_class: str | None = None) -> None:
+    """Write per_class.parquet: classes "class 0", "class 1" (EVIL), ... of 4 images each."""
+    count = len(recall)
+    table = pa.table(
+        {
+            "label": np.arange(count),
+            "class_name": [EVIL if at == 1 else f"class {at}" for at in range(count)],
+            "super_class": pa.array([super_class] * count, pa.string()),
+            "num_images": np.full(count, 4),
+            "num_queries": np.full(count, 4),
+            "recall_at_1": np.array(recall),
+            "r_precision": np.array(recall) / 2,
+            "map_at_r": np.array(recall) / 3,
+        }
+    )
+    pq.write_table(table, run.per_class)
+
+
+def write_vectors(run: RunFolder, num_classes: int, per_class: int = 4, width: int = 8) -> None:
+    """Write embeddings.npz: a cloud around each class's direction."""
+    generator = np.random.default_rng(5)
+    labels = np.repeat(np.arange(num_classes), per_class)
+    centers = generator.normal(size=(num_classes, width))
+    vectors = centers[labels] + 0.3 * generator.normal(size=(len(labels), width))
+    np.savez(
+        run.embeddings,
+        embeddings=vectors.astype(np.float32),
+        rows=np.arange(len(labels)),
+        labels=labels,
+    )
+
+
+def proxy_facts(num_classes: int = 30) -> ProxyFacts:
+    """Return facts in which classes 2 and 3 are twins and two images of class 4 lie at 5."""
+    generator = np.random.default_rng(6)
+    similarity = generator.uniform(0.1, 0.5, num_classes).astype(np.float32)
+    similarity[[2, 3]] = 0.987
+    nearest = (np.arange(num_classes) + 1) % num_classes
+    nearest[[2, 3]] = 3, 2
+    images = np.repeat(np.arange(10), 4)
+    found = images.copy()
+    found[[16, 17]] = 5
+    return ProxyFacts(
+        names=np.array([f"proxy {at}" for at in range(num_classes)]),
+        norms=generator.uniform(1, 2, (num_classes, 1)).astype(np.float32),
+        drawn=np.arange(num_classes),
+        nearest=nearest,
+        similarity=similarity,
+        image_class=images,
+        image_nearest=found,
+    )
+
+
 def make_run(path: Path) -> RunFolder:
     run = new_run(path)
     begin(run)
     run.add_facts({"training classes": 11318, f"{EVIL}a": f"{EVIL}b", "parts": "32 + 32"})
     add_records(run)
-    write_gallery(path, [query(10, "+-+"), query(20, "--+", EVIL), query(30, "+++")])
+    classes = [
+        GalleryClass("weak", 0.25, 4, True, (query(40, "-+-", "weak"),)),
+        GalleryClass("strong", 1.0, 4, False, (query(50, "+++", "strong"),)),
+    ]
+    queries = [query(10, "+-+"), query(20, "--+", EVIL), query(30, "+++")]
+    write_gallery(path, queries, classes)
+    write_classes(run, [0.0, 0.25, 0.5, 1.0, 1.0, 0.75])
+    write_vectors(run, 6)
+    write_proxy_facts(path, proxy_facts())
     run.finish(
         {
             "untrained": scores(0.05),

@@ -24,9 +24,10 @@ from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.bench import Bench, open_bench
 from dml_dist.orchestration.fetch import fetch_before_training
-from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_queries
+from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_of
 from dml_dist.orchestration.loggers import open_loggers
 from dml_dist.orchestration.progress import Emit, discard, note, phase, warnings_as_notes
+from dml_dist.orchestration.proxies import keep_proxy_facts
 from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
 from dml_dist.records import RecordWriter
@@ -243,9 +244,11 @@ def measure_checkpoint(
         final=True,
         keep=keep.embeddings if keep and config.evaluation.save_embeddings else None,
     )
+    if keep is not None:
+        keep_proxy_facts(bench, model, checkpoint, keep)
     if keep is not None and topology.is_main:
-        queries = gallery_queries(result, rows, bench.index, config.seed)
-        write_gallery(keep.path, queries)
+        gallery = gallery_of(result, rows, bench.index, config.seed)
+        write_gallery(keep.path, gallery.queries, gallery.classes)
         _write_per_class(keep.per_class, result.per_class, rows, bench.index)
     return result.as_dict()
 

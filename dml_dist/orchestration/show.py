@@ -179,7 +179,7 @@ def _picture(
             x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=LIGHT["ink"],
             parse_math=False,
         )  # fmt: skip
-        parts = np.ravel(figure.subfigures(1 + lines, 1, height_ratios=heights))
+        parts = figure.subfigures(1 + lines, 1, height_ratios=heights, squeeze=False)[:, 0]
         charts = np.atleast_1d(parts[0].subplots(1, 1 if same else 2))
         _draw_class_sizes(charts[0], facts)
         if not same:

@@ -1,6 +1,8 @@
 """Reports: tables, figures, retrieval galleries and one page, all from a run's folder."""
 
 from dml_dist.report.gallery import (
+    Gallery,
+    GalleryClass,
     GalleryNeighbor,
     GalleryQuery,
     choose_queries,
@@ -11,6 +13,8 @@ from dml_dist.report.page import write_report
 from dml_dist.report.tables import ResultRow, result_table
 
 __all__ = [
+    "Gallery",
+    "GalleryClass",
     "GalleryNeighbor",
     "GalleryQuery",
     "ResultRow",

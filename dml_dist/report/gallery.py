@@ -1,6 +1,7 @@
 """The retrieval gallery: a few queries with their nearest images, kept as thumbnails.
 
-report/retrieval.json    queries and neighbors: row, class, distance, hit, file of the image
+report/retrieval.json    queries and neighbors: row, class, distance, hit, file of the image; and
+                         the best and the worst classes with queries of their own
 report/images/           one thumbnail an image, named after its row
 """
 
@@ -60,6 +61,38 @@ class GalleryQuery:
         return bool(self.neighbors) and self.neighbors[0].hit
 
 
+@dataclass(frozen=True, eq=False)
+class GalleryClass:
+    """A class whose queries hit most often, or least often.
+
+    Attributes:
+        class_name: Its name.
+        recall_at_1: Share of its queries that hit, in [0, 1].
+        num_queries: Its queries that count.
+        worst: Whether it stands among the worst classes, else among the best.
+        queries: Some of its queries.
+    """
+
+    class_name: str
+    recall_at_1: float
+    num_queries: int
+    worst: bool
+    queries: tuple[GalleryQuery, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """All that is kept to be looked at.
+
+    Attributes:
+        queries: Queries of any class, misses and hits.
+        classes: The worst classes, the worst first, then the best ones, the best first.
+    """
+
+    queries: tuple[GalleryQuery, ...]
+    classes: tuple[GalleryClass, ...] = ()
+
+
 def choose_queries(first_hit: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     """Draw the queries of a gallery: misses and hits in equal numbers as far as there are any.
 
@@ -78,8 +111,10 @@ def choose_queries(first_hit: np.ndarray, count: int, seed: int = 0) -> np.ndarr
     return np.concatenate(chosen).astype(np.int64)
 
 
-def write_gallery(run_dir: Path, queries: Sequence[GalleryQuery]) -> None:
-    """Keep queries and their neighbors with thumbnails in a run's folder.
+def write_gallery(
+    run_dir: Path, queries: Sequence[GalleryQuery], classes: Sequence[GalleryClass] = ()
+) -> None:
+    """Keep queries and classes, with thumbnails of their images, in a run's folder.
 
     Raises:
         DataError: If an image cannot be decoded.
@@ -101,23 +136,36 @@ def write_gallery(run_dir: Path, queries: Sequence[GalleryQuery]) -> None:
             "image": f"images/{written[item.row]}",
         }
 
-    content = [
+    def content(some: Sequence[GalleryQuery]) -> list[dict[str, Any]]:
+        return [
+            {
+                "query": entry(query),
+                "neighbors": [
+                    {**entry(neighbor), "distance": neighbor.distance, "hit": neighbor.hit}
+                    for neighbor in query.neighbors
+                ],
+            }
+            for query in some
+        ]
+
+    of_classes = [
         {
-            "query": entry(query),
-            "neighbors": [
-                {**entry(neighbor), "distance": neighbor.distance, "hit": neighbor.hit}
-                for neighbor in query.neighbors
-            ],
+            "class": item.class_name,
+            "recall_at_1": item.recall_at_1,
+            "num_queries": item.num_queries,
+            "worst": item.worst,
+            "queries": content(item.queries),
         }
-        for query in queries
+        for item in classes
     ]
-    write_json_atomic(report_dir / "retrieval.json", {"queries": content})
+    whole = {"queries": content(queries), "classes": of_classes}
+    write_json_atomic(report_dir / "retrieval.json", whole)
     for path in images.iterdir():  # of an earlier gallery
         if path.name not in written.values():
             path.unlink()
 
 
-def read_gallery(run_dir: Path) -> list[GalleryQuery] | None:
+def read_gallery(run_dir: Path) -> Gallery | None:
     """Return the gallery that `write_gallery` kept, None when there is none.
 
     A thumbnail that is missing reads as empty bytes.
@@ -139,17 +187,31 @@ def read_gallery(run_dir: Path) -> list[GalleryQuery] | None:
         distance, hit = float(entry["distance"]), bool(entry["hit"])
         return GalleryNeighbor(int(entry["row"]), entry["class"], distance, hit, image(entry))
 
-    try:
-        return [
+    def queries(entries: list[dict[str, Any]]) -> tuple[GalleryQuery, ...]:
+        return tuple(
             GalleryQuery(
                 int(entry["query"]["row"]),
                 entry["query"]["class"],
                 image(entry["query"]),
                 tuple(neighbor(found) for found in entry["neighbors"]),
             )
-            for entry in read_json(path)["queries"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
+            for entry in entries
+        )
+
+    try:
+        content = read_json(path)
+        classes = tuple(
+            GalleryClass(
+                entry["class"],
+                float(entry["recall_at_1"]),
+                int(entry["num_queries"]),
+                bool(entry["worst"]),
+                queries(entry["queries"]),
+            )
+            for entry in content.get("classes", ())
+        )
+        return Gallery(queries(content["queries"]), classes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"required a retrieval gallery, got {path}, which is damaged ({error!r}); "
             "evaluate the run again to write it anew"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,11 +10,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
-from PIL import Image
 
 from dml_dist.files import write_bytes_atomic, write_text_atomic
 from dml_dist.report.curves import draw_curves
-from dml_dist.report.gallery import GalleryNeighbor, GalleryQuery
+from dml_dist.report.figures import Picture
+from dml_dist.report.gallery import Gallery
+from dml_dist.report.insights import Insights, find_insights
 from dml_dist.report.summary import RunSummary, read_summary
 from dml_dist.report.tables import (
     format_count,
@@ -27,10 +26,10 @@ from dml_dist.report.tables import (
     number,
     recall_key,
 )
+from dml_dist.report.tiles import TileMaker
 from dml_dist.runs import Attempt, RunFolder
 
 _FOLDER = Path(__file__).parent
-_PIXELATED = 48  # pixels; images up to this side are shown with their pixels, not blurred
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,6 @@ class _Figure:
     label: str
     value: str
     before: str | None = None
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """An image of the gallery: `source` is a data URL, empty when the image is missing."""
-
-    source: str
-    pixelated: bool
-    class_name: str
-    row: int
-    distance: str = ""
-    hit: bool | None = None
 
 
 def write_report(run_dir: Path) -> Path:
@@ -68,25 +55,32 @@ def write_report(run_dir: Path) -> Path:
         DataError: If run.json is damaged.
     """
     summary = read_summary(run_dir)
+    insights = find_insights(summary)
     curves = draw_curves(summary)
     report_dir = RunFolder(run_dir).report_dir
     report_dir.mkdir(exist_ok=True)
-    for curve in curves:
-        write_bytes_atomic(report_dir / f"{curve.name}.png", curve.png)
-    queries = summary.gallery or []
+    for picture in [*curves, *insights.pictures]:
+        write_bytes_atomic(report_dir / f"{picture.name}.png", picture.png)
+    gallery = summary.gallery or Gallery(())
+    tiles = TileMaker(gallery)
     page = _template().render(
         summary=summary,
+        insights=insights,
         info=summary.info,
         style=Markup((_FOLDER / "page.css").read_text("utf-8")),
         figures=_figures(summary),
-        warnings=_warnings(summary),
-        missing=_missing(summary),
+        warnings=_warnings(summary, insights),
+        missing=_missing(summary, insights),
         table=summary.table(),
         best=summary.best_validation,
-        curves=[(curve, Markup(curve.svg)) for curve in curves],
-        gallery=_gallery(queries),
-        num_queries=len(queries),
-        num_misses=sum(not query.is_hit for query in queries),
+        curves=_drawn(curves),
+        class_pictures=_drawn([insights.class_picture] if insights.class_picture else []),
+        space=_drawn(insights.space),
+        proxy_pictures=_drawn(insights.proxy_pictures),
+        gallery=tiles.by_outcome(gallery.queries),
+        classes=tiles.by_class(gallery.classes),
+        num_queries=len(gallery.queries),
+        num_misses=sum(not query.is_hit for query in gallery.queries),
         overall=_overall(summary),
         facts=_facts(summary),
         when=_when,
@@ -94,6 +88,10 @@ def write_report(run_dir: Path) -> Path:
     path = report_dir / "index.html"
     write_text_atomic(path, page)
     return path
+
+
+def _drawn(pictures: Sequence[Picture]) -> list[tuple[Picture, Markup]]:
+    return [(picture, Markup(picture.svg)) for picture in pictures]
 
 
 @cache
@@ -134,9 +132,9 @@ def _overall(summary: RunSummary) -> str | None:
     return f"{metric_label(key)} over all queries is {format_metric(key, trained[key])}"
 
 
-def _warnings(summary: RunSummary) -> list[str]:
+def _warnings(summary: RunSummary, insights: Insights) -> list[str]:
     """Return what a reader should know before trusting or repeating the numbers."""
-    warnings = list(summary.damaged)
+    warnings = [*summary.damaged, *insights.damaged]
     attempts = summary.info.attempts
     dirty = [attempt for attempt in attempts if attempt.git.dirty]
     if dirty:
@@ -166,7 +164,7 @@ def _of_attempts(some: Sequence[Attempt], every: Sequence[Attempt]) -> str:
     return f" in attempt{'s' if len(some) > 1 else ''} {numbers}"
 
 
-def _missing(summary: RunSummary) -> list[str]:
+def _missing(summary: RunSummary, insights: Insights) -> list[str]:
     """Return what the folder does not hold yet, one sentence each."""
     missing = []
     last = summary.steps[-1] if summary.steps else None
@@ -183,6 +181,12 @@ def _missing(summary: RunSummary) -> list[str]:
         missing.append("There is no result on the test classes yet.")
     if summary.gallery is None:
         missing.append("There is no retrieval gallery; the final evaluation writes it.")
+    if insights.class_picture is None and not insights.damaged:
+        missing.append("There are no results of single classes; the final evaluation writes them.")
+    if not insights.space and not insights.damaged:
+        missing.append("There are no embeddings to map: evaluation.save_embeddings keeps them.")
+    if insights.proxies is None and summary.result("trained") and not insights.damaged:
+        missing.append("There is nothing about proxies: the loss has none, or none were kept.")
     if summary.config is None:
         missing.append("config.yaml is missing.")
     return missing
@@ -197,43 +201,6 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     for name, seconds in group(summary.metrics, "seconds").items():
         facts.append((f"time: {name.replace('_', ' ')}", format_seconds(float(seconds))))
     return facts
-
-
-def _gallery(queries: Sequence[GalleryQuery]) -> list[tuple[str, list[tuple[_Tile, list[_Tile]]]]]:
-    """Return the gallery in two groups, misses first, each query with its neighbors."""
-    groups = []
-    for title, hit in (
-        ("Misses: the nearest image is of another class", False),
-        ("Hits: the nearest image is of the same class", True),
-    ):
-        rows = [
-            (_tile(query), [_tile(neighbor) for neighbor in query.neighbors])
-            for query in queries
-            if query.is_hit == hit
-        ]
-        if rows:
-            groups.append((title, rows))
-    return groups
-
-
-def _tile(item: GalleryQuery | GalleryNeighbor) -> _Tile:
-    source, pixelated = _data_url(item.image) if isinstance(item.image, bytes) else ("", False)
-    if isinstance(item, GalleryQuery):
-        return _Tile(source, pixelated, item.class_name, item.row)
-    distance = f"{item.distance:.3f}"
-    return _Tile(source, pixelated, item.class_name, item.row, distance, item.hit)
-
-
-def _data_url(image: bytes) -> tuple[str, bool]:
-    """Return a thumbnail as a data URL, "" if it is missing or damaged; and whether it is small."""
-    try:
-        with Image.open(io.BytesIO(image)) as picture:
-            picture.load()
-            kind, pixelated = str(picture.format).lower(), max(picture.size) <= _PIXELATED
-    # Decoders raise whatever they stumble on: OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception:
-        return "", False
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}", pixelated
 
 
 def _when(time: str) -> str:

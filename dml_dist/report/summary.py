@@ -14,7 +14,7 @@ import numpy as np
 from dml_dist.errors import DataError
 from dml_dist.files import read_json
 from dml_dist.records import read_records
-from dml_dist.report.gallery import GalleryQuery, read_gallery
+from dml_dist.report.gallery import Gallery, read_gallery
 from dml_dist.report.tables import ResultRow, group, is_metric, number, result_table
 from dml_dist.runs import RunFolder, RunInfo
 
@@ -51,7 +51,7 @@ class RunSummary:
         steps: Training records in order of steps.
         evaluations: Evaluation records in order of steps.
         metrics: Content of metrics.json; empty when missing.
-        gallery: Queries of the retrieval gallery; None when missing.
+        gallery: The retrieval gallery; None when missing.
         damaged: What could not be read, one sentence each.
     """
 
@@ -61,7 +61,7 @@ class RunSummary:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     metrics: Mapping[str, Any]
-    gallery: list[GalleryQuery] | None
+    gallery: Gallery | None
     damaged: tuple[str, ...]
 
     def training(self, key: str) -> Series:

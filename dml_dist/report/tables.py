@@ -10,17 +10,29 @@ from typing import Any
 
 MISSING = "–"  # noqa: RUF001 - a dash, for a value that there is not
 
-_LABELS = {
+_SHARES = {
     "map_at_r": "MAP@R",
     "r_precision": "R-precision",
     "nmi": "NMI",
     "ami": "AMI",
+    "f1": "Pairwise F1",
+    "pair_precision": "Pairwise precision",
+    "pair_recall": "Pairwise recall",
+}
+_COUNTS = {
     "num_queries": "Queries",
     "num_gallery": "Gallery images",
     "num_lone_queries": "Images alone in their class",
+    "num_clusters": "Clusters of k-means",
+    "num_empty_clusters": "Empty clusters",
+    "kmeans_iterations": "Iterations of k-means",
+    "kmeans_seed": "Seed of k-means",
 }
-_SHARES = ("map_at_r", "r_precision", "nmi", "ami")
 _RECALL = re.compile(r"recall_at_(\d+)")
+_SUPER_RECALL = re.compile(r"super_class_recall_at_(\d+)")
+# Numbers as other projects define them: `project.number`.
+_DEFINITION = re.compile(r"(nir|oml|mlrc)\.(\w+)")
+_PROJECTS = {"nir": "NIR", "oml": "OML", "mlrc": "Musgrave et al."}
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,11 @@ class ResultRow:
     trained: str
     validation: str
 
+    @property
+    def is_count(self) -> bool:
+        """Whether it says how many, not how good."""
+        return self.key in _COUNTS
+
 
 def number(value: Any) -> float | None:
     """Return a value of a record as a float; None when it is no number.
@@ -54,14 +71,19 @@ def number(value: Any) -> float | None:
 
 def is_metric(key: str) -> bool:
     """Whether a key of a record names a metric; a record also has its step, time and so on."""
-    return key in _LABELS or _recall(key) is not None
+    known = key in _SHARES or key in _COUNTS
+    return known or any(form.fullmatch(key) for form in (_RECALL, _SUPER_RECALL, _DEFINITION))
 
 
 def metric_label(key: str) -> str:
     """Return a metric's name for people: recall_at_1 is R@1."""
     if match := _RECALL.fullmatch(key):
         return f"R@{match[1]}"
-    return _LABELS.get(key, key.replace("_", " ").capitalize())
+    if match := _SUPER_RECALL.fullmatch(key):
+        return f"Super-class R@{match[1]}"
+    if match := _DEFINITION.fullmatch(key):
+        return f"{match[2]} as in {_PROJECTS[match[1]]}"
+    return (_SHARES | _COUNTS).get(key, key.replace("_", " ").capitalize())
 
 
 def format_metric(key: str, value: Any) -> str:
@@ -71,7 +93,8 @@ def format_metric(key: str, value: Any) -> str:
         return MISSING
     if not math.isfinite(amount):
         return "not a number" if math.isnan(amount) else "infinite"
-    if key in _SHARES or _RECALL.fullmatch(key):
+    forms = (_RECALL, _SUPER_RECALL, _DEFINITION)
+    if key in _SHARES or any(form.fullmatch(key) for form in forms):
         return f"{100 * amount:.2f} %"
     return format_count(amount)
 
@@ -141,8 +164,13 @@ def _in_order(keys: Iterable[str]) -> list[str]:
     def place(key: str) -> tuple[int, int, str]:
         if match := _recall(key):
             return 0, int(match[1]), key
-        if key in _LABELS:
-            return 1, list(_LABELS).index(key), key
-        return 2, 0, key
+        if key in ("map_at_r", "r_precision"):
+            return 1, list(_SHARES).index(key), key
+        if match := _SUPER_RECALL.fullmatch(key):
+            return 2, int(match[1]), key
+        for place, names in ((3, _SHARES), (6, _COUNTS)):
+            if key in names:
+                return place, list(names).index(key), key
+        return 4 if _DEFINITION.fullmatch(key) else 5, 0, key
 
     return sorted(set(keys), key=place)

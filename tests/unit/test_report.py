@@ -50,7 +50,8 @@ def test_the_page_shows_the_run(page: Page) -> None:
     ):  # fmt: skip
         assert text in page.text, text
     assert "not finished" not in page.text
-    assert "There is no" not in page.text
+    assert "There is no " not in page.text
+    assert "There are no " not in page.text
 
 
 def test_the_page_is_whole_and_needs_no_network(page: Page) -> None:
@@ -81,15 +82,19 @@ def test_text_of_others_is_escaped(page: Page) -> None:
 
 def test_hits_and_misses_have_a_symbol_and_misses_come_first(page: Page) -> None:
     classes = page.classes()
-    # 6 hits and 3 misses, and one of each in the line that explains them.
-    assert (classes["hit"], classes["miss"], classes["query"]) == (7, 4, 3)
-    assert (page.text.count("✓"), page.text.count("✕")) == (7, 4)
+    # 6 hits and 3 misses of queries, 4 and 2 of classes, and two lines that explain them.
+    assert (classes["hit"], classes["miss"], classes["query"]) == (12, 7, 5)
+    # One more cross stands before what the weak class was mistaken for.
+    assert (page.text.count("✓"), page.text.count("✕")) == (12, 8)
     assert page.text.index("Misses: the nearest") < page.text.index("Hits: the nearest")
     images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert len(images) == 12
-    data = base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,"))
+    assert len(images) == 20
+    first = next(image for image in images if image["title"].endswith("row 20"))
+    data = base64.b64decode(first["src"].removeprefix("data:image/png;base64,"))
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(pixels, picture(20))  # the query that misses
+    shown = [image["title"] for image in images]
+    assert shown.index(first["title"]) < shown.index("Z, row 10")
 
 
 def test_the_literature_protocol_is_dashed(full: Path, page: Page) -> None:

@@ -76,7 +76,7 @@ def test_thumbnails_are_small_and_small_images_are_kept(tmp_path: Path) -> None:
     assert names == ["1.png", "2.jpg", "3.jpg", "4.jpg", "5.png"]
     loaded = read_gallery(tmp_path)
     assert loaded is not None
-    (read,) = loaded
+    (read,) = loaded.queries
     assert (read.row, read.class_name, read.image, read.is_hit) == (1, "a", png, True)
     assert read.neighbors[0].image == jpeg
     assert [(found.row, found.distance, found.hit) for found in read.neighbors] == [
@@ -96,7 +96,9 @@ def test_thumbnails_look_as_training_sees_the_images(tmp_path: Path, side: int) 
         file = io.BytesIO()
         picture_.save(file, "PNG")
         write_gallery(tmp_path, [GalleryQuery(1, "a", file.getvalue(), ())])
-        (read,) = read_gallery(tmp_path) or []
+        gallery = read_gallery(tmp_path)
+        assert gallery is not None
+        (read,) = gallery.queries
         assert isinstance(read.image, bytes)
         with Image.open(io.BytesIO(read.image)) as thumbnail:
             assert thumbnail.mode == "RGB"
