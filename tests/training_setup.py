@@ -22,6 +22,7 @@ from dml_dist.topology import Topology
 from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
 from dml_dist.train.optim_state import named_states
 from dml_dist.train.plan import RunPlan, resolve
+from dml_dist.train.projections import ProjectionMeans
 from dml_dist.train.state import TrainState
 
 NUM_CLASSES = 7
@@ -123,6 +124,10 @@ class SmallRun:
         self.evaluated.append((split, step))
         return {"map_at_r": self.scores.get(step, step / 100)}
 
+    def means(self) -> ProjectionMeans | None:
+        """Return what alternating projections need; each attempt has its own."""
+        return None
+
     def train(self, *, resume: bool = False) -> TrainResult:
         main = self.topology.is_main
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +142,7 @@ class SmallRun:
             evaluation_records=(
                 RecordWriter(self.folder / "evaluations.jsonl", self.attempt) if main else None
             ),
+            projections=self.means(),
         )
         try:
             return train(self.config, self.plan, self.comm, around, resume=resume)
@@ -152,10 +158,11 @@ def small_run(folder: Path, config: RunConfig, **values: Any) -> SmallRun:
 
 
 def snapshot(state: TrainState) -> dict[str, Tensor]:
-    """Return weights, this rank's proxies and all optimiser state, flat and copied."""
+    """Return weights, this rank's proxies and counts, all optimiser state, flat and copied."""
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     found |= {f"owned.{name}": value.detach() for name, value in state.owned.items()}
     found |= {f"replicated.{name}": value.detach() for name, value in state.replicated.items()}
+    found |= {f"owned.{name}": own.values for name, own in state.objective.owned_buffers().items()}
     for name, values in named_states(state.optimizer).items():
         for key, value in values.items():
             found[f"optim.{name}.{key}"] = torch.as_tensor(value)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dml_dist.config.schema import RunConfig
 from dml_dist.errors import CheckpointError
 from dml_dist.parallel.comm import Comm
 from dml_dist.records import read_records
@@ -93,12 +94,21 @@ def test_resume_on_equal_ranks_is_bit_for_bit(tmp_path: Path, world_size: int) -
         assert found == [[]] * world_size
 
 
+def _config(precision: str) -> RunConfig:
+    """Four steps; in float64 with counts of dynamic assignment, and revived proxies in step 4."""
+    config = {"train__precision": precision, "train__steps": 4}
+    if precision == "float64":
+        dynamic = "{name: proxy_nca, assignment: dynamic, proxy_share: 2, dead_after_steps: 2,"
+        config["loss"] = dynamic + " revive_dead: true}"
+    return small_config(**config)
+
+
 def save_and_step(topology: Topology, root: str) -> dict[str, Any]:
     """Train 4 steps with a checkpoint at step 3; return what the ranks had at 3 and at 4."""
     comm = Comm.from_default_group()
     found: dict[str, Any] = {}
     for precision in TOLERANCE:
-        config = small_config(train__precision=precision, train__steps=4)
+        config = _config(precision)
         run = SmallRun(topology, comm, config, Path(root) / f"{precision}-{topology.world_size}")
         result = run.train()
         at_three = build_state(config, num_classes=run.plan.num_classes, comm=comm)
@@ -113,7 +123,7 @@ def load_and_step(topology: Topology, root: str, saved_by: int) -> dict[str, Any
     comm = Comm.from_default_group()
     found: dict[str, Any] = {}
     for precision in TOLERANCE:
-        config = small_config(train__precision=precision, train__steps=4)
+        config = _config(precision)
         folder = Path(root) / f"{precision}-{saved_by}-to-{topology.world_size}"
         if topology.is_main:
             source = Path(root) / f"{precision}-{saved_by}" / "checkpoints" / AT_THREE

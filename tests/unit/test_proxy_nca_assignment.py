@@ -1,0 +1,284 @@
+"""Proxy-NCA's fractional and dynamic assignment on toy cases worked by hand, and their counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dml_dist import dynamic_proxy_nca_loss, proxy_nca_loss
+from dml_dist.config.objective import ProxyNCAConfig
+from dml_dist.losses.class_weights import class_weights, fractional_rows
+from dml_dist.parallel.assignment import DynamicProxyObjective
+from dml_dist.parallel.build import build_objective, proxies_per_class, proxy_rows
+from dml_dist.parallel.comm import Comm
+from dml_dist.train.optim_state import forget_rows
+from tests.training_setup import small_config, small_run, whole_snapshot
+
+
+def _circle(*degrees: float) -> Tensor:
+    """Unit vectors at angles, float64."""
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def _cos(degrees: float) -> float:
+    return math.cos(math.radians(degrees))
+
+
+UNIT = {"embedding_scale": 1.0, "proxy_scale": 0.5}
+"""Logits are the cosines."""
+
+
+# ---------------------------------------------------------------- dynamic, by hand
+
+
+PROXIES = _circle(0, 90, 180, 270)
+BATCH = _circle(10, 350, 80, 200)
+"""Nearest proxies 0, 0, 1, 2; proxy 3 is nobody's."""
+
+
+def _dynamic(labels: list[int] | None, **options: Any) -> float:
+    given = None if labels is None else torch.tensor(labels)
+    return dynamic_proxy_nca_loss(BATCH, given, PROXIES, **options).item()
+
+
+def test_negatives_are_proxies_of_the_batchs_other_classes() -> None:
+    """Labels 0, 0, 1, 2: negatives {1, 2}, {1, 2}, {0, 2}, {0, 1}; proxy 3 is none's."""
+    terms = [
+        math.log(math.exp(_cos(80)) + math.exp(_cos(170))) - _cos(10),
+        math.log(math.exp(_cos(100)) + math.exp(_cos(170))) - _cos(10),
+        math.log(math.exp(_cos(80)) + math.exp(_cos(100))) - _cos(10),
+        math.log(math.exp(_cos(160)) + math.exp(_cos(110))) - _cos(20),
+    ]
+    found = _dynamic([0, 0, 1, 2], denominator="negatives", **UNIT)
+    assert found == pytest.approx(sum(terms) / 4, rel=1e-12)
+    with_positive = [math.log(1 + math.exp(term)) for term in terms]
+    assert _dynamic([0, 0, 1, 2], **UNIT) == pytest.approx(sum(with_positive) / 4, rel=1e-12)
+
+
+def test_a_shared_proxy_is_never_its_own_negative() -> None:
+    """Labels 0, 1, 0, 0: samples 0 and 1 share proxy 0 across classes.
+
+    Sample 0's other class has chosen proxy 0 alone, which is its own: no negative, no term.
+    Sample 1 has {1, 2}; samples 2 and 3 have {0}, which class 1 chose too.
+    """
+    terms = [
+        0.0,
+        math.log(math.exp(_cos(100)) + math.exp(_cos(170))) - _cos(10),
+        _cos(80) - _cos(10),
+        _cos(160) - _cos(20),
+    ]
+    found = _dynamic([0, 1, 0, 0], denominator="negatives", **UNIT)
+    assert found == pytest.approx(sum(terms) / 4, rel=1e-12)
+
+
+def test_without_labels_all_other_proxies_are_negatives() -> None:
+    angles = [[80, 170, 100], [100, 170, 80], [80, 100, 170], [160, 110, 70]]
+    positives = [_cos(10), _cos(10), _cos(10), _cos(20)]
+    terms = [
+        math.log(sum(math.exp(_cos(angle)) for angle in row)) - positive
+        for row, positive in zip(angles, positives, strict=True)
+    ]
+    found = _dynamic(None, denominator="negatives", **UNIT)
+    assert found == pytest.approx(sum(terms) / 4, rel=1e-12)
+
+
+def test_margin_surrogate_of_dynamic_assignment() -> None:
+    """D = 2 - 2 cos: hinge 2 cos- - 2 cos+ + M, summed or averaged over a sample's negatives."""
+
+    def hinge(negative: float, positive: float) -> float:
+        return max(0.0, 2 * _cos(negative) - 2 * _cos(positive) + 1.8)
+
+    rows = [
+        [hinge(80, 10), hinge(170, 10)],
+        [hinge(100, 10), hinge(170, 10)],
+        [hinge(80, 10), hinge(100, 10)],
+        [hinge(160, 20), hinge(110, 20)],
+    ]
+    options = {"surrogate": "margin", "margin": 1.8}
+    found = _dynamic([0, 0, 1, 2], margin_reduction="sum", **options)
+    assert found == pytest.approx(sum(map(sum, rows)) / 4, rel=1e-12)
+    assert _dynamic([0, 0, 1, 2], **options) == pytest.approx(sum(map(sum, rows)) / 8, rel=1e-12)
+
+
+def test_of_equally_near_proxies_the_lower_row_is_taken() -> None:
+    proxies = _circle(180, 90, 0, 0)
+    proxies.requires_grad_()
+    loss = dynamic_proxy_nca_loss(_circle(0, 180), torch.tensor([0, 1]), proxies, **UNIT)
+    loss.backward()
+    assert proxies.grad is not None
+    # Rows 2 and 0 are chosen; 3 equals 2, and 1 is nobody's: neither is seen.
+    assert (proxies.grad[[1, 3]] == 0).all()
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-12)
+
+
+# ---------------------------------------------------------------- fractional, by hand
+
+
+def test_classes_that_share_a_proxy_give_no_negative() -> None:
+    """Classes 0 and 2 share row 0, class 1 has row 1: one negative for everybody."""
+    proxies, batch = _circle(0, 90), _circle(30, 60, 45)
+    rows = torch.tensor([0, 1, 0])
+    gaps = [_cos(60) - _cos(30), _cos(60) - _cos(30), 0.0]
+    options: dict[str, Any] = {"class_rows": rows, **UNIT}
+    loss = proxy_nca_loss(batch, torch.arange(3), proxies, denominator="negatives", **options)
+    assert loss.item() == pytest.approx(sum(gaps) / 3, rel=1e-12)
+
+
+def test_the_map_of_classes_is_even_and_drawn_from_the_seed() -> None:
+    rows = fractional_rows(103, 10, seed=4)
+    counts = torch.bincount(rows, minlength=10)
+    assert (counts.min(), counts.max(), len(rows)) == (10, 11, 103)
+    assert torch.equal(rows, fractional_rows(103, 10, seed=4))
+    assert not torch.equal(rows, fractional_rows(103, 10, seed=5))
+    assert not torch.equal(rows, rows.sort().values)
+    one_to_one = fractional_rows(7, 7, seed=0)
+    assert sorted(one_to_one.tolist()) == list(range(7))
+
+
+def test_weights_of_classes() -> None:
+    inverse = class_weights("inverse_frequency", [1, 4, 5])
+    torch.testing.assert_close(inverse * 5 / inverse[2], torch.tensor([5, 1.25, 1]).double() * 5)
+    effective = class_weights("effective_number", [1, 2, 3], beta=0.5)
+    expected = torch.tensor([1.0, 1 / 1.5, 1 / 1.75], dtype=torch.float64)
+    torch.testing.assert_close(effective / effective[0], expected)
+    assert torch.equal(class_weights("none", [3, 8]), torch.ones(2).double())
+    x, labels, proxies = _circle(20, 100), torch.tensor([0, 1]), _circle(0, 90, 200)
+    alone = [
+        proxy_nca_loss(x[[i]], labels[[i]], proxies, denominator="negatives").item() for i in (0, 1)
+    ]
+    weights = torch.tensor([3.0, 1.0, 9.0])
+    both = proxy_nca_loss(x, labels, proxies, denominator="negatives", class_weights=weights).item()
+    assert both == pytest.approx((3 * alone[0] + alone[1]) / 4, rel=1e-12)
+
+
+def test_rows_of_tables_that_belong_to_no_classes() -> None:
+    sizes = [3] * 21
+    static = ProxyNCAConfig(proxies_per_class=2)
+    assert proxy_rows(static, class_sizes=sizes, world_size=2) == (20, 22)
+    fractional = ProxyNCAConfig(assignment="fractional", proxy_share=0.5)
+    assert proxy_rows(fractional, class_sizes=sizes, world_size=2) == (5, 6)
+    dynamic = ProxyNCAConfig(assignment="dynamic", proxy_share=2.0)
+    assert proxy_rows(dynamic, class_sizes=sizes, world_size=3) == (14, 14, 14)
+    assert [proxies_per_class(c) for c in (static, fractional, dynamic)] == [2, 1, 0]
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+@dataclass
+class Counted:
+    """An objective on the circle, with its proxies at 0, 90, 180 and 270 degrees."""
+
+    objective: DynamicProxyObjective
+
+    def step(self, labels: list[int], *degrees: float) -> dict[str, float]:
+        """Look at one batch; return what was recorded."""
+        output = self.objective(_circle(*degrees), torch.tensor(labels), [len(labels)])
+        return {name: value.item() for name, value in output.statistics.items()}
+
+
+def _counted(**options: Any) -> Counted:
+    objective = build_objective(
+        ProxyNCAConfig(assignment="dynamic", **options),
+        num_classes=4,
+        embedding_size=2,
+        seed=0,
+        comm=Comm.single(),
+        dtype=torch.float64,
+    )
+    assert isinstance(objective, DynamicProxyObjective)
+    with torch.no_grad():
+        objective.proxies.copy_(PROXIES)
+    return Counted(objective)
+
+
+def test_occupancy_churn_and_dead_proxies() -> None:
+    run = _counted(dead_after_steps=2)
+    found = run.step([0, 1], 0, 90)
+    assert (found["chosen_proxies"], found["dead_proxies"], found["assignment_churn"]) == (2, 0, 0)
+    found = run.step([0, 1, 3], 0, 180, 180)  # class 1 moves on, class 3 is new
+    assert (found["chosen_proxies"], found["dead_proxies"]) == (2, 1)  # 270 for two steps
+    assert (found["assignment_churn"], found["proxy_occupancy"]) == (1 / 2, 3 / 4)
+    found = run.step([0, 0, 3], 0, 270, 180)  # of class 0, one of two rows is elsewhere
+    assert (found["dead_proxies"], found["assignment_churn"]) == (1, 1 / 3)  # 90 since step 1
+    assert run.objective.idle_steps_L.tolist() == [0, 2, 0, 0]
+    assert run.objective.last_rows.tolist() == [3, 2, -1, 2]
+
+
+def test_looking_without_training_counts_nothing() -> None:
+    run = _counted()
+    run.objective.eval()
+    run.step([0], 0)
+    assert run.objective.idle_steps_L.tolist() == [0, 0, 0, 0]
+    assert run.objective.last_rows.tolist() == [-1, -1, -1, -1]
+
+
+def test_dead_proxies_begin_anew_near_a_sample() -> None:
+    run = _counted(dead_after_steps=2, revive_dead=True)
+    table = run.objective.proxies
+    optimizer = torch.optim.Adam([table], lr=0.1)
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    with torch.no_grad():
+        table.copy_(PROXIES)
+    run.step([0, 1], 0, 90)
+    assert run.objective.after_update(1) == {}
+    run.step([0, 1], 10, 100)
+    before = table.detach().clone()
+    revived = run.objective.after_update(2)
+    assert revived["proxies"].tolist() == [2, 3]
+    assert run.objective.idle_steps_L.tolist() == [0, 0, 0, 0]
+    assert torch.equal(table[:2], before[:2])
+    distances = torch.cdist(table.detach()[2:], _circle(10, 100)).amin(dim=1)
+    assert (distances < 0.5).all()
+    assert (distances > 0).all()
+    forget_rows(optimizer, table, revived["proxies"])
+    moments = optimizer.state[table]["exp_avg"]
+    assert (moments[2:] == 0).all()
+    assert (moments[:2] != 0).all()
+
+
+def test_class_ids_beyond_the_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"required class ids 0 \.\. 3, got 0 \.\. 4"):
+        _counted().step([0, 4], 0, 90)
+
+
+def test_revival_brings_dead_proxies_into_use() -> None:
+    """On data, in small: clusters at 0 and 180 degrees, where the proxies of 90 and 270 are not."""
+    found = {}
+    for revive in (False, True):
+        generator = np.random.default_rng(0)
+        run = _counted(dead_after_steps=5, revive_dead=revive)
+        optimizer = torch.optim.SGD([run.objective.proxies], lr=0.1)
+        centers, labels = np.array([0, 180] * 16), torch.tensor([0, 1] * 16)
+        for step in range(1, 24):
+            batch = _circle(*(centers + generator.normal(0, 5, len(centers))))
+            optimizer.zero_grad()
+            output = run.objective(batch, labels, [len(labels)])
+            output.loss.backward()
+            optimizer.step()
+            run.objective.after_update(step)
+        found[revive] = {name: value.item() for name, value in output.statistics.items()}
+    assert (found[False]["dead_proxies"], found[False]["chosen_proxies"]) == (2, 2)
+    assert found[True]["dead_proxies"] == 0
+    assert found[True]["chosen_proxies"] > 2
+
+
+def test_counts_are_in_checkpoints(tmp_path: Path) -> None:
+    config = small_config(loss="{name: proxy_nca, assignment: dynamic, dead_after_steps: 3}")
+    run = small_run(tmp_path / "run", config).train()
+    again = small_run(tmp_path / "run", config, attempt=2).train(resume=True)
+    counts = again.state.objective.owned_buffers()
+    assert set(counts) == {"proxy_idle_steps", "class_nearest"}
+    for name, buffer in run.state.objective.owned_buffers().items():
+        assert torch.equal(counts[name].values, buffer.values)
+        assert (buffer.values > 0).any()
+    assert set(whole_snapshot(again.state)) == set(whole_snapshot(run.state))
