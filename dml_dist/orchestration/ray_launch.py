@@ -204,13 +204,16 @@ def _ray(launch: LaunchConfig) -> Iterator[None]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **options,
             )
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-        where = (
-            f"launch.address {launch.address}" if launch.address else "a cluster on this machine"
-        )
+    except Exception as error:  # Ray raises bare ones where its processes do not come up.
+        if launch.address is None:
+            raise RunError(
+                f"Ray could not start a cluster on this machine: {_last_line(error)} Free some "
+                "ports, memory and room in /tmp, or wait until less other work is done here; "
+                "launch.launcher torchrun and inprocess need no Ray"
+            ) from error
         raise RunError(
-            f"no Ray cluster answers: {where} ({_last_line(error)}); start one with "
-            "`ray start --head`, correct launch.address, or leave it out to start one here"
+            f"no Ray cluster answers: launch.address {launch.address} ({_last_line(error)}); start "
+            "one with `ray start --head`, correct launch.address, or leave it out to start one here"
         ) from error
     try:
         _require_resources(launch)

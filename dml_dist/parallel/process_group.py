@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
+
+# torch is asked first: its own messages tell more.
+_SECONDS_FOR_TORCH = 2.0
 
 
 def topology_from_environment(
@@ -81,7 +86,7 @@ def init(
         dist.init_process_group(
             # Collectives on CPU tensors (objects, flags) go through gloo on GPU runs, too.
             "cpu:gloo,cuda:nccl" if topology.device_type == "cuda" else "gloo",
-            init_method=init_method,
+            store=_meet(init_method, topology, timeout_seconds),
             rank=topology.rank,
             world_size=topology.world_size,
             timeout=timedelta(seconds=timeout_seconds),
@@ -93,6 +98,35 @@ def init(
             "and number of ranks, and look at the output of the others"
         ) from error
     return Comm(dist.group.WORLD, topology, timeout_seconds=timeout_seconds)
+
+
+def _meet(init_method: str, topology: Topology, timeout_seconds: float) -> dist.Store:
+    """Return the store through which ranks find each other.
+
+    torch waits for ever, whatever the time limit, where something else took rank 0's port, takes
+    connections and never says a word. So it waits in a thread.
+
+    Raises:
+        RuntimeError: If nothing answers in time, or as torch does.
+    """
+    limit = timedelta(seconds=timeout_seconds)
+    found: list[dist.Store | Exception] = []
+
+    def work() -> None:
+        try:
+            place = rendezvous(init_method, topology.rank, topology.world_size, timeout=limit)
+            found.append(next(place)[0])
+        except Exception as error:  # Raised again below.
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds + _SECONDS_FOR_TORCH)
+    if not found:
+        raise RuntimeError("no word from rank 0, whose port another program may have taken")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def shutdown() -> None:
