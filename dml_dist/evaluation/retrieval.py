@@ -139,8 +139,7 @@ def evaluate(
         ConfigError: If an option is out of range or the backend is not installed.
     """
     start = time.perf_counter()
-    if comm is None:
-        comm = Comm.single(str(embeddings.device) if isinstance(embeddings, Tensor) else "cpu")
+    comm = comm or Comm.single(str(embeddings.device) if isinstance(embeddings, Tensor) else "cpu")
     error: DmlDistError | None = None
     try:
         _check_options(recall_at, distance, memory_mb, neighbors, extra)

@@ -28,13 +28,20 @@ from dml_dist.evaluation.tally import Tally
 from dml_dist.metrics import retrieval as metrics
 from dml_dist.metrics.definitions import Definition
 from dml_dist.parallel.comm import Comm
+from dml_dist.search.cross_join import CrossJoin, join_bytes
 from dml_dist.search.gallery import GalleryShard, Queries
-from dml_dist.search.neighbors import NO_ROW
+from dml_dist.search.neighbors import NO_ROW, Neighbors
 from dml_dist.search.propose import Backend
 from dml_dist.search.sharded import ShardedGallery, norm_bound, queries_per_block
 
 # Longer lists answer Recall@K for more queries, shorter ones are found and decided sooner.
 _SHORTEST_LIST = 8
+# Longer lists than this are found in blocks: a join keeps some more candidates than a list has.
+_LONGEST_JOINED = 64
+_JOINED_AT_ONCE = 8192
+
+Missed = tuple[np.ndarray, np.ndarray]
+"""Queries without a hit of their class, and those without one of their super-class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +118,7 @@ class Rounds:
         self._low, high = population.part(comm.rank)
         in_gallery = population.is_gallery_N[self._low : high]
         row_N = self._low + np.flatnonzero(in_gallery)
-        shard = GalleryShard(
+        self._shard = GalleryShard(
             vectors_ND if in_gallery.all() else vectors_ND[self._tensor(in_gallery)],
             self._tensor(row_N),
             self._tensor(population.class_N[row_N]),
@@ -119,18 +126,21 @@ class Rounds:
             backend=backend,
             memory_bytes=memory_bytes,
         )
-        self._gallery = ShardedGallery(shard, comm)
+        self._gallery = ShardedGallery(self._shard, comm)
         self._super_gallery = self._gallery
         if super_N is not None:
             self._super_gallery = self._gallery.with_classes(self._tensor(super_N[row_N]))
 
     def run(self) -> Outcome:
         """Carry out both rounds; every rank calls this."""
+        with self._stage("list"):
+            joined, left = self._join()
         for owner in range(self._comm.world_size):
             with self._stage("list"):
-                missed = [
+                missed = joined if owner == self._comm.rank else []
+                missed += [
                     self._list_block(row_Q, num_places, owner)
-                    for row_Q, num_places in self._blocks(owner)
+                    for row_Q, num_places in self._blocks(left[owner])
                 ]
             missed_Q, super_missed_Q = (
                 np.concatenate([np.zeros(0, dtype=np.int64), *parts])
@@ -143,15 +153,69 @@ class Rounds:
                     self._count(super_missed_Q, owner, self._super_N)
         return self._finish()
 
-    def _blocks(self, owner: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield blocks of a rank's queries with the length of their lists."""
-        row_Q = self._population.counted_queries(owner)
+    def _join(self) -> tuple[list[Missed], list[np.ndarray]]:
+        """List the queries of all ranks at once where every row is a query and in the gallery.
+
+        Returns the queries without a hit among this rank's, and the queries of each rank that are
+        left to be listed in blocks.
+        """
+        population, comm = self._population, self._comm
+        left = [population.counted_queries(rank) for rank in range(comm.world_size)]
+        places = [self._joined_places(rank) for rank in range(comm.world_size)]
+        if not self._may_join(left, places):
+            return [], left
+        join = CrossJoin(
+            self._vectors_ND, self._shard.approximation, population.sizes, places.__getitem__, comm
+        )
+        lists, is_open_N = join.run()
+        places_N = places[comm.rank]
+        missed = []
+        for index_Q in np.array_split(
+            np.flatnonzero((places_N > 0) & ~is_open_N), 1 + len(places_N) // _JOINED_AT_ONCE
+        ):
+            part = Neighbors(lists.distance_QK[index_Q], lists.row_QK[index_Q])
+            missed.append(self._take_lists(index_Q + self._low, part, places_N[index_Q]))
+        open_rows = comm.gather_objects(np.flatnonzero(is_open_N) + self._low, what="gather open")
+        for rank, (row_Q, rows) in enumerate(zip(left, open_rows, strict=True)):
+            low, _ = population.part(rank)
+            left[rank] = row_Q[(places[rank][row_Q - low] == 0) | np.isin(row_Q, rows)]
+        return missed, left
+
+    def _joined_places(self, rank: int) -> np.ndarray:
+        """Return the places of each row of a rank in a join, int64; 0 for none."""
+        low, high = self._population.part(rank)
+        row_Q = self._population.counted_queries(rank)
+        places_Q = self._places(row_Q)
+        places_N = np.zeros(high - low, dtype=np.int64)
+        places_N[row_Q - low] = np.where(places_Q <= _LONGEST_JOINED, places_Q, 0)
+        return places_N
+
+    def _may_join(self, left: list[np.ndarray], places: list[np.ndarray]) -> bool:
+        """Whether a join is possible, sensible, and fits the memory, alike on every rank."""
+        population = self._population
+        if self._vectors_ND.device.type != "cpu":
+            return False  # A GPU makes products faster than a join could look at them.
+        if not (population.is_query_N.all() and population.is_gallery_N.all()):
+            return False
+        num_joined = sum(np.count_nonzero(part) for part in places)
+        if 2 * num_joined < sum(len(row_Q) for row_Q in left):
+            return False
+        needed = max(join_bytes(part, self._vectors_ND.shape[1], len(left)) for part in places)
+        return needed <= self._memory_bytes
+
+    def _places(self, row_Q: np.ndarray) -> np.ndarray:
+        """Return how long the lists of queries are to be, (Q,) int64."""
         shortest = max(min(max(self._tally.recall_at), _SHORTEST_LIST), self._neighbors)
         num_relevant_Q = self._population.num_relevant_N[row_Q]
         places_Q = np.maximum(num_relevant_Q, shortest)
         for definition in self._tally.definitions:
             places_Q = np.maximum(places_Q, definition.places(num_relevant_Q))
-        places_Q = np.minimum(places_Q, self._population.num_gallery)
+        return np.minimum(places_Q, self._population.num_gallery)
+
+    def _blocks(self, row_Q: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield blocks of queries with the length of their lists."""
+        row_Q = row_Q[np.argsort(self._places(row_Q), kind="stable")]
+        places_Q = self._places(row_Q)
         low = 0
         while low < len(row_Q):
             # Lists of one block differ in length by a factor of two at most.
@@ -161,19 +225,22 @@ class Rounds:
             yield row_Q[low:high], int(places_Q[high - 1])
             low = high
 
-    def _list_block(
-        self, row_Q: np.ndarray, num_places: int, owner: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rank the nearest rows of a block; return the queries without a hit, on the owner.
-
-        They are those without a hit of their class, and those without one of their super-class.
-        """
+    def _list_block(self, row_Q: np.ndarray, num_places: int, owner: int) -> Missed:
+        """Rank the nearest rows of a block; return the queries without a hit, on the owner."""
         found = self._gallery.nearest(self._queries(row_Q, owner), num_places, owner)
         if found is None:
             return row_Q[:0], row_Q[:0]
+        return self._take_lists(row_Q, found, np.full(len(row_Q), num_places))
+
+    def _take_lists(self, row_Q: np.ndarray, found: Neighbors, places_Q: np.ndarray) -> Missed:
+        """Add queries by their lists, of which the first places count; return those without a hit.
+
+        They are those without a hit of their class, and those without one of their super-class.
+        """
         neighbor_QK = found.row_QK.cpu().numpy()
         class_N = self._population.class_N
         is_free = neighbor_QK == NO_ROW
+        is_free |= np.arange(neighbor_QK.shape[1]) >= places_Q[:, None]
         position_QK = np.where(is_free, 0, neighbor_QK)
         relevant_QK = (class_N[position_QK] == class_N[row_Q][:, None]) & ~is_free
         num_relevant_Q = self._population.num_relevant_N[row_Q]
@@ -185,9 +252,9 @@ class Rounds:
             listed_QK = np.where(is_free, -1, neighbor_QK)[:, : self._neighbors]
             distance_QK = found.distance_QK[:, : self._neighbors].cpu().numpy()
             self._parts.append(Listed(row_Q, listed_QK, distance_QK))
-        if max(self._tally.recall_at) <= num_places:
-            return row_Q[:0], row_Q[:0]
-        return row_Q[rank_Q == metrics.NOT_LISTED], super_missed_Q
+        is_short_Q = places_Q < max(self._tally.recall_at)
+        missed_Q = row_Q[(rank_Q == metrics.NOT_LISTED) & is_short_Q]
+        return missed_Q, super_missed_Q[is_short_Q[np.isin(row_Q, super_missed_Q)]]
 
     def _list_super(
         self, row_Q: np.ndarray, position_QK: np.ndarray, is_free: np.ndarray

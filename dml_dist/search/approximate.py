@@ -113,6 +113,19 @@ class Approximation:
         )
         return self._coefficient * reach_Q.square() + self._underflow
 
+    def above(self, norm_Q: Tensor, approximate_Q: Tensor) -> Tensor:
+        """Return what s^2 d of no row exceeds whose a is at most `approximate_Q`, (Q,) float64.
+
+        From (|y_g| - |y_q|)^2 <= s^2 d <= a + c (|y_q| + |y_g|)^2 follows
+        |y_g| (1 - sqrt(c)) <= |y_q| (1 + sqrt(c)) + sqrt(a).
+        """
+        root = self._coefficient**0.5
+        near_Q = approximate_Q.clamp(min=0.0).sqrt() + norm_Q * (1.0 + root)
+        # Wider than any embedding is, root would reach 1 and say nothing.
+        other_Q = near_Q / (1.0 - root) if root < 1.0 else torch.full_like(near_Q, torch.inf)
+        reach_Q = norm_Q + other_Q.clamp(max=self._largest_norm)
+        return approximate_Q + self._coefficient * reach_Q.square() + self._underflow
+
     def partial_distances(
         self, rows_QD: Tensor, low: int, high: int, out: Tensor | None = None
     ) -> Tensor:

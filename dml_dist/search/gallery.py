@@ -92,7 +92,7 @@ class GalleryShard:
         self._backend: Backend = backend
         self._memory_bytes = memory_bytes
         self._pairs_at_once = max(1, memory_bytes // 4 // _BYTES_PER_PAIR)
-        self._approximation = Approximation(vectors_ND, radius)
+        self.approximation = Approximation(vectors_ND, radius)
         self._radius = radius
         # Rows grouped by class: the rows of class c are _by_class[starts of c : end of c].
         self._sorted_class_N, self._by_class_N = class_N.sort(stable=True)
@@ -119,15 +119,15 @@ class GalleryShard:
         if not len(self) or not len(queries):
             return empty_neighbors(len(queries), num_places, self.row_N.device)
         with full_precision(self.row_N.device):
-            approximate = self._approximation.of_queries(queries.vectors_QD)
+            approximate = self.approximation.of_queries(queries.vectors_QD)
             # One more for the query itself, some more so that rounding leaves few queries open.
             wanted = num_places + (5 + num_places // 8 if spare is None else spare)
             proposals = propose(
-                self._approximation, approximate, wanted, self._backend, self._memory_bytes
+                self.approximation, approximate, wanted, self._backend, self._memory_bytes
             )
             found = self._decide(queries, proposals.position_QK, num_places)
-            last_Q = found.distance_QK[:, -1] * self._approximation.scale_square
-            doubt_Q = self._approximation.bound(approximate.norm_Q, last_Q)
+            last_Q = found.distance_QK[:, -1] * self.approximation.scale_square
+            doubt_Q = self.approximation.bound(approximate.norm_Q, last_Q)
             open_Q = (~(proposals.farthest_Q - doubt_Q > last_Q)).nonzero()[:, 0]
             open_Q = open_Q[proposals.farthest_Q[open_Q] < torch.inf]
             if len(open_Q):
@@ -216,7 +216,7 @@ class GalleryShard:
         self, queries: Queries, distance_Q: Tensor, row_Q: Tensor, limit: int
     ) -> Tensor:
         closer_Q = torch.zeros(len(queries), dtype=torch.int64, device=self.row_N.device)
-        approximate = self._approximation.of_queries(queries.vectors_QD)
+        approximate = self.approximation.of_queries(queries.vectors_QD)
         lower_Q, upper_Q = self._doubtful(approximate, distance_Q)
         waiting: list[tuple[Tensor, Tensor]] = []
         num_waiting = 0
@@ -262,7 +262,7 @@ class GalleryShard:
         parts = []
         for low, high in self._query_tiles(len(queries)):
             tile = queries.select(torch.arange(low, high, device=self.row_N.device))
-            approximate = self._approximation.of_queries(tile.vectors_QD)
+            approximate = self.approximation.of_queries(tile.vectors_QD)
             _, upper_Q = self._doubtful(approximate, distance_Q[low:high])
             found = empty_neighbors(len(tile), num_places, self.row_N.device)
             for start, block_QG in self._products(tile, approximate):
@@ -304,8 +304,8 @@ class GalleryShard:
 
     def _doubtful(self, approximate: Thresholds, distance_Q: Tensor) -> tuple[Tensor, Tensor]:
         """Return the partial distances below which a row is closer and above which farther."""
-        scaled_Q = distance_Q * self._approximation.scale_square
-        doubt_Q = self._approximation.bound(approximate.norm_Q, scaled_Q)
+        scaled_Q = distance_Q * self.approximation.scale_square
+        doubt_Q = self.approximation.bound(approximate.norm_Q, scaled_Q)
         lower_Q = (scaled_Q - doubt_Q - approximate.square_Q).to(torch.float32)
         upper_Q = (scaled_Q + doubt_Q - approximate.square_Q).to(torch.float32)
         return lower_Q, upper_Q
@@ -319,9 +319,7 @@ class GalleryShard:
         for low in range(0, len(self), tile):
             high = min(low + tile, len(self))
             out = buffer[: len(queries) * (high - low)].view(len(queries), high - low)
-            block_QG = self._approximation.partial_distances(
-                approximate.rows_QD, low, high, out=out
-            )
+            block_QG = self.approximation.partial_distances(approximate.rows_QD, low, high, out=out)
             here = (inside & (own_Q >= low) & (own_Q < high)).nonzero()[:, 0]
             block_QG[here, own_Q[here] - low] = torch.inf
             yield low, block_QG

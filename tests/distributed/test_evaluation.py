@@ -11,6 +11,7 @@ from dml_dist.errors import DataError
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
 from dml_dist.evaluation.saved import SavedEmbeddings, collect_embeddings
 from dml_dist.parallel.comm import Comm
+from dml_dist.search import cross_join, self_join
 from dml_dist.topology import Topology
 from tests.ranks import run_ranks
 from tests.retrieval_cases import cases
@@ -18,7 +19,7 @@ from tests.retrieval_cases import cases
 RECALL_AT = (1, 2, 5, 20, 500)
 OPTIONS: list[dict[str, Any]] = [
     {"distance": "cosine", "backend": "faiss", "memory_mb": 512.0},
-    {"distance": "euclidean", "backend": "torch", "memory_mb": 0.5},
+    {"distance": "euclidean", "backend": "torch", "memory_mb": 0.12},
 ]
 EVERYTHING: dict[str, Any] = {
     "extra": ("nmi", "nmi_geometric", "f1", "ami", "super_class_recall"),
@@ -54,12 +55,16 @@ def _summary(result: RetrievalResult) -> dict[str, Any]:
 
 def _all_cases(topology: Topology) -> dict[str, list[dict[str, Any]]]:
     comm = _comm(topology)
+    if topology.world_size > 1:
+        # Several chunks on every rank; rounds in which some ranks have none.
+        self_join.CHUNK = cross_join.CHUNK = 16
     results: dict[str, list[dict[str, Any]]] = {}
     for name, case in cases().items():
         for shares in SHARES[topology.world_size]:
             bounds = _bounds(len(case.labels), shares)
             part = slice(bounds[topology.rank], bounds[topology.rank + 1])
-            for options in OPTIONS:
+            # Three ranks differ from two in how rounds go; how blocks go is seen with two.
+            for options in OPTIONS[: 3 - max(1, topology.world_size - 1)]:
                 result = evaluate(
                     case.embeddings[part],
                     case.labels[part],
