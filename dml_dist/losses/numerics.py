@@ -69,7 +69,10 @@ def merge_statistics(a: Statistics, b: Statistics, merges: Mapping[str, Merge]) 
 def _merge(a: Tensor, b: Tensor, how: Merge) -> Tensor:
     match how:
         case "logsumexp":
-            return torch.logaddexp(a, b)
+            # Not logaddexp, whose gradient is not a number where both are -inf.
+            peak = torch.maximum(a, b).detach()
+            total = safe_exp_difference(a, peak) + safe_exp_difference(b, peak)
+            return peak + total.clamp_min(torch.finfo(total.dtype).tiny).log()
         case "max":
             return torch.where(a >= b, a, b)
         case "sum":

@@ -10,49 +10,87 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dml_dist.losses.forms import ProxyShard, RowLoss
+from dml_dist.losses.forms import ProxyShard, Round, RoundsLoss, RowLoss, rounds_of
 from dml_dist.losses.numerics import Statistics, merge_statistics
+from dml_dist.losses.proxy_anchor import ProxyAnchor
 from dml_dist.losses.proxy_nca import ProxyNCA
+from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA
 from dml_dist.losses.proxy_nca_functions import proxy_nca_loss
+from dml_dist.losses.proxy_nca_margin import ProxyNCAMargin
+from dml_dist.losses.soft_triple import SoftTriple
+from dml_dist.losses.softmax import ArcFace
 from tests.custom_examples import HardNegativeSoftmax
+
+AnyRowLoss = RowLoss | RoundsLoss
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[RowLoss, Tensor, Tensor, Tensor, int]:
+def problems(draw: st.DrawFn) -> tuple[AnyRowLoss, Tensor, Tensor, Tensor, int]:
     """A row loss with embeddings, labels and proxies, and the number of classes."""
     num_classes = draw(st.integers(2, 9))
     per_class = draw(st.integers(1, 3))
     rows = draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    if draw(st.booleans()):
-        denominator = draw(st.sampled_from(["all", "negatives"]))
-        loss: RowLoss = ProxyNCA(
+    memory = draw(st.sampled_from([1e-9, 1e-3, 64.0]))
+    kind = draw(st.sampled_from(["nca", "margin", "dynamic", "anchor", "triple", "arc", "custom"]))
+    surrogate = draw(st.sampled_from(["nca", "margin"]))
+    denominator = draw(st.sampled_from(["all", "negatives"]))
+    loss: RowLoss | RoundsLoss = HardNegativeSoftmax()
+    if kind == "nca":
+        loss = ProxyNCA(
             num_classes,
             denominator,
             embedding_scale=draw(st.floats(0.5, 6)),
             proxies_per_class=per_class,
             label_smoothing=draw(st.sampled_from([0.0, 0.2])) if denominator == "all" else 0.0,
-            logit_memory_mb=draw(st.sampled_from([1e-9, 1e-3, 64.0])),
+            logit_memory_mb=memory,
         )
-    else:
-        per_class, loss = 1, HardNegativeSoftmax()
+    elif kind == "margin":
+        loss = ProxyNCAMargin(num_classes, 0.7, proxies_per_class=per_class, logit_memory_mb=memory)
+    elif kind == "dynamic":
+        loss = DynamicProxyNCA(
+            num_classes,
+            surrogate,
+            denominator,
+            use_labels=draw(st.booleans()),
+            logit_memory_mb=memory,
+        )
+    elif kind == "anchor":
+        loss = ProxyAnchor(8.0, positives=draw(st.sampled_from(["classes", "samples"])))
+    elif kind == "triple":
+        loss = SoftTriple(logit_memory_mb=memory, centers_per_class=per_class)
+    elif kind == "arc":
+        loss = ArcFace(8.0, memory, margin_degrees=draw(st.sampled_from([0.0, 30.0, 90.0])))
+    per_class = loss.proxies_per_class
     embeddings = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
     proxies = torch.randn(num_classes * per_class, 3, generator=generator, dtype=torch.float64)
     labels = torch.randint(num_classes, (rows,), generator=generator)
     return loss, embeddings, labels, proxies, num_classes
 
 
-def _partials(
-    loss: RowLoss, x: Tensor, labels: Tensor, proxies: Tensor, num_classes: int, cuts: list[int]
-) -> list[Statistics]:
+def _shards(
+    loss: AnyRowLoss, proxies: Tensor, num_classes: int, cuts: list[int]
+) -> list[tuple[Tensor, ProxyShard]]:
     bounds = [0, *cuts, num_classes]
     k = loss.proxies_per_class
     return [
-        loss.partial(x, labels, proxies[low * k : high * k], ProxyShard(num_classes, low, high, k))
+        (proxies[low * k : high * k], ProxyShard(num_classes, low, high, k))
         for low, high in pairwise(bounds)
     ]
+
+
+def _total(
+    loss: AnyRowLoss, x: Tensor, labels: Tensor, shards: list[tuple[Tensor, ProxyShard]]
+) -> Statistics:
+    """The statistics of all rounds, merged over shards from the left."""
+    total: Statistics = {}
+    for round_ in rounds_of(loss):
+        known = {name: value.detach() for name, value in total.items()}
+        partials = [round_.partial(x, labels, *shard, known) for shard in shards]
+        total |= reduce(lambda a, b: merge_statistics(a, b, round_.merges), partials)
+    return total
 
 
 def _close(a: Tensor, b: Tensor) -> None:
@@ -62,15 +100,14 @@ def _close(a: Tensor, b: Tensor) -> None:
 @SETTINGS
 @given(problem=problems(), data=st.data())
 def test_any_cut_of_the_classes_gives_the_dense_loss_and_gradients(
-    problem: tuple[RowLoss, Tensor, Tensor, Tensor, int], data: st.DataObject
+    problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int], data: st.DataObject
 ) -> None:
     loss, x, labels, proxies, num_classes = problem
     cuts = sorted(data.draw(st.sets(st.integers(1, num_classes - 1))))
     found = []
     for chosen in ([], cuts):
         leaves = x.clone().requires_grad_(), proxies.clone().requires_grad_()
-        partials = _partials(loss, leaves[0], labels, leaves[1], num_classes, chosen)
-        total = reduce(lambda a, b: merge_statistics(a, b, loss.merges), partials)
+        total = _total(loss, leaves[0], labels, _shards(loss, leaves[1], num_classes, chosen))
         value = loss.finish(total)
         found.append((value, *torch.autograd.grad(value, leaves)))
     for dense, sharded in zip(*found, strict=True):
@@ -80,34 +117,38 @@ def test_any_cut_of_the_classes_gives_the_dense_loss_and_gradients(
 @SETTINGS
 @given(problem=problems(), data=st.data())
 def test_merge_is_associative_and_commutative(
-    problem: tuple[RowLoss, Tensor, Tensor, Tensor, int], data: st.DataObject
+    problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int], data: st.DataObject
 ) -> None:
     loss, x, labels, proxies, num_classes = problem
     cuts = sorted(data.draw(st.sets(st.integers(1, num_classes - 1))))
-    partials = _partials(loss, x, labels, proxies, num_classes, cuts)
-    order = data.draw(st.permutations(range(len(partials))))
+    shards = _shards(loss, proxies, num_classes, cuts)
+    order = data.draw(st.permutations(range(len(shards))))
+    known: Statistics = {}
+    for round_ in rounds_of(loss):
+        partials = [round_.partial(x, labels, *shard, known) for shard in shards]
 
-    def merge(a: Statistics, b: Statistics) -> Statistics:
-        return merge_statistics(a, b, loss.merges)
+        def merge(a: Statistics, b: Statistics, how: Round = round_) -> Statistics:
+            return merge_statistics(a, b, how.merges)
 
-    forward = reduce(merge, partials)
-    shuffled = [partials[place] for place in order]
-    backward = reduce(lambda a, b: merge(b, a), reversed(shuffled))
-    for name in loss.merges:
-        _close(backward[name], forward[name])
+        forward = reduce(merge, partials)
+        shuffled = [partials[place] for place in order]
+        backward = reduce(lambda a, b: merge(b, a), reversed(shuffled))
+        for name in round_.merges:
+            _close(backward[name], forward[name])
+        known |= {name: value.detach() for name, value in forward.items()}
 
 
 @SETTINGS
 @given(problem=problems(), seed=st.integers(0, 2**16))
 def test_lengths_and_orders_do_not_matter(
-    problem: tuple[RowLoss, Tensor, Tensor, Tensor, int], seed: int
+    problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int], seed: int
 ) -> None:
     loss, x, labels, proxies, num_classes = problem
     generator = torch.Generator().manual_seed(seed)
     k = loss.proxies_per_class
 
     def value(x: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
-        return loss.finish(_partials(loss, x, labels, proxies, num_classes, [])[0])
+        return loss.finish(_total(loss, x, labels, _shards(loss, proxies, num_classes, [])))
 
     expected = value(x, labels, proxies)
     stretch = torch.rand(len(x), 1, generator=generator, dtype=torch.float64) * 9 + 0.1
@@ -124,7 +165,7 @@ def test_lengths_and_orders_do_not_matter(
 @SETTINGS
 @given(problem=problems())
 def test_the_paper_form_is_not_above_the_softmax_form(
-    problem: tuple[RowLoss, Tensor, Tensor, Tensor, int],
+    problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int],
 ) -> None:
     _, x, labels, proxies, num_classes = problem
     k = len(proxies) // num_classes
