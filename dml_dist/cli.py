@@ -158,6 +158,63 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="New folder.")],
+    split: Annotated[
+        str, typer.Option("--split", help="Split whose images are the gallery.")
+    ] = "test",
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="best, last, or a checkpoint's folder.")
+    ] = "best",
+    thumbnails_mb: Annotated[
+        float, typer.Option("--thumbnails-mb", min=0, help="Bound on all thumbnails, MiB.")
+    ] = 200.0,
+    changes: SetOption = None,
+) -> None:
+    """Write a run's network as ONNX with a searchable gallery, one folder that stands alone."""
+    from dml_dist.orchestration.export import ExportOptions, run_export
+
+    options = ExportOptions(split, checkpoint, thumbnails_mb)
+    run_export(run, out, console, options, overrides=_overrides(changes, "inprocess", None))
+
+
+@app.command()
+def search(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Exported folder.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Neighbours of each image.")] = 10,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="New PNG file; default search.png or search-N.png.")
+    ] = None,
+    runtime: Annotated[
+        Literal["auto", "onnxruntime", "torch"],
+        typer.Option("--runtime", help="What computes embeddings."),
+    ] = "auto",
+) -> None:
+    """Show the images of a bundle that are nearest to given ones, as a table and a picture."""
+    from dml_dist.orchestration.search_bundle import run_search
+
+    run_search(bundle, images, console, top=top, out=out, runtime=runtime)
+
+
+@app.command("check-loss")
+def check_loss(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A loss's name, or package.module:name.")
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="One of the loss's options."),
+    ] = None,
+) -> None:
+    """Check that a loss gives one process's gradients on 1, 2 and 3 ranks."""
+    from dml_dist.orchestration.check_loss import check_loss as run_check
+
+    run_check(target, options or [], console)
+
+
+@app.command()
 def config(
     explain: Annotated[
         str, typer.Option("--explain", metavar="PATH", help="Field or section, e.g. optim.lr.")

@@ -110,6 +110,9 @@ def _set_stochastic_depth(trunk: nn.Module, active: bool) -> None:
 class _Rescale(nn.Module):
     """Inputs of ImageNet's mean and std to [-1, 1], where GoogLeNet's weights were trained."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         for name, values in _IMAGENET.items():

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from dml_dist.config.load import differing_paths, load_config
+from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
 from dml_dist.files import write_json_atomic
 from dml_dist.orchestration.launch import joined, launch, on_main
@@ -47,18 +48,7 @@ def run_evaluation(
         DataError: If the data is missing or damaged, or the split does not exist.
     """
     folder = RunFolder.open(run_dir)
-    recorded = load_config(folder.config_path)
-    config = with_absolute_paths(load_config(folder.config_path, overrides))
-    refused = [
-        difference
-        for difference in differing_paths(recorded, config)
-        if not difference.resumable and not difference.path.startswith(_CHANGEABLE)
-    ]
-    if refused:
-        raise ConfigError(
-            f"{folder.path} is evaluated with its own configuration, but for evaluation, launch "
-            f"and paths; got {'; '.join(map(str, refused))}; leave these changes out"
-        )
+    config = evaluation_config(folder, overrides)
     assignment = Assignment(
         kind="evaluate",
         config=config,
@@ -75,3 +65,28 @@ def run_evaluation(
             print_metrics(metrics, console)
             console.print(f"metrics: {target}", highlight=False, soft_wrap=True)
     return metrics
+
+
+def evaluation_config(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
+    """Return a run's own configuration with changes that leave its embeddings what they are.
+
+    Args:
+        folder: The run.
+        overrides: Changes to evaluation, launch, paths.
+
+    Raises:
+        ConfigError: If a change would make it another run.
+    """
+    recorded = load_config(folder.config_path)
+    config = with_absolute_paths(load_config(folder.config_path, overrides))
+    refused = [
+        difference
+        for difference in differing_paths(recorded, config)
+        if not difference.resumable and not difference.path.startswith(_CHANGEABLE)
+    ]
+    if refused:
+        raise ConfigError(
+            f"{folder.path} is evaluated with its own configuration, but for evaluation, launch "
+            f"and paths; got {'; '.join(map(str, refused))}; leave these changes out"
+        )
+    return config

@@ -43,7 +43,7 @@ ONLY_IN: dict[str, set[str]] = {
     "optuna": {"orchestration"},
     "typer": {"cli"},
 }
-NEVER_AT_TOP = {"faiss", "webdataset", "zuko", "matplotlib"}
+NEVER_AT_TOP = {"onnx", "onnxruntime", "onnxscript", "faiss", "webdataset", "zuko", "matplotlib"}
 NO_TORCH = LAYERS[0]
 
 MAX_LINES = 400

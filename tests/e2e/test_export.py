@@ -1,0 +1,281 @@
+"""Export and search: a bundle stands alone and finds what an evaluation finds."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from dml_dist.config.load import load_config
+from dml_dist.data.index import read_index
+from dml_dist.data.reader import ShardReader
+from dml_dist.errors import ConfigError
+from dml_dist.orchestration import search_picture
+from dml_dist.orchestration.bench import open_bench
+from dml_dist.orchestration.bundle import read_bundle
+from dml_dist.orchestration.export import ExportOptions, run_export, thumbnail, thumbnails
+from dml_dist.orchestration.progress import Event, discard
+from dml_dist.orchestration.search_bundle import embed_images, nearest
+from dml_dist.orchestration.search_picture import Tile
+from dml_dist.orchestration.train import run_training
+from dml_dist.parallel.comm import Comm
+from dml_dist.runs import RunFolder
+from dml_dist.topology import Topology
+from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
+
+Cli = Callable[..., tuple[int, str]]
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def run(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of some steps on glyphs, by cosine."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = folder / "run.yaml"
+    config.write_text(
+        f"""
+        name: exported
+        data:
+          path: {glyphs}
+          transform: {{size: 24, resize: 28, crop_scale: [0.7, 1.0], flip: 0.0}}
+          loader_workers: 0
+        model: {{backbone: {{name: conv4, width: 16}}, embedding_size: 16, pooling: gem}}
+        optim: {{name: adam, lr: 0.003, proxy_lr: 0.05}}
+        train: {{global_batch_size: 26, steps: 20}}
+        validation: {{name: none}}
+        evaluation: {{batch_size: 32}}
+        launch: {{launcher: inprocess, threads_per_rank: 1}}
+        """
+    )
+    run_training(load_config(config), QUIET, run_dir=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle."""
+    out = tmp_path_factory.mktemp("bundles") / "below" / "bundle"
+    return run_export(run, out, QUIET, ExportOptions())
+
+
+@pytest.fixture
+def images(glyphs: Path, tmp_path: Path) -> list[Path]:
+    """Some test images as files."""
+    index = read_index(glyphs)
+    rows = index.rows("test")[[3, 50, 111]]
+    paths = []
+    for row in rows:
+        paths.append(tmp_path / f"{row}.png")
+        paths[-1].write_bytes(ShardReader(index).read(int(row)))
+    return paths
+
+
+def test_a_bundle_finds_what_an_evaluation_finds(run: Path, bundle: Path) -> None:
+    """Given an evaluation's embeddings: the same rows in the same order, at the same distances."""
+    config = load_config(RunFolder(run).config_path)
+    bench = open_bench(config, Topology(), Comm.single(), discard)
+    rows = bench.rows_of("test")
+    checkpoint = select_checkpoint(RunFolder(run).checkpoints, "best")
+    model = load_model(checkpoint, config.model, seed=config.seed)
+    expected = bench.measure(model, rows, "embed", neighbors=7)
+    embeddings, labels, _ = bench.embed(model, rows, "embed")
+    read = read_bundle(bundle)
+    assert read.keys == bench.index.keys[rows].tolist()
+    assert read.labels.tolist() == labels.tolist()
+    assert {read.class_names[label] for label in labels} == {
+        bench.index.class_names[label] for label in labels
+    }
+    found = nearest(read, torch.from_numpy(embeddings), 8)
+    assert expected.neighbors is not None
+    assert expected.neighbor_distances is not None
+    for query, (neighbors, distances) in enumerate(
+        zip(expected.neighbors.tolist(), expected.neighbor_distances.tolist(), strict=True)
+    ):
+        others = [item for item in found[query] if item.row != query][:7]
+        assert [item.row for item in others] == neighbors
+        assert [item.distance for item in others] == distances
+
+
+def test_images_are_embedded_as_in_an_evaluation(
+    run: Path, bundle: Path, glyphs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file to the embedding, with onnxruntime and with torch."""
+    read = read_bundle(bundle)
+    config = load_config(RunFolder(run).config_path)
+    bench = open_bench(config, Topology(), Comm.single(), discard)
+    rows = bench.rows_of("test")[:5]
+    batches = [
+        bench.transform.evaluation(torch.from_numpy(_pixels(ShardReader(bench.index).read(row))))
+        for row in rows.tolist()
+    ]
+    for runtime in ("onnxruntime", "torch"):
+        found = embed_images(read, torch.stack(batches), runtime)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, read.stored_ND[:5], rtol=0, atol=1e-5)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert embed_images(read, torch.stack(batches)).shape == (5, 16)
+    with pytest.raises(ConfigError, match=r"pip install 'dml-dist\[export\]', or give --runtime"):
+        embed_images(read, torch.stack(batches), "onnxruntime")
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1).copy()
+
+
+def test_search_needs_the_bundle_alone(
+    bundle: Path, images: list[Path], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(bundle, moved)
+
+    def refuse(*_: Any) -> bytes:
+        raise AssertionError("the data set was read")
+
+    monkeypatch.setattr(ShardReader, "read", refuse)
+    code, output = cli("search", moved, *images, "--top", 12)
+    assert code == 0, output
+    for image in images:
+        assert image.name in output
+    assert f"picture: {tmp_path / 'search.png'}" in output
+    with Image.open(tmp_path / "search.png") as picture:
+        assert picture.width > 1500  # a query and ten neighbours
+        assert picture.height > 6 * 150  # two lines for each of three queries
+    monkeypatch.setattr(search_picture, "_MOST_LINES", 1)
+    code, output = cli("search", moved, images[0], "--top", 300)
+    assert code == 0, output
+    assert "search-2.png (its beginning; the tables hold all)" in output
+    assert re.search(r"│ 240 +│", output)
+    assert not re.search(r"│ 241 +│", output)  # the gallery ends
+
+
+def test_the_manifest_says_what_it_is(bundle: Path, run: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["name"] == "exported"
+    assert manifest["normalized"] is True
+    assert manifest["run"]["checkpoint"].startswith("step_00000020")
+    assert manifest["run"]["exported_with"]["versions"]["onnx"]
+    assert manifest["metrics"]["trained"]["recall_at_1"] >= 0
+    assert manifest["gallery"]["num_images"] == 240
+    assert manifest["gallery"]["num_classes"] == 30
+    assert manifest["gallery"]["thumbnails"]["number"] == 240
+    assert 0 <= manifest["onnx"]["largest_difference"] <= 1e-4
+    assert set(manifest["files"]) == {p.name for p in bundle.iterdir()} - {"manifest.json"}
+    steps = json.loads((bundle / "preprocessing.json").read_text())["steps"]
+    assert steps[1]["resize"]["shorter_side"] == 28
+    assert not list(bundle.parent.glob(".*"))
+
+
+def test_wrong_exports(run: Path, cli: Cli, tmp_path: Path, glyphs: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    empty = tmp_path / "empty-run"
+    RunFolder.create(empty, (run / "config.yaml").read_text(), name="x", seed=0)
+    cases = [
+        ((run, "--out", taken), "required a new folder for the bundle"),
+        ((tmp_path, "--out", "new"), "required the folder of a run"),
+        ((empty, "--out", "new"), "required a checkpoint"),
+        ((run, "--out", "new", "--checkpoint", "step_9"), "required best, last or one of"),
+        ((run, "--out", "new", "--split", "validation"), "holds no class out"),
+        ((run, "--out", "new", "--split", "dev"), "no image belongs to the split 'dev'"),
+        ((run, "--out", "new", "--set", "model.embedding_size=3"), "leave these changes out"),
+    ]
+    for arguments, words in cases:
+        code, output = cli("export", *arguments)
+        assert code == 2, (arguments, output)
+        assert words in output
+    assert [path.name for path in taken.iterdir()] == ["file"]
+    assert not list(tmp_path.glob("*new*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_missing_package_names_the_extra(
+    run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    code, output = cli("export", run, "--out", "new")
+    assert code == 2
+    assert "pip install 'dml-dist[export]'" in output
+
+
+def test_a_failing_export_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(Exception, match="no such operator"):
+        run_export(run, tmp_path / "new", QUIET, ExportOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_thumbnails_have_a_bound(glyphs: Path, tmp_path: Path) -> None:
+    index = read_index(glyphs)
+    events: list[Event] = []
+    found = thumbnails(ShardReader(index), np.arange(40), 3000, events.append)
+    kept = [data for data in found if data is not None]
+    assert len(found) == 40
+    assert found[: len(kept)] == kept
+    assert 1 < len(kept) < 40
+    assert sum(map(len, kept[:-1])) < 3000 <= sum(map(len, kept))
+    assert f"thumbnails of the first {len(kept)} images alone" in events[-1]["text"]
+    assert thumbnails(ShardReader(index), np.arange(3), 0, events.append) == [None] * 3
+    for data, row in zip(kept, range(40), strict=False):
+        with Image.open(io.BytesIO(data)) as small:
+            assert small.size == (index.width[row], index.height[row])
+    large = io.BytesIO()
+    Image.new("L", (400, 100)).save(large, "PNG")
+    with Image.open(io.BytesIO(thumbnail(large.getvalue()))) as small:
+        assert small.size == (96, 24)
+    # A neighbour without a thumbnail has its place in the picture.
+    tiles = [Tile(kept[0], "a query", "query"), Tile(None, "$wrong_{math", "0.1")]
+    assert search_picture.write_picture(tmp_path / "a.png", [tiles], "title")
+
+
+def test_wrong_searches(bundle: Path, images: list[Path], cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken.png").touch()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle, damaged)
+    with open(damaged / "gallery.faiss", "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff\xff")
+    torn = tmp_path / "torn"
+    shutil.copytree(bundle, torn)
+    (torn / "model.onnx").unlink()
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    (newer / "manifest.json").write_text('{"format_version": 99}')
+    image = images[0]
+    cases = [
+        ((bundle, "text.jpg"), "text.jpg is not an image that can be decoded"),
+        ((bundle, "gone.png"), "required an image file, got gone.png: No such file"),
+        ((bundle, "empty"), "required an image file, got empty: Is a directory"),
+        (("empty", image), "which is empty"),
+        (("nowhere", image), "which does not exist"),
+        ((damaged, image), "gallery.faiss of the bundle"),
+        ((torn, image), "it is not there"),
+        ((newer, image), "required a bundle of format 1"),
+        ((bundle, image, "--out", "taken.png"), "which exists"),
+        ((bundle, image, "--out", "picture.jpg"), "name of a PNG file"),
+        ((bundle, image, "--out", "no/picture.png"), "whose folder does not exist"),
+        ((bundle, image, "--top", "0"), "top"),
+    ]
+    for arguments, words in cases:
+        code, output = cli("search", *arguments)
+        assert code == 2, (arguments, output)
+        assert words in " ".join(output.split()), output
+    assert not (tmp_path / "search.png").exists()
