@@ -302,6 +302,9 @@ class DataConfig(Section):
     prefetch: PositiveInt = resumable(4)
     """Batches that each loader worker prepares ahead."""
 
+    decoded_cache_mb: NonNegativeInt = resumable(0)
+    """MB of decoded training images that each rank keeps in memory; 0 decodes anew each time."""
+
     @model_validator(mode="after")
     def _check_location(self) -> DataConfig:
         if self.dataset is not None and local_path(self.path) is None:

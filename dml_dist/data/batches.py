@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 from dml_dist.data.decode import decode_image
+from dml_dist.data.decoded_cache import DecodedCache
 from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.index import Index
 from dml_dist.data.plans import BatchPlan, global_batches, rank_positions
 from dml_dist.data.reader import ShardReader
 from dml_dist.data.systematic import FollowedPlan
-from dml_dist.data.transforms import Transform
-from dml_dist.errors import ConfigError, DmlDistError
+from dml_dist.data.transforms import StandardTransform, Transform
+from dml_dist.errors import ConfigError, DataError, DmlDistError
 from dml_dist.topology import Topology
 
 
@@ -98,12 +100,20 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         index: Where images are.
         transform: How they become tensors.
         seed: The run's seed for random views; none gives evaluation views.
+        decoded: Keeps decoded images, if wanted.
     """
 
-    def __init__(self, index: Index, transform: Transform, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        transform: Transform,
+        seed: int | None = None,
+        decoded: DecodedCache | None = None,
+    ) -> None:
         self.index = index
         self.transform = transform
         self.seed = seed
+        self.decoded = decoded
         self._reader = ShardReader(index)
 
     def __getitem__(self, request: BatchRequest) -> Batch | DmlDistError:
@@ -112,11 +122,7 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         An exception would reach the training process as the text of a worker's traceback.
         """
         try:
-            images = [
-                self._image(int(row), request.step, request.first_position + place)
-                for place, row in enumerate(request.rows)
-            ]
-            self._check_shapes(images, request.rows)
+            images = self._images(request)
         except DmlDistError as error:
             return error
         finally:
@@ -125,14 +131,53 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
                 self._reader.close()
         labels = torch.from_numpy(self.index.label[request.rows].astype(np.int64))
         rows = torch.from_numpy(request.rows.astype(np.int64))
-        # In a loader worker this stacks into shared memory, which saves copying the batch.
-        return Batch(default_collate(images), labels, rows, request.step)
+        return Batch(images, labels, rows, request.step)
 
-    def _image(self, row: int, step: int, position: int) -> Tensor:
-        image = decode_image(self._reader.read(row), self._reader.describe(row))
+    def _images(self, request: BatchRequest) -> Tensor:
+        """Return the views of a batch, (b, 3, H, W) float32."""
+        rows = request.rows.tolist()
+        transform = self.transform
+        if not isinstance(transform, StandardTransform):
+            views = []
+            for place, row in enumerate(rows):
+                # A transform of the user's may write into what it gets.
+                image = self._decoded(row).clone() if self.decoded else self._decoded(row)
+                draws = self._draws(request, place)
+                views.append(
+                    transform.evaluation(image) if draws is None else transform.train(image, draws)
+                )
+            self._check_shapes(views, request.rows)
+            # In a loader worker this stacks into shared memory, which saves copying the batch.
+            return cast(Tensor, default_collate(views))
+        # Each view is written where the batch has it: fresh memory costs more than the arithmetic.
+        batch = _empty_batch(len(rows), transform.config.size)
+        for place, row in enumerate(rows):
+            image, draws = self._decoded(row), self._draws(request, place)
+            if draws is None:
+                pixels = transform.evaluation_pixels(image)
+            else:
+                pixels = transform.train_pixels(image, draws)
+            transform.normalize(pixels, batch[place])
+        return batch
+
+    def _draws(self, request: BatchRequest, place: int) -> np.random.Generator | None:
         if self.seed is None:
-            return self.transform.evaluation(image)
-        return self.transform.train(image, stream(self.seed, Purpose.AUGMENTATION, step, position))
+            return None
+        position = request.first_position + place
+        return stream(self.seed, Purpose.AUGMENTATION, request.step, position)
+
+    def _decoded(self, row: int) -> Tensor:
+        image = None if self.decoded is None else self.decoded.get(row)
+        if image is None:
+            data = self._reader.read(row)
+            try:
+                image = decode_image(data, "")
+            except DataError:
+                # Once more for the words, which take as long as a tenth of a small image.
+                image = decode_image(data, self._reader.describe(row))
+            if self.decoded is not None:
+                self.decoded.put(row, image)
+        return image
 
     def _check_shapes(self, images: Sequence[Tensor], rows: np.ndarray) -> None:
         first = images[0]
@@ -143,3 +188,16 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
                     f"{tuple(first.shape)} {first.dtype} for {self._reader.describe(int(rows[0]))} "
                     f"and {tuple(image.shape)} {image.dtype} for {self._reader.describe(int(row))}"
                 )
+
+
+def _empty_batch(num_images: int, size: int) -> Tensor:
+    """Return (num_images, 3, size, size) float32; in a loader worker in shared memory.
+
+    A batch that a loader worker hands over is in shared memory in the end; made there, as torch's
+    own `default_collate` does, it need not be copied.
+    """
+    batch = torch.empty(0)
+    if get_worker_info() is not None:
+        storage = torch.UntypedStorage._new_shared(4 * num_images * 3 * size * size)
+        batch.set_(storage)
+    return batch.resize_(num_images, 3, size, size)

@@ -23,8 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dml_dist.data.batches import Batch, BatchRequest, PlanSampler, ShardDataset
+from dml_dist.data.decoded_cache import DecodedCache
 from dml_dist.data.index import Index
-from dml_dist.data.plans import BatchPlan, ShuffledPlan, evaluation_batches
+from dml_dist.data.plans import BalancedPlan, BatchPlan, ShuffledPlan, evaluation_batches
 from dml_dist.data.staging import StagedRequests
 from dml_dist.data.systematic import FollowedPlan
 from dml_dist.data.transforms import Transform
@@ -185,6 +186,7 @@ def train_loader(
     end_step: int,
     workers: int,
     prefetch: int,
+    decoded_cache_mb: int = 0,
 ) -> BatchLoader:
     """Return this rank's parts of the global batches `start_step` .. `end_step - 1`.
 
@@ -200,10 +202,14 @@ def train_loader(
         end_step: Global step after the last.
         workers: Loader workers of this rank; 0 loads in this process.
         prefetch: Batches that each loader worker prepares ahead.
+        decoded_cache_mb: Limit in MB of the decoded images that this rank keeps; 0 keeps none.
     """
     requests = PlanSampler(plan, topology, start_step=start_step, end_step=end_step)
+    decoded = None
+    if decoded_cache_mb:
+        decoded = DecodedCache(index, _plan_rows(plan), decoded_cache_mb * 10**6)
     return BatchLoader(
-        ShardDataset(index, transform, seed),
+        ShardDataset(index, transform, seed, decoded),
         requests,
         workers=workers,
         prefetch=prefetch,
@@ -214,10 +220,15 @@ def train_loader(
 
 
 def plan_tar_shards(index: Index, plan: BatchPlan | FollowedPlan) -> np.ndarray:
-    """Return the tar shards that an epoch's batches are read from, rising."""
-    if isinstance(plan, FollowedPlan):
-        return np.unique(index.tar_shard[plan.rows])
-    return np.unique(index.tar_shard[np.concatenate(plan.epoch(0))])
+    """Return the tar shards that batches of a plan are read from, rising."""
+    return np.unique(index.tar_shard[_plan_rows(plan)])
+
+
+def _plan_rows(plan: BatchPlan | FollowedPlan) -> np.ndarray:
+    """Return the rows that any batch of a plan may hold."""
+    if isinstance(plan, ShuffledPlan | BalancedPlan | FollowedPlan):
+        return plan.rows
+    return np.unique(np.concatenate(plan.epoch(0)))
 
 
 def evaluation_loader(

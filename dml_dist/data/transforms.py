@@ -8,6 +8,7 @@ from typing import Protocol, assert_never, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -21,6 +22,9 @@ from dml_dist.errors import ConfigError
 
 # Of a longer image the evaluation takes the middle: 2 x 4000 pixels would become 224 x 448,000.
 _MAX_ASPECT = 8
+
+# Where torch has no such kernel for bytes, torchvision goes through float32 and rounds.
+_RESIZES_BYTES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class Transform(Protocol):
@@ -58,6 +62,14 @@ class StandardTransform:
 
     def train(self, image: Tensor, generator: np.random.Generator) -> Tensor:
         """Return a random crop of the image, (3, size, size) float32, flipped or not."""
+        return self.normalize(self.train_pixels(image, generator))
+
+    def evaluation(self, image: Tensor) -> Tensor:
+        """Return the middle of the image, (3, size, size) float32."""
+        return self.normalize(self.evaluation_pixels(image))
+
+    def train_pixels(self, image: Tensor, generator: np.random.Generator) -> Tensor:
+        """Return what `train` normalises, (3, size, size) uint8."""
         config = self.config
         flip = generator.random() < config.flip
         height, width = image.shape[-2:]
@@ -65,22 +77,35 @@ class StandardTransform:
             height, width, config.crop_scale, config.crop_ratio, generator
         )
         view = image[:, top : top + crop_height, left : left + crop_width]
-        view = self._resize(view, [config.size, config.size])
-        return self._normalize(F.horizontal_flip(view) if flip else view)
+        size = [config.size, config.size]
+        if _RESIZES_BYTES:
+            # What F.resize calls, which takes 15 us longer: a tenth of a small image's time.
+            view = interpolate(view[None], size, mode="bilinear", antialias=True)[0]
+        else:
+            view = _resize(view, size)
+        return view.flip(-1) if flip else view
 
-    def evaluation(self, image: Tensor) -> Tensor:
-        """Return the middle of the image, (3, size, size) float32."""
+    def evaluation_pixels(self, image: Tensor) -> Tensor:
+        """Return what `evaluation` normalises, (3, size, size) uint8."""
         size = self.config.size
-        image = self._resize(_without_ends(image), [self.config.resize or size])  # shorter side
-        return self._normalize(F.center_crop(image, [size, size]))
+        image = _resize(_without_ends(image), [self.config.resize or size])  # shorter side
+        return F.center_crop(image, [size, size])
 
-    def _resize(self, image: Tensor, size: list[int]) -> Tensor:
-        return F.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+    def normalize(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return (pixels / 255 - mean) / std of (3, H, W) uint8 pixels, (3, H, W) float32.
 
-    def _normalize(self, image: Tensor) -> Tensor:
-        # Decoders give pixels with channels side by side; planes first makes this 3 x as fast.
-        planes = image.to(torch.float32, memory_format=torch.contiguous_format)
-        return planes.sub_(self._mean).div_(self._std)
+        Args:
+            pixels: Decoded or resized, planes first or channels side by side.
+            out: Where the result goes, if given.
+        """
+        if out is None:
+            # Planes first: three times as fast for what follows as the decoders' order.
+            out = torch.empty(pixels.shape)
+        return torch.sub(pixels, self._mean, out=out).div_(self._std)
+
+
+def _resize(image: Tensor, size: list[int]) -> Tensor:
+    return F.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
 def _without_ends(image: Tensor) -> Tensor:

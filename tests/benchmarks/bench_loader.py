@@ -1,14 +1,19 @@
 """Images per second of the training loader, beside a plain torchvision ImageFolder loader.
 
+With `decoded cache`, every image was decoded before (data.decoded_cache_mb).
+
 Run: python -m tests.benchmarks.bench_loader
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +24,10 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from dml_dist.config.data import ShuffledBatchesConfig, StandardTransformConfig
+from dml_dist.data.batches import PlanSampler, ShardDataset
+from dml_dist.data.decoded_cache import DecodedCache
 from dml_dist.data.index import Index
-from dml_dist.data.loader import train_loader
+from dml_dist.data.loader import BatchLoader
 from dml_dist.data.plans import build_plan
 from dml_dist.data.transforms import build_transform
 from dml_dist.topology import Topology
@@ -41,7 +48,7 @@ def smooth_images(folder: Path, side: int, count: int) -> None:
         image.save(path, "JPEG", quality=90)
 
 
-def ours(index: Index, size: int) -> int:
+def ours(index: Index, size: int, decoded: DecodedCache | None = None) -> int:
     rows = np.arange(len(index))
     plan = build_plan(
         ShuffledBatchesConfig(),
@@ -52,16 +59,12 @@ def ours(index: Index, size: int) -> int:
         global_batch_size=BATCH,
         world_size=1,
     )
-    batches = train_loader(
-        index,
-        plan,
-        build_transform(StandardTransformConfig(size=size)),
-        seed=0,
-        topology=Topology(),
-        start_step=0,
-        end_step=plan.steps_per_epoch,
+    batches = BatchLoader(
+        ShardDataset(index, build_transform(StandardTransformConfig(size=size)), 0, decoded),
+        PlanSampler(plan, Topology(), start_step=0, end_step=plan.steps_per_epoch),
         workers=1,
         prefetch=4,
+        pin_memory=False,
     )
     return sum(len(batch.rows) for batch in batches)
 
@@ -87,18 +90,46 @@ def plain(folder: Path, size: int) -> int:
     return sum(len(labels) for _, labels in loader)
 
 
-def images_per_second(load: Callable[[], int]) -> float:
-    """Return the median rate over several epochs, the start of the loader worker included."""
-    rates = []
+def cpu_seconds() -> float:
+    """Return the seconds that this process and its ended children have computed."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in (
+            resource.getrusage(resource.RUSAGE_SELF),
+            resource.getrusage(resource.RUSAGE_CHILDREN),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Medians over several epochs, the start of the loader worker included."""
+
+    per_second: float
+    per_core_second: float
+    """Images for a second of computing, of the loader worker and the rank together: on a machine
+    that others use too, this is what can be compared."""
+
+
+def rates(loads: dict[str, Callable[[], int]]) -> dict[str, Rates]:
+    """Run all loaders in turn, several times, and return their rates."""
+    wall: dict[str, list[float]] = {name: [] for name in loads}
+    cpu: dict[str, list[float]] = {name: [] for name in loads}
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        rates.append(load() / (time.perf_counter() - start))
-    return statistics.median(rates)
+        for name, load in loads.items():
+            start, computed = time.perf_counter(), cpu_seconds()
+            count = load()
+            wall[name].append(count / (time.perf_counter() - start))
+            cpu[name].append(count / (cpu_seconds() - computed))
+    return {
+        name: Rates(statistics.median(wall[name]), statistics.median(cpu[name])) for name in loads
+    }
 
 
 def main() -> None:
-    """Print one line for each image size."""
+    """Print one line for each image size and loader."""
     torch.set_num_threads(1)
+    print("loader, 1 worker          images/s   per core second   ratio   ratio per core second")
     for side, size, count in ((64, 64, 1920), (256, 224, 960)):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -108,16 +139,28 @@ def main() -> None:
                 folder / "shards",
                 num_images=count,
                 per_tar_shard=200,
+                sizes=(side,),
                 encoded=[path.read_bytes() for path in files],
             )
-            mine = images_per_second(lambda index=index, size=size: ours(index, size))  # type: ignore[misc]
-            other = images_per_second(
-                lambda folder=folder, size=size: plain(folder / "files", size)  # type: ignore[misc]
+            # The helper gives widths of its own images.
+            index = replace(index, width=index.height)
+            cached = DecodedCache(index, np.arange(count), 10**9)
+            ours(index, size, cached)
+            found = rates(
+                {
+                    "ImageFolder with PIL": partial(plain, folder / "files", size),
+                    "dml_dist": partial(ours, index, size),
+                    "dml_dist, decoded cache": partial(ours, index, size, cached),
+                }
             )
-            print(
-                f"JPEG {side} px to {size} px, 1 loader worker: {mine:,.0f} images/s, "
-                f"ImageFolder with PIL {other:,.0f}, ratio {mine / other:.2f}"
-            )
+            base = found["ImageFolder with PIL"]
+            print(f"JPEG {side} px to {size} px")
+            for name, rate in found.items():
+                print(
+                    f"  {name:<24}{rate.per_second:>8,.0f}{rate.per_core_second:>18,.0f}"
+                    f"{rate.per_second / base.per_second:>8.2f}"
+                    f"{rate.per_core_second / base.per_core_second:>24.2f}"
+                )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from dml_dist.config.data import CustomTransformConfig, StandardTransformConfig
 from dml_dist.data import transforms
 from dml_dist.data.draws import Purpose, stream
-from dml_dist.data.transforms import Transform, build_transform, draw_crop
+from dml_dist.data.transforms import StandardTransform, Transform, build_transform, draw_crop
 from dml_dist.errors import ConfigError
 
 
@@ -195,3 +195,28 @@ def test_a_custom_target_that_is_no_transform_is_refused() -> None:
         custom("image_of", height=4, width=4)
     with pytest.raises(ConfigError, match=r"could not be called with options.*wrong"):
         custom("Halving", wrong=1)
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_training_views_are_torchvisions_crop_resize_flip_and_normalize(size: int) -> None:
+    """Bit by bit, for images in the decoders' memory order and in planes."""
+    config = StandardTransformConfig(size=size)
+    transform = StandardTransform(config)
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    for position in range(40):
+        height, width = np.random.default_rng(position).integers(1, 90, 2).tolist()
+        image = image_of(height, width, position)
+        if position % 2:
+            image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        draws = stream(0, Purpose.AUGMENTATION, 0, position)
+        flip = draws.random() < config.flip
+        box = draw_crop(height, width, config.crop_scale, config.crop_ratio, draws)
+        reference = v2.functional.resized_crop(image, *box, [size, size], antialias=True)
+        if flip:
+            reference = v2.functional.horizontal_flip(reference)
+        reference = (reference.to(torch.float32) - mean) / std
+        assert torch.equal(view(transform, image, position=position), reference)
+        out = torch.empty(3, size, size)
+        pixels = transform.train_pixels(image, stream(0, Purpose.AUGMENTATION, 0, position))
+        transform.normalize(pixels, out)
+        assert torch.equal(out, reference)
