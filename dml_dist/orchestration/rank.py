@@ -175,6 +175,7 @@ def _batches(plan: RunPlan, bench: Bench) -> Callable[[int, int], Iterable[Batch
             end_step=end,
             workers=data.loader_workers,
             prefetch=data.prefetch,
+            decoded_cache_mb=data.decoded_cache_mb,
         )
 
     return load
