@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,12 +64,6 @@ def dump_config(config: RunConfig) -> str:
         ConfigError: If options of a custom member hold values that YAML has no word for.
     """
     return dump_yaml(_plain_config(config))
-
-
-def config_digest(config: RunConfig) -> str:
-    """Return the SHA-256 (hex) of all fields that a resumption must not change."""
-    plain, _ = to_plain(_fields(config, resumable=False))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -154,14 +147,12 @@ def _plain_config(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def _fields(section: Section, *, resumable: bool = True) -> dict[str, Any]:
-    """Return the fields of a section by key; without the resumable ones when they are not asked."""
+def _fields(section: Section) -> dict[str, Any]:
+    """Return the fields of a section by key."""
     result = {}
     for key in shape.keys_of(type(section)):
         value = getattr(section, key)
-        if resumable or not shape.is_resumable(type(section).model_fields[key]):
-            is_section = isinstance(value, Section)
-            result[key] = _fields(value, resumable=resumable) if is_section else _plain(value)
+        result[key] = _fields(value) if isinstance(value, Section) else _plain(value)
     return result
 
 

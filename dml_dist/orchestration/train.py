@@ -13,10 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dml_dist.config.load import differing_paths, dump_config, load_config
+from dml_dist.config.load import dump_config, load_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import INDEX_NAME
-from dml_dist.errors import CheckpointError
 from dml_dist.files import write_text_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.bench import open_bench
@@ -38,7 +37,7 @@ from dml_dist.runs import RunFolder
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import newest_checkpoint
 from dml_dist.train.plan import RunPlan
-from dml_dist.train.resume import check_plan
+from dml_dist.train.resume import check_plan, resumable_differences
 from dml_dist.urls import local_path
 
 
@@ -107,7 +106,9 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
     launch_config = config.launch
     changes: tuple[str, ...] = ()
     if resume:
-        changes = _changes(RunFolder.open(folder.path), config)
+        saved = load_config(RunFolder.open(folder.path).config_path)
+        differences = resumable_differences(saved, config, folder.path)
+        changes = tuple(str(difference) for difference in differences)
     else:
         folder.require_new()
     check_weights(config.model.backbone)
@@ -142,23 +143,6 @@ def _plan(config: RunConfig, world_size: int) -> RunPlan:
     bench.check_evaluable()
     bench.check_cache()
     return bench.resolve()
-
-
-def _changes(folder: RunFolder, config: RunConfig) -> tuple[str, ...]:
-    """Return what differs from the run's configuration, or refuse what may not.
-
-    Raises:
-        CheckpointError: If a difference is not resumable; lists all that are not.
-    """
-    differences = differing_paths(load_config(folder.config_path), config)
-    refused = [str(difference) for difference in differences if not difference.resumable]
-    if refused:
-        raise CheckpointError(
-            f"--resume goes on with the configuration of {folder.path}, got another one "
-            f"(run -> given): {'; '.join(refused)}; take these back, or start a new run with "
-            "another --run-dir or name"
-        )
-    return tuple(str(difference) for difference in differences)
 
 
 def _announce(plan: RunPlan, config: RunConfig, console: Console) -> None:

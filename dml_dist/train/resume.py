@@ -33,14 +33,28 @@ def check_resume(folder: Path, manifest: Manifest, config: RunConfig) -> list[Di
             f"required the configuration of {folder} in this version's schema, got: {error}; "
             "use the version of dml-dist that saved it"
         ) from None
+    return resumable_differences(saved, config, folder)
+
+
+def resumable_differences(saved: RunConfig, config: RunConfig, where: Path) -> list[Difference]:
+    """Return the differences between a run's configuration and the one to go on with.
+
+    Args:
+        saved: The run's configuration.
+        config: The one to go on with.
+        where: The run or checkpoint, for errors.
+
+    Raises:
+        CheckpointError: If a difference is not resumable; lists all that are not.
+    """
     differences = differing_paths(saved, config)
-    refused = [difference for difference in differences if not difference.resumable]
+    refused = [str(difference) for difference in differences if not difference.resumable]
     if refused:
         raise CheckpointError(
-            f"required the configuration of {folder}, got another one in {len(refused)} "
-            f"{'field' if len(refused) == 1 else 'fields'} (saved -> given): "
-            + "; ".join(str(difference) for difference in refused)
-            + "; take these back, or start a new run in another folder"
+            f"--resume goes on with the configuration of {where}, got another one in "
+            f"{len(refused)} {'field' if len(refused) == 1 else 'fields'} (run -> given): "
+            f"{'; '.join(refused)}; take these back, or start a new run with another --run-dir or "
+            "name"
         )
     return differences
 
