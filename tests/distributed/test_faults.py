@@ -30,16 +30,16 @@ def train_on_two(
     return ended.codes, ended.output
 
 
-@pytest.mark.parametrize("action", ["sleep", "raise", "kill"])
+@pytest.mark.parametrize("action", ["sleep", "raise", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_the_others(action: str, config_file: Path, tmp_path: Path) -> None:
     """Too slow, an error of its own, or dead: the other one names the collective it waited in."""
     mark = tmp_path / "mark"
-    config = act(config_file, mark=mark, action=action, after=70, seconds=6.0)
-    codes, output = train_on_two(config, tmp_path, "run", "launch.timeout_seconds=3")
+    config = act(config_file, mark=mark, action=action, after=70, seconds=5.0)
+    codes, output = train_on_two(config, tmp_path, "run", "launch.timeout_seconds=2")
     assert mark.exists()
     assert codes[0] == 1, output
     assert "rank 0 of 2: required all ranks in the collective '" in output[0]
-    assert "within 3 s, got none after" in output[0]
+    assert "within 2 s, got none after" in output[0]
     assert "Traceback" not in output[0]
     assert codes[1] == (-9 if action == "kill" else 1), output
     if action == "raise":
@@ -48,6 +48,7 @@ def test_a_rank_that_fails_the_others(action: str, config_file: Path, tmp_path: 
         assert "rank 1 of 2: required all ranks in the collective '" in output[1]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_waited_for(config_file: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     config = act(config_file, mark=mark, action="sleep", after=70, seconds=2.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,9 +43,13 @@ def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def train_on_disks(
-    config_file: Path, folder: Path, disk: tuple[Path, Resize], parts: int, world_size: int = 1
+    config_file: Path,
+    folder: Path,
+    disk: tuple[Path, Resize],
+    shares: Sequence[float],
+    world_size: int = 1,
 ) -> None:
-    """Train with disks of several sizes below what a run needs; each continues on a larger one."""
+    """Train with disks of shares of what a run needs; each continues on a larger one."""
     mounted, change = disk
     change("size=64m")
     sets = ("--set", "train.steps=8", "--set", "launch.timeout_seconds=20")
@@ -55,8 +59,8 @@ def train_on_disks(
     assert done.codes == [0] * world_size, done.output
     shutil.move(mounted / "run", folder / "whole")
     needed = sum(-(-path.stat().st_size // 4096) * 4 for path in (folder / "whole").rglob("*"))
-    for part in range(parts):
-        size = max(4, needed * part // parts)
+    for share in shares:
+        size = max(4, int(needed * share))
         change(f"size={size}k")
         full = forked(command, *arguments, str(mounted / "run"), **options)
         what = (size, needed, full.output)
@@ -75,7 +79,7 @@ def train_on_disks(
 def test_full_disk_in_training(
     config_file: Path, disk: tuple[Path, Resize], tmp_path: Path
 ) -> None:
-    train_on_disks(config_file, tmp_path, disk, 3)
+    train_on_disks(config_file, tmp_path, disk, [0.5])
 
 
 @pytest.mark.slow
@@ -85,7 +89,7 @@ def test_full_disk_at_any_step(
     world_size: int, config_file: Path, disk: tuple[Path, Resize], tmp_path: Path
 ) -> None:
     """Records, parts of checkpoints, manifests, the gallery, metrics and the page run out."""
-    train_on_disks(config_file, tmp_path, disk, 40, world_size)
+    train_on_disks(config_file, tmp_path, disk, [part / 40 for part in range(40)], world_size)
 
 
 def glyphs_into(out: Path) -> tuple[str, ...]:
@@ -100,14 +104,20 @@ def on_one_core(*arguments: str) -> None:
     command(*arguments)
 
 
-def test_full_disk_in_an_import(disk: tuple[Path, Resize], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shares", [(0.5,), pytest.param((0.1, 0.2, 0.9, 0.95, 1.0, 1.1), marks=pytest.mark.slow)]
+)
+@pytest.mark.timeout(600)
+def test_full_disk_in_an_import(
+    shares: tuple[float, ...], disk: tuple[Path, Resize], tmp_path: Path
+) -> None:
     mounted, change = disk
     done = forked(on_one_core, *glyphs_into(tmp_path / "whole"), folder=tmp_path)
     assert done.codes == [0], done.output
     whole = folder_bytes(tmp_path / "whole")
     needed = sum(-(-len(data) // 4096) * 4 for data in whole.values())
     out = mounted / "out"
-    for size in (8, needed // 2, needed - 8, needed + 4):
+    for size in (max(4, int(needed * share)) for share in shares):
         change(f"size={size}k")
         full = forked(on_one_core, *glyphs_into(out), folder=tmp_path)
         if size < needed:
@@ -147,7 +157,7 @@ def test_read_only_disk(config_file: Path, disk: tuple[Path, Resize], tmp_path: 
     assert done.codes == [0], done.output
 
 
-@pytest.mark.parametrize("loader_workers", [0, 2])
+@pytest.mark.parametrize("loader_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_tar_shard_vanishes(
     loader_workers: int, config_file: Path, glyphs: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +174,7 @@ def test_a_tar_shard_vanishes(
     arguments = ("train", str(config), *sets, "--run-dir")
     done = forked(command, *arguments, str(tmp_path / "whole"), folder=tmp_path)
     assert done.codes == [0], done.output
-    for shard in shards:
+    for shard in shards if loader_workers else shards[:1]:
         mark = tmp_path / f"mark-{shard}"
         config = act(config_file, mark=mark, action="remove", path=data / shard, after=1, rank=0)
         os.link(data / shard, away)

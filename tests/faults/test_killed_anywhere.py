@@ -101,9 +101,9 @@ def different(steps: list[str]) -> list[int]:
 
 
 def test_killed_while_it_saves(whole: Whole, tmp_path: Path) -> None:
-    """At the places that matter most; the slow form takes all of them."""
+    """Before a checkpoint takes its name and while an old one goes; the slow form: anywhere."""
     steps = whole.steps[0]
-    for name in ("rename .step_", "rename step_", "open optim.pt", "rename .metrics.json"):
+    for name in ("rename .step_", "rename step_"):
         kill_and_continue(whole, tmp_path, 0, last(steps, name))
 
 
@@ -127,6 +127,8 @@ def test_one_of_two_ranks_killed(whole: Whole, tmp_path: Path) -> None:
             kill_and_continue(whole, tmp_path, rank, number)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killed_while_it_evaluates(whole: Whole, tmp_path: Path) -> None:
     target = whole.run / "metrics-test-best.json"
     options = {"folder": tmp_path, "below": whole.run}
@@ -150,6 +152,8 @@ def write_shards(out: str) -> None:
     import_dataset(noise_importer(), Path(out), samples_per_shard=16, processes=1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_import_killed_at_every_step_on_the_disk(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = forked(write_shards, "out", folder=tmp_path, below=out)
