@@ -114,3 +114,50 @@ class ContrastivePairs:
         squared = (unit_GD[first] - unit_GD[second]).square().sum(dim=1)
         same = labels_G[first] == labels_G[second]
         return torch.where(same, squared, F.relu(self.margin - squared)).sum() / max(1, len(first))
+
+
+@dataclass(frozen=True)
+class RowsCountedByEveryShard:
+    """Row form that is wrong: every shard gives the number of rows, and they are added up.
+
+    `dml-dist check-loss tests.custom_examples:RowsCountedByEveryShard` finds it.
+    """
+
+    proxies_per_class: int = 1
+
+    @property
+    def merges(self) -> Mapping[str, Merge]:
+        """The count should be taken once, from the shape of `positive`."""
+        return {"positive": "sum", "rows": "sum"}
+
+    def partial(
+        self, embeddings_GD: Tensor, labels_G: Tensor, proxies_LD: Tensor, shard: ProxyShard
+    ) -> Statistics:
+        """Return each row's cosine to its proxy where the shard has it, and a one for each row."""
+        cosines_GL = F.normalize(embeddings_GD, eps=1e-12) @ F.normalize(proxies_LD).T
+        classes_L = torch.arange(shard.low_class, shard.high_class, device=labels_G.device)
+        own_GL = labels_G[:, None] == classes_L
+        return {
+            "positive": (cosines_GL * own_GL).sum(dim=1),
+            "rows": torch.ones_like(cosines_GL[:, 0]),
+        }
+
+    def finish(self, total: Statistics) -> Tensor:
+        """Return minus the mean cosine, but for the count."""
+        return -total["positive"].sum() / total["rows"].sum()
+
+    def statistics(self, total: Statistics) -> Statistics:
+        """Return nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RootOfSquares:
+    """Pair form that is wrong: the gradient of a root at 0 is no number, so equal rows end it."""
+
+    def __call__(self, embeddings_GD: Tensor, labels_G: Tensor) -> Tensor:
+        """Return the mean distance of same-class rows."""
+        unit_GD = F.normalize(embeddings_GD, eps=1e-12)
+        distances_GG = (unit_GD[:, None] - unit_GD).square().sum(dim=2).sqrt()
+        same_GG = labels_G[:, None] == labels_G
+        return (distances_GG * same_GG).sum() / same_GG.sum()

@@ -1,0 +1,108 @@
+"""`check-loss`: right losses pass, wrong ones are told apart, built-in and custom."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from dml_dist.errors import ConfigError
+from dml_dist.orchestration import check_loss as module
+from dml_dist.orchestration.check_loss import check_loss, find, loss_config
+from dml_dist.orchestration.check_loss_ranks import CASES, Measured, measure
+from dml_dist.parallel.comm import Comm
+from dml_dist.topology import Topology
+from tests.ranks import run_ranks
+
+EXAMPLES = "tests.custom_examples:"
+BUILT_IN = (
+    ("proxy_nca", ("proxies_per_class=2",)),
+    ("contrastive", ("negative_margin=1.2",)),
+    ("triplet", ("mining=hard", "swap=true")),
+    ("triplet", ("mining=semi_hard", "margin=0.5")),
+    ("margin", ("nu=0.1",)),
+    ("margin", ("beta_form=class",)),
+    ("multi_similarity", ()),
+    (EXAMPLES + "HardNegativeSoftmax", ("scale=8.0",)),
+    (EXAMPLES + "ContrastivePairs", ()),
+    (EXAMPLES + "RowsCountedByEveryShard", ()),
+)
+
+
+def _measure_all(topology: Topology) -> list[list[Measured]]:
+    comm = Comm.from_default_group()
+    return [measure(loss_config(target, options), comm) for target, options in BUILT_IN]
+
+
+@pytest.fixture(scope="module")
+def on_ranks() -> dict[int, list[list[list[Measured]]]]:
+    """What every rank finds of every loss, by number of ranks; one process group for each."""
+    return {size: run_ranks(_measure_all, size, timeout=120) for size in (2, 3)}
+
+
+@pytest.mark.parametrize("number", range(len(BUILT_IN)), ids=lambda i: " ".join(BUILT_IN[i][:1]))
+def test_losses_pass_and_the_wrong_one_is_named(
+    number: int,
+    on_ranks: dict[int, list[list[list[Measured]]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, options = BUILT_IN[number]
+    monkeypatch.setattr(
+        module,
+        "measure_on_ranks",
+        lambda config, size: [rank[number] for rank in on_ranks[size]],
+    )
+    output = io.StringIO()
+    if target.endswith("RowsCountedByEveryShard"):
+        with pytest.raises(ConfigError, match="loss, network, proxies: W times too small") as told:
+            check_loss(target, options, Console(file=output))
+        assert told.value.exit_code == 2
+        assert output.getvalue().count("wrong") == len(CASES)
+        return
+    check_loss(target, options, Console(file=output, width=200))
+    assert f"{target} passes" in output.getvalue()
+    for case in CASES:
+        assert case.name in output.getvalue()
+
+
+def test_a_gradient_that_is_not_finite_is_found_in_one_process() -> None:
+    findings = find(loss_config(EXAMPLES + "RootOfSquares", []))
+    assert {finding.world_size for finding in findings} == {1}
+    wrong = [finding for finding in findings if finding.problem]
+    assert "equal rows" in {finding.case for finding in wrong}
+    assert all(finding.problem.startswith("not finite") for finding in wrong)
+
+
+def test_too_large_by_the_number_of_ranks_is_named(
+    on_ranks: dict[int, list[list[list[Measured]]]],
+) -> None:
+    """Proxies with W times their gradient, as when local ones are not divided by W."""
+    config = loss_config(*BUILT_IN[0])
+    alone = measure(config, Comm.single())[0]
+    ranks = [rank[0][0] for rank in on_ranks[3]]
+    for measured in ranks:
+        measured.grads["proxies"] *= 3
+    found = module._compare("first", 3, alone, ranks)
+    assert found.parts == ("proxies",)
+    assert found.problem.startswith("W times too large")
+    ranks[1].grads["proxies"] += 1.0
+    assert module._compare("first", 3, alone, ranks).problem.startswith("not those of one process")
+
+
+def test_wrong_requests_are_refused() -> None:
+    for target, options, message in (
+        ("tripplet", [], "triplet"),
+        ("triplet", ["margin=3"], "margin must be at most 2"),
+        ("triplet", ["margin"], "--option must be key=value, got 'margin'"),
+        ("triplet", ["marign=0.1"], "margin"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loss_config(target, options)
+
+
+@pytest.mark.slow
+def test_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """With ranks that the command starts itself."""
+    check_loss("margin", ["beta_form=class", "nu=0.1"], Console(width=200))
+    assert "margin passes" in capsys.readouterr().out
