@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dml_dist.config.data import FolderConfig
+from dml_dist.data import duplicates
 from dml_dist.data.datasets.folder import FolderImporter
 from dml_dist.data.duplicates import Copies, find_copies, nearest
 from dml_dist.data.fingerprint import NEAR_BITS, NEAR_SHARE, fingerprint
@@ -39,8 +40,12 @@ def is_near(one: np.ndarray, other: np.ndarray) -> bool:
     return distance(one, other) <= min(NEAR_BITS, plainer // NEAR_SHARE)
 
 
-@pytest.mark.parametrize(("num_queries", "num_others"), [(0, 5), (7, 0), (200, 150), (1, 5000)])
-def test_nearest_is_that_of_all_pairs(num_queries: int, num_others: int) -> None:
+@pytest.mark.parametrize(("num_queries", "num_others"), [(0, 5), (7, 0), (200, 150)])
+def test_nearest_is_that_of_all_pairs(
+    num_queries: int, num_others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "_OTHERS", 16)  # so that near ones are in several blocks
+    monkeypatch.setattr(duplicates, "_QUERIES", 3)
     generator = np.random.default_rng(num_others)
     queries = random_fingerprints(generator, num_queries)
     others = random_fingerprints(generator, num_others)
@@ -52,6 +57,18 @@ def test_nearest_is_that_of_all_pairs(num_queries: int, num_others: int) -> None
             if is_near(queries[at], other)
         ]
         assert (bits[at], found[at]) == min(pairs, default=(NEAR_BITS + 1, -1))
+
+
+def test_the_nearest_wins_over_blocks_and_the_lower_row_over_equals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(duplicates, "_OTHERS", 1)
+    low = 2**32 - 1  # with 32 set bits; blocks come in the order of their number
+    words = [low | 2**40, low, low | 2**41, low ^ 1]
+    others = np.array([[word, 0] for word in words], dtype=np.uint64)
+    for query, expected in ((low, (1, 0)), (low | 2**40 | 2**41, (0, 1)), (low ^ 3, (3, 1))):
+        found, bits = nearest(np.array([[query, 0]], dtype=np.uint64), others)
+        assert (found[0], bits[0]) == expected
 
 
 def test_copies_are_those_of_loops() -> None:

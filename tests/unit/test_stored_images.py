@@ -121,6 +121,23 @@ def test_raise_goes_on_from_skip_by_looking_again(
     assert verify(out, processes=1).problems == []
 
 
+def test_a_tar_shard_of_images_that_broke_since_is_removed(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfinished import goes on after images were replaced, here by broken ones."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(write_shards, "write_index", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(raw, out)
+    for path in raw.glob("[345]/*.png"):  # all of the split test
+        path.write_bytes(b"")
+    index = run(raw, out)
+    assert set(index.split) == {"train"}
+    assert {path.name for path in out.glob("*.tar")} == set(index.tar_shards)
+    assert verify(out, processes=1).problems == []
+
+
 def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
