@@ -43,6 +43,21 @@ def test_numbers_of_a_shuffled_run() -> None:
     assert plan.proxy_bytes == tuple(rows * 32 * 4 * 3 for rows in plan.proxy_rows)
 
 
+def test_tables_that_belong_to_no_classes_are_cut_by_rows() -> None:
+    fractional = config(loss="{name: proxy_nca, assignment: fractional, proxy_share: 0.5}")
+    plan = resolve(fractional, train_class_sizes=SIZES, world_size=3)
+    assert plan.proxy_rows == (1, 1, 2)  # 4 rows for 7 classes
+    assert ("rows of proxies per rank", "1, 1, 2") in plan.describe()
+    dynamic = config(loss="{name: proxy_nca, assignment: dynamic, proxy_share: 2}")
+    assert resolve(dynamic, train_class_sizes=SIZES, world_size=3).proxy_rows == (4, 5, 5)
+    few = config(loss="{name: proxy_nca, assignment: fractional, proxy_share: 0.3}")
+    with pytest.raises(TopologyError, match="got 2 proxies for 7 classes and 3 ranks"):
+        resolve(few, train_class_sizes=SIZES, world_size=3)
+    one = config(loss="{name: proxy_nca, assignment: dynamic, proxy_share: 0.1}")
+    with pytest.raises(ConfigError, match="at least 2 proxies"):
+        resolve(one, train_class_sizes=SIZES, world_size=1)
+
+
 def test_a_kept_last_batch_is_shared_out() -> None:
     kept = config(data__batches__last="keep")
     plan = resolve(kept, train_class_sizes=SIZES, world_size=3)
