@@ -27,6 +27,7 @@ from dml_dist.evaluation.population import (
     gather_super_classes,
 )
 from dml_dist.evaluation.rounds import Outcome, Rounds
+from dml_dist.evaluation.structure import measure_structure
 from dml_dist.evaluation.tally import Tally
 from dml_dist.metrics import definitions as defined
 from dml_dist.metrics import per_class
@@ -35,7 +36,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.search.exact import Distance, store_rows
 from dml_dist.search.propose import resolve_backend
 
-EXTRA_METRICS = (*CLUSTERING_METRICS, "super_class_recall")
+EXTRA_METRICS = (*CLUSTERING_METRICS, "super_class_recall", "structure")
 """What is measured only when asked for."""
 
 
@@ -51,12 +52,13 @@ class RetrievalResult:
         num_gallery: Rows of the gallery.
         num_lone_queries: Queries without another gallery row of their class, not counted.
         seconds: Stage -> seconds: "prepare", "list" and "count" for the metrics above,
-            "super_class" and "cluster" for those asked for, "total". "list", "count" and
-            "super_class" are the slowest rank's, the others this rank's.
+            "super_class" and "cluster" (with structure) for those asked for, "total". "list",
+            "count" and "super_class" are the slowest rank's, the others this rank's.
         per_class: Results of each class of the evaluated rows.
         super_class_recall_at_k: K -> share of the counted queries that have a super-class with a
             row of it among the first K; empty when not asked for, or no row has a super-class.
         clustering: Clustering metrics that were asked for, by name, with k-means' facts.
+        structure: How embeddings lie (`metrics.structure`), by name, when asked for.
         definitions: Numbers of other projects that were asked for, by name.
         query_rows: (Q,) int64, the counted queries in rising order, when neighbours were asked for.
         neighbors: (Q, k) int64 global gallery rows, nearest first; -1 where the gallery ends.
@@ -73,6 +75,7 @@ class RetrievalResult:
     per_class: PerClass
     super_class_recall_at_k: dict[int, float] = field(default_factory=dict)
     clustering: dict[str, float] = field(default_factory=dict)
+    structure: dict[str, float] = field(default_factory=dict)
     definitions: dict[str, float] = field(default_factory=dict)
     query_rows: np.ndarray | None = None
     neighbors: np.ndarray | None = None
@@ -86,6 +89,7 @@ class RetrievalResult:
             "map_at_r": self.map_at_r,
             **{f"super_class_recall_at_{k}": v for k, v in self.super_class_recall_at_k.items()},
             **self.clustering,
+            **self.structure,
             **self.definitions,
             "num_queries": self.num_queries,
             "num_gallery": self.num_gallery,
@@ -128,11 +132,11 @@ def evaluate(
         comm: The ranks; none means this process alone. Every rank calls this.
         neighbors: How many neighbours of every counted query the result shall list.
         extra: Names out of `EXTRA_METRICS`: nmi, nmi_geometric, f1, ami (k-means with as many
-            clusters as classes) and super_class_recall.
+            clusters as classes), super_class_recall and structure.
         definitions: Numbers as other projects define them (`metrics.definitions`), such as
             "nir.map_1000" or "oml.map_at_5".
         super_classes: (N,) names, "" for none; only super_class_recall needs them.
-        seed: Seed of k-means.
+        seed: Seed of k-means, and of the rows whose structure is measured.
 
     Raises:
         DataError: If rows are not finite, shapes or roles are wrong, or nothing can be counted.
@@ -179,9 +183,12 @@ def evaluate(
         backend=chosen,
         memory_bytes=memory_bytes,
     )
+    structure = {}
+    if "structure" in extra:
+        structure = measure_structure(population, vectors_ND, comm, seed=seed)
     end = time.perf_counter()
     seconds = {"prepare": prepared - start, **outcome.seconds, "cluster": end - ranked}
-    return _result(outcome, population, seconds | {"total": end - start}, clustering)
+    return _result(outcome, population, seconds | {"total": end - start}, clustering, structure)
 
 
 def _result(
@@ -189,6 +196,7 @@ def _result(
     population: Population,
     seconds: dict[str, float],
     clustering: dict[str, float],
+    structure: dict[str, float],
 ) -> RetrievalResult:
     """Turn sums into means."""
     tally, listed = outcome.tally, outcome.listed
@@ -206,6 +214,7 @@ def _result(
         per_class=_per_class(tally, population),
         super_class_recall_at_k={} if by_super is None else by_super.recall_at_k,
         clustering=clustering,
+        structure=structure,
         definitions={
             one.name: defined.finish(one, total, population.num_lone_queries)
             for one, total in zip(tally.definitions, tally.definition_sums, strict=True)

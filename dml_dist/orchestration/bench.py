@@ -139,11 +139,15 @@ class Bench:
             memory_mb=config.memory_mb,
             comm=self.comm,
             neighbors=neighbors,
-            extra=config.metrics if final else (),
+            extra=config.metrics if final else self._watched(),
             definitions=config.definitions if final else (),
             super_classes=self.index.super_class[own_rows],
             seed=self.config.seed,
         )
+
+    def _watched(self) -> tuple[str, ...]:
+        """Return what is measured at each validation beside recall: what a regulariser acts on."""
+        return () if self.config.nir is None else ("structure",)
 
     def embed(
         self, model: nn.Module, rows: np.ndarray, title: str

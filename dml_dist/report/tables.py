@@ -19,6 +19,13 @@ _SHARES = {
     "pair_precision": "Pairwise precision",
     "pair_recall": "Pairwise recall",
 }
+_NUMBERS = {
+    "density": "Embedding-space density",
+    "intra_distance": "Distance inside classes",
+    "inter_distance": "Distance of classes",
+    "spectral_decay": "Spectral decay",
+    "uniformity": "Uniformity",
+}
 _COUNTS = {
     "num_queries": "Queries",
     "num_gallery": "Gallery images",
@@ -71,7 +78,7 @@ def number(value: Any) -> float | None:
 
 def is_metric(key: str) -> bool:
     """Whether a key of a record names a metric; a record also has its step, time and so on."""
-    known = key in _SHARES or key in _COUNTS
+    known = key in _SHARES or key in _NUMBERS or key in _COUNTS
     return known or any(form.fullmatch(key) for form in (_RECALL, _SUPER_RECALL, _DEFINITION))
 
 
@@ -83,7 +90,7 @@ def metric_label(key: str) -> str:
         return f"Super-class R@{match[1]}"
     if match := _DEFINITION.fullmatch(key):
         return f"{match[2]} as in {_PROJECTS[match[1]]}"
-    return (_SHARES | _COUNTS).get(key, key.replace("_", " ").capitalize())
+    return (_SHARES | _NUMBERS | _COUNTS).get(key, key.replace("_", " ").capitalize())
 
 
 def format_metric(key: str, value: Any) -> str:
@@ -96,7 +103,7 @@ def format_metric(key: str, value: Any) -> str:
     forms = (_RECALL, _SUPER_RECALL, _DEFINITION)
     if key in _SHARES or any(form.fullmatch(key) for form in forms):
         return f"{100 * amount:.2f} %"
-    return format_count(amount)
+    return f"{amount:.4f}" if key in _NUMBERS else format_count(amount)
 
 
 def format_count(value: float) -> str:
@@ -168,9 +175,9 @@ def _in_order(keys: Iterable[str]) -> list[str]:
             return 1, list(_SHARES).index(key), key
         if match := _SUPER_RECALL.fullmatch(key):
             return 2, int(match[1]), key
-        for place, names in ((3, _SHARES), (6, _COUNTS)):
+        for place, names in ((3, _SHARES), (4, _NUMBERS), (7, _COUNTS)):
             if key in names:
                 return place, list(names).index(key), key
-        return 4 if _DEFINITION.fullmatch(key) else 5, 0, key
+        return 5 if _DEFINITION.fullmatch(key) else 6, 0, key
 
     return sorted(set(keys), key=place)

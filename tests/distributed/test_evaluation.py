@@ -22,7 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"distance": "euclidean", "backend": "torch", "memory_mb": 0.12},
 ]
 EVERYTHING: dict[str, Any] = {
-    "extra": ("nmi", "nmi_geometric", "f1", "ami", "super_class_recall"),
+    "extra": ("nmi", "nmi_geometric", "f1", "ami", "super_class_recall", "structure"),
     "definitions": ("nir.map_c", "oml.map_at_5"),
     "seed": 1,
 }
