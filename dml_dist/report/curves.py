@@ -53,7 +53,7 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
             smoothed = smooth and len(series) >= _SMOOTH_FROM
             text = f"{caption[:-1]}{_smoothed(series)}." if smoothed else caption
             draw = partial(_draw_series, series, label, smooth=smooth, size=_SMALL)
-            curves.append(draw_picture(key.replace("_", "-"), text, draw))
+            curves.append(draw_picture(key.replace("_", "-"), text, draw, small=True))
     return curves
 
 

@@ -48,15 +48,19 @@ class Picture:
         caption: What it shows, a sentence or more.
         png: The figure, 200 dots an inch, for light paper.
         svg: The same figure, whose colors are custom properties of the page.
+        small: Whether it stands beside two others of its kind.
     """
 
     name: str
     caption: str
     png: bytes
     svg: str
+    small: bool = False
 
 
-def draw_picture(name: str, caption: str, draw: Callable[[Colors], Figure]) -> Picture:
+def draw_picture(
+    name: str, caption: str, draw: Callable[[Colors], Figure], *, small: bool = False
+) -> Picture:
     """Draw a figure twice, with the colors of paper and with marks for the page's colors."""
     import matplotlib
 
@@ -65,7 +69,7 @@ def draw_picture(name: str, caption: str, draw: Callable[[Colors], Figure]) -> P
         png, svg = io.BytesIO(), io.StringIO()
         draw(LIGHT).savefig(png, format="png", dpi=200)
         draw(MARKS).savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
-    return Picture(name, caption, png.getvalue(), _for_page(svg.getvalue(), name, caption))
+    return Picture(name, caption, png.getvalue(), _for_page(svg.getvalue(), name, caption), small)
 
 
 def new_figure(size: tuple[float, float] = SIZE) -> Figure:

@@ -35,7 +35,7 @@ MOST_POINTS = 4_000
 MOST_QUERIES = 1_000
 """Images whose distances to all others are drawn."""
 
-_BLOCK_FLOATS = 1 << 24  # of a block of distances: 64 MiB
+_BLOCK_FLOATS = 1 << 22  # of a block of distances: 16 MiB, some copies in float64 beside it
 _MAP_SIZE = (4.6, 4.6)  # inches
 
 
