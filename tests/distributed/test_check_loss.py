@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
+from dml_dist.config.objective import CustomLossConfig, LossConfig
 from dml_dist.errors import ConfigError
 from dml_dist.orchestration import check_loss as module
 from dml_dist.orchestration.check_loss import check_loss, find, loss_config
@@ -16,14 +18,19 @@ from dml_dist.topology import Topology
 from tests.ranks import run_ranks
 
 EXAMPLES = "tests.custom_examples:"
-BUILT_IN = (
+NAMES = [
+    member.model_fields["name"].default
+    for member in get_args(get_args(LossConfig)[0])
+    if member is not CustomLossConfig
+]
+CHECKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("proxy_nca", ("proxies_per_class=2",)),
+    *((name, ()) for name in NAMES),
     ("contrastive", ("negative_margin=1.2",)),
     ("triplet", ("mining=hard", "swap=true")),
     ("triplet", ("mining=semi_hard", "margin=0.5")),
     ("margin", ("nu=0.1",)),
     ("margin", ("beta_form=class",)),
-    ("multi_similarity", ()),
     (EXAMPLES + "HardNegativeSoftmax", ("scale=8.0",)),
     (EXAMPLES + "ContrastivePairs", ()),
     (EXAMPLES + "RowsCountedByEveryShard", ()),
@@ -32,7 +39,7 @@ BUILT_IN = (
 
 def _measure_all(topology: Topology) -> list[list[Measured]]:
     comm = Comm.from_default_group()
-    return [measure(loss_config(target, options), comm) for target, options in BUILT_IN]
+    return [measure(loss_config(target, options), comm) for target, options in CHECKED]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +48,13 @@ def on_ranks() -> dict[int, list[list[list[Measured]]]]:
     return {size: run_ranks(_measure_all, size, timeout=120) for size in (2, 3)}
 
 
-@pytest.mark.parametrize("number", range(len(BUILT_IN)), ids=lambda i: " ".join(BUILT_IN[i][:1]))
+@pytest.mark.parametrize("number", range(len(CHECKED)), ids=lambda i: " ".join(CHECKED[i][:1]))
 def test_losses_pass_and_the_wrong_one_is_named(
     number: int,
     on_ranks: dict[int, list[list[list[Measured]]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target, options = BUILT_IN[number]
+    target, options = CHECKED[number]
     monkeypatch.setattr(
         module,
         "measure_on_ranks",
@@ -78,7 +85,7 @@ def test_too_large_by_the_number_of_ranks_is_named(
     on_ranks: dict[int, list[list[list[Measured]]]],
 ) -> None:
     """Proxies with W times their gradient, as when local ones are not divided by W."""
-    config = loss_config(*BUILT_IN[0])
+    config = loss_config(*CHECKED[0])
     alone = measure(config, Comm.single())[0]
     ranks = [rank[0][0] for rank in on_ranks[3]]
     for measured in ranks:

@@ -82,6 +82,21 @@ def test_every_part_has_its_learning_rate() -> None:
     assert set(found) == {name for name, _ in network().named_parameters()} | {"objective.proxies"}
 
 
+def test_what_a_loss_learns_beside_proxies_has_its_own_rate() -> None:
+    """Betas of classes (a table) and a single beta; without decay unless asked for."""
+    owned = {**proxies(), "betas": Parameter(torch.ones(6, 1))}
+    replicated = {"beta": Parameter(torch.ones(1))}
+    for config, rate, decay in (
+        (AdamConfig(lr=1.0, proxy_lr=3.0, loss_lr=5.0, weight_decay=0.1), 5.0, 0.0),
+        (AdamConfig(lr=1.0, proxy_lr=3.0, weight_decay=0.1, no_weight_decay=()), 1.0, 0.1),
+    ):
+        groups = parameter_groups(config, network(), owned, replicated)
+        found = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
+        assert found["objective.betas"] == (rate, decay)
+        assert found["loss.beta"] == (rate, decay)
+        assert found["objective.proxies"][0] == 3.0
+
+
 def test_unset_learning_rates_are_those_of_the_group() -> None:
     found = settings(AdamConfig(lr=1.0, head_lr=2.0))
     assert found["head.bias"][0] == 2.0
