@@ -315,7 +315,7 @@ def _share(text: str | None) -> float | None:
 
 @data_app.command("index")
 def data_index(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
     split: Annotated[
         str, typer.Option("--split", help="Split of samples that do not name theirs.")
     ] = "train",
@@ -328,7 +328,9 @@ def data_index(
 
 @data_app.command("verify")
 def data_verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards and index.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder or URL of shards and index.")
+    ],
 ) -> None:
     """Read every sample and compare it with the index."""
     from dml_dist.orchestration.datasets import verify_folder

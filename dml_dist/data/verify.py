@@ -12,6 +12,7 @@ import numpy as np
 
 from dml_dist.data.index import INDEX_NAME, Index, bytes_needed, read_index
 from dml_dist.data.pool import run_tasks
+from dml_dist.data.remote_shards import RemoteShards
 from dml_dist.data.shard_scan import (
     ScannedImage,
     ScannedShard,
@@ -19,6 +20,7 @@ from dml_dist.data.shard_scan import (
     list_tar_shards,
     scan_tar_shard,
 )
+from dml_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,9 @@ def verify(
     """
     index = read_index(root, check_shards=False)
     problems: dict[str, list[str]] = {}
+    rows_of = _rows_of(index)
     present = [name for name in index.tar_shards if (root / name).is_file()]
     needed = dict(zip(index.tar_shards, bytes_needed(index).tolist(), strict=True))
-    order = np.argsort(index.tar_shard, kind="stable")
-    bounds = np.searchsorted(index.tar_shard[order], np.arange(len(index.tar_shards) + 1))
-    rows_of = {name: order[bounds[at] : bounds[at + 1]] for at, name in enumerate(index.tar_shards)}
     for name in set(index.tar_shards) - set(present):
         problems[name] = [f"{name}: the file is missing, with {len(rows_of[name])} images"]
     done = len(index) - sum(len(rows_of[name]) for name in present)
@@ -73,6 +73,54 @@ def verify(
         problems[name] = [f"{name}: {INDEX_NAME} does not name this file"]
     lines = [line for name in sorted(problems) for line in problems[name]]
     return VerifyReport(lines, len(index), int(index.length.sum()))
+
+
+def verify_remote(index: Index, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Copy the tar shards of a remote folder into the cache, one by one, and compare each.
+
+    Args:
+        index: The folder's, with `remote`.
+        progress: Called with (images checked, all images).
+
+    Raises:
+        RunError: If the server does not answer, or the cache has no room for a tar shard.
+    """
+    assert index.remote is not None
+    problems: list[str] = []
+    rows_of = _rows_of(index)
+    needed = bytes_needed(index).tolist()
+    done = 0
+    for at, name in enumerate(index.tar_shards):
+        try:
+            index.remote.lease(at)
+            try:
+                shard = scan_tar_shard(ScanTask(index.root, name, measure=False))
+                problems += _check_tar_shard(index, name, rows_of[name], needed[at], shard)
+                problems += _against_server(index, index.remote, at)
+            finally:
+                index.remote.release(at)
+        except DataError as error:
+            problems.append(f"{name}: {error}")
+        done += len(rows_of[name])
+        if progress is not None:
+            progress(done, len(index))
+    return VerifyReport(problems, len(index), int(index.length.sum()))
+
+
+def _against_server(index: Index, remote: RemoteShards, tar_shard: int) -> list[str]:
+    """Return what tells that the server's tar shard is no longer the one that was copied."""
+    name = index.tar_shards[tar_shard]
+    found, copied = remote.folder.size(name), (index.root / name).stat().st_size
+    if found in (None, copied):
+        return []
+    return [f"{name}: the server has {found} bytes, the copy {copied}: it was replaced there"]
+
+
+def _rows_of(index: Index) -> dict[str, np.ndarray]:
+    """Return the rows of each tar shard."""
+    order = np.argsort(index.tar_shard, kind="stable")
+    bounds = np.searchsorted(index.tar_shard[order], np.arange(len(index.tar_shards) + 1))
+    return {name: order[bounds[at] : bounds[at + 1]] for at, name in enumerate(index.tar_shards)}
 
 
 def _check_tar_shard(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dml_dist.config.base import Section
 from dml_dist.config.data import (
+    CacheConfig,
     Cars196Config,
     CUB200Config,
     DataConfig,
@@ -29,6 +30,7 @@ from dml_dist.config.shape import is_resumable
 from dml_dist.data.index import INDEX_NAME, Index, import_description
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.orchestration.progress import Display, phase
+from dml_dist.urls import is_url, local_path
 
 _SECTIONS: dict[str, type[Section]] = {
     "glyphs": GlyphsConfig,
@@ -105,6 +107,11 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     from dml_dist.data.import_summary import read_summary
     from dml_dist.data.write_shards import import_dataset
 
+    if is_url(out):
+        raise ConfigError(
+            f"data import writes into a folder of this machine, got the URL {out}; import into "
+            "one, then upload it"
+        )
     start = time.monotonic()
     stored = dataset if isinstance(dataset, StoredImagesSection) else StoredImagesSection()
     with Display(console) as display:
@@ -193,10 +200,20 @@ def ensure_imported(config: DataConfig, console: Console) -> None:
     import_to(config.dataset, path, console)
 
 
-def index_folder(folder: Path, split: str, console: Console) -> None:
-    """Index tar shards that were made elsewhere."""
+def index_folder(location: str, split: str, console: Console) -> None:
+    """Index tar shards that were made elsewhere.
+
+    Raises:
+        ConfigError: If the location is a URL: nothing is written there.
+    """
     from dml_dist.data.index import build_index
 
+    folder = local_path(location)
+    if folder is None:
+        raise ConfigError(
+            f"data index writes {INDEX_NAME} beside the tar shards, got the URL {location}; index "
+            f"them in a folder of this machine, then upload {INDEX_NAME} to the others"
+        )
     index = _with_bar("index", console, lambda report: build_index(folder, split, report))
     console.print(
         f"{len(index):,} images of {len(index.class_names):,} classes indexed: "
@@ -206,16 +223,26 @@ def index_folder(folder: Path, split: str, console: Console) -> None:
     )
 
 
-def verify_folder(folder: Path, console: Console) -> bool:
-    """Read every sample, print each problem, and tell whether there was none."""
-    from dml_dist.data.verify import verify
+def verify_folder(location: str, console: Console) -> bool:
+    """Read every sample, print each problem, and tell whether there was none.
 
-    result = _with_bar("verify", console, lambda report: verify(folder, report))
+    Tar shards of a URL are copied into the cache of `data.cache`'s defaults, one by one.
+    """
+    from dml_dist.data.remote_shards import open_index
+    from dml_dist.data.verify import verify, verify_remote
+
+    folder = local_path(location)
+    if folder is not None:
+        result = _with_bar("verify", console, lambda report: verify(folder, report))
+    else:
+        index = open_index(location, CacheConfig())
+        result = _with_bar("verify", console, lambda report: verify_remote(index, report))
     for problem in result.problems:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     verdict = f"{len(result.problems)} problems" if result.problems else "all as the index says"
     console.print(
-        f"{result.num_samples:,} samples, {result.num_bytes / 2**20:,.1f} MiB: {verdict}: {folder}",
+        f"{result.num_samples:,} samples, {result.num_bytes / 2**20:,.1f} MiB: {verdict}: "
+        f"{folder or location}",
         highlight=False,
         soft_wrap=True,
     )

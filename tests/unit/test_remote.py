@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from dml_dist.config.data import CacheConfig
+from dml_dist.config.data import CacheConfig, GlyphsConfig
 from dml_dist.config.load import parse_config
 from dml_dist.data.index import INDEX_NAME, Index, write_index
 from dml_dist.data.loader import evaluation_loader
@@ -26,7 +28,9 @@ from dml_dist.data.plans import ShuffledPlan
 from dml_dist.data.reader import ShardReader
 from dml_dist.data.remote import RemoteFolder
 from dml_dist.data.remote_shards import open_index
+from dml_dist.data.verify import verify
 from dml_dist.errors import ConfigError, DataError, RunError
+from dml_dist.orchestration import datasets
 from dml_dist.orchestration.fetch import fetch_before_training, require_cache_room
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
@@ -328,3 +332,39 @@ def test_secrets_of_a_url_stay_out_of_messages(server: FlakyServer, tmp_path: Pa
 def test_a_data_set_is_not_imported_behind_a_url() -> None:
     with pytest.raises(ConfigError, match=r"imported into a folder of this machine, got the URL"):
         run_config("balanced", dataset={"name": "glyphs"})
+
+
+def said(work: Callable[[Console], Any]) -> tuple[Any, str]:
+    out = io.StringIO()
+    return work(Console(file=out, width=400)), out.getvalue()
+
+
+def test_verify_reads_every_tar_shard_of_a_url(
+    local: Index, server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "CacheConfig", lambda: cache(tmp_path / "cache", retries=1))
+    # These tar shards hold no labels, of which a local verification complains as well.
+    expected = verify(local.root, processes=1)
+    server.faults = ["drop"]
+    fine, text = said(lambda console: datasets.verify_folder(server.url, console))
+    assert not fine
+    assert text.count("problem: ") == len(expected.problems)
+    assert all(f"problem: {problem}\n" in text for problem in expected.problems)
+    assert f"40 samples, 0.1 MiB: {len(expected.problems)} problems: {server.url}" in text
+    server.folder = tmp_path / "copy"
+    shutil.copytree(local.root, server.folder)
+    (server.folder / "train-002.tar").unlink()
+    with open(server.folder / "train-004.tar", "ab") as file:
+        file.write(bytes(512))
+    text = said(lambda console: datasets.verify_folder(server.url, console))[1]
+    assert "problem: train-002.tar: " in text
+    assert "the server answered 404" in text
+    assert "problem: train-004.tar: the server has" in text
+    assert f"{len(expected.problems) + 2} problems" in text
+
+
+def test_nothing_is_written_behind_a_url(server: FlakyServer) -> None:
+    with pytest.raises(ConfigError, match=r"data index writes .* beside the tar shards, got the U"):
+        said(lambda console: datasets.index_folder(server.url, "train", console))
+    with pytest.raises(ConfigError, match=r"data import writes into a folder of this machine"):
+        said(lambda console: datasets.import_to(GlyphsConfig(), Path("s3://bucket/x"), console))
