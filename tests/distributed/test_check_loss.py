@@ -25,6 +25,9 @@ NAMES = [
 ]
 CHECKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("proxy_nca", ("proxies_per_class=2",)),
+    ("proxy_nca", ("assignment=dynamic", "proxy_share=0.75")),
+    ("proxy_nca", ("assignment=fractional", "proxy_share=0.75", "surrogate=margin")),
+    ("proxy_nca", ("class_weighting=inverse_frequency", "label_smoothing=0.1")),
     *((name, ()) for name in NAMES),
     ("contrastive", ("negative_margin=1.2",)),
     ("triplet", ("mining=hard", "swap=true")),
