@@ -36,12 +36,17 @@ def partial(x_NCP: Tensor) -> Moments:
     Args:
         x_NCP: (N, C, P), float32 or float64; N P >= 1.
     """
-    variance_C, mean_C = torch.var_mean(x_NCP, dim=(0, 2), correction=0)
     count = x_NCP.shape[0] * x_NCP.shape[2]
+    # Two passes take a third of the time of torch.var_mean over these dimensions (float32, CPU).
+    rough_C = x_NCP.mean(dim=(0, 2))
+    centered_NCP = x_NCP - rough_C[:, None]
+    # What the rounded mean is off by.
+    shift_C = centered_NCP.mean(dim=(0, 2)).to(torch.float64)
+    square_C = centered_NCP.square_().sum(dim=(0, 2)).to(torch.float64)
     return Moments(
         torch.tensor(float(count), dtype=torch.float64, device=x_NCP.device),
-        mean_C.to(torch.float64),
-        variance_C.to(torch.float64) * count,
+        rough_C.to(torch.float64) + shift_C,
+        (square_C - count * shift_C.square()).clamp_min(0.0),
     )
 
 

@@ -41,3 +41,14 @@ def test_any_cut_in_any_order(sizes: list[int], order: object, seed: int) -> Non
         order.shuffle(parts)  # type: ignore[attr-defined]
         parts = [merge(parts[0], parts[1]), *parts[2:]]
     assert_close(parts[0], x_NCP)
+
+
+def test_float32_keeps_the_digits_of_a_large_mean() -> None:
+    x_NCP = values_of(0, 500).sub_(1e6 - 1e3).to(torch.float32)
+    mean_C, variance_C, _ = finish(partial(x_NCP))
+    exact = x_NCP.to(torch.float64)
+    torch.testing.assert_close(mean_C, exact.mean(dim=(0, 2)), rtol=1e-12, atol=0)
+    expected = exact.var(dim=(0, 2), correction=0)
+    torch.testing.assert_close(variance_C, expected, rtol=1e-6, atol=0)
+    _, nothing_C, _ = finish(partial(torch.full((4, 3, 5), 1234.567)))
+    assert torch.equal(nothing_C, torch.zeros(3, dtype=torch.float64))
