@@ -34,6 +34,7 @@ import numpy as np
 
 from dml_dist.metrics.retrieval import (
     UNIT_BITS,
+    first_hit,
     first_places,
     ranking_scores,
     sum_of_precisions,
@@ -142,7 +143,7 @@ def _nir(name: str, file: str, number: int | None) -> Definition:
 
 def _oml_cmc(name: str, number: int) -> Definition:
     def scores(relevant_QK: np.ndarray, num_relevant_Q: np.ndarray) -> np.ndarray:
-        return relevant_QK[:, :number].any(axis=1).astype(np.float64)
+        return (first_hit(relevant_QK) < number).astype(np.float64)
 
     return Definition(name, _OML, _places(number), scores, counts_lone=True)
 
@@ -150,7 +151,7 @@ def _oml_cmc(name: str, number: int) -> Definition:
 def _oml_precision(name: str, number: int) -> Definition:
     def scores(relevant_QK: np.ndarray, num_relevant_Q: np.ndarray) -> np.ndarray:
         hits_Q = _first(relevant_QK, number).sum(axis=1)
-        return np.asarray(hits_Q / np.minimum(num_relevant_Q, number))
+        return hits_Q / np.minimum(num_relevant_Q, number)
 
     return Definition(name, _OML, _places(number), scores, counts_lone=True)
 

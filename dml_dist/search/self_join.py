@@ -29,7 +29,7 @@ LARGEST = torch.finfo(torch.float32).max
 """Limit of a query that takes every row, but for the infinitely far ones, which are none."""
 
 # Rows or columns of a block that are looked at together.
-_PART = 128
+_PART = 64
 # Kept of a query beyond twice its list: what doubt and thresholds that lag behind leave.
 SPARE = 32
 

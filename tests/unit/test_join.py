@@ -52,11 +52,11 @@ def test_lists_are_those_of_brute_force(name: str) -> None:
 
 @pytest.mark.usefixtures("chunk")
 def test_collapsed_rows_are_left_open_and_keep_no_candidates() -> None:
-    x = np.ones((400, 3), dtype=np.float32)
+    x = np.ones((150, 3), dtype=np.float32)
     x[:5] = np.arange(5)[:, None]
     rows = torch.from_numpy(x)
-    places = np.full(400, 4)
-    join = SelfJoin(rows, torch.arange(400), Approximation(rows, 7.0), places)
+    places = np.full(150, 4)
+    join = SelfJoin(rows, torch.arange(150), Approximation(rows, 7.0), places)
     _, is_open = join.run(4)
     assert is_open[5:].all()
     assert sum(kept.num_sorted for kept in join._kept) <= 5 * (2 * 4 + self_join.SPARE)
