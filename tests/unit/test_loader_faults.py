@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from dml_dist.config.data import StandardTransformConfig
 from dml_dist.data import loader as loader_module
 from dml_dist.data.batches import PlanSampler, ShardDataset
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, worker_death
 from dml_dist.data.reader import ShardReader
+from dml_dist.data.transforms import StandardTransform
 from dml_dist.errors import ConfigError, DataError, RunError
 from dml_dist.topology import Topology
 from tests.unit.test_loader import BATCH, STANDARD, assert_same, load, plan_of
@@ -197,3 +199,16 @@ def test_datasets_can_be_pickled(index: Index) -> None:
     again = pickle.loads(pickle.dumps(dataset))[request]
     assert isinstance(batch, Batch)
     assert_same([batch], [again])
+
+
+class Dark(StandardTransform):
+    """A transform that changes what the standard one makes."""
+
+    def train(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+        return torch.zeros_like(super().train(image, generator))
+
+
+def test_a_subclass_of_the_standard_transform_is_asked(index: Index) -> None:
+    transform = Dark(StandardTransformConfig(size=8))
+    for batch in load(index, transform=transform, workers=0, end=2):
+        assert (batch.images == 0).all()
