@@ -13,20 +13,21 @@ Block k of the flow, x of D coordinates, condition c:
 
 with the soft clamp S(a) = clamp 0.636 atan(a), so that |s| < clamp. The log-determinant is the sum
 of all s. A sub-network is a row of `depth` linear layers with ReLU between them. Transform and
-sub-network are zuko's; this module is imported where a flow is used, the rest works without zuko.
+sub-network are zuko's, which is imported where a flow is made.
 
 Shape legend: G rows, D coordinates, E size of the condition.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from zuko.nn import MLP
-from zuko.transforms import CouplingTransform, DependentTransform, MonotonicAffineTransform
+
+if TYPE_CHECKING:
+    from zuko.transforms import CouplingTransform, DependentTransform
 
 # Keeps these draws apart from others with the same seed.
 _STREAM = 0x464C4F57
@@ -114,6 +115,8 @@ class _CouplingBlock(nn.Module):
     def __init__(
         self, num_features: int, num_conditions: int, depth: int, width: int, clamp: float
     ) -> None:
+        from zuko.nn import MLP
+
         super().__init__()
         self.first = round(num_features / 2)  # Python rounds halves to even, as the formula does.
         self.clamp = clamp
@@ -142,20 +145,24 @@ class _CouplingBlock(nn.Module):
     def _change_second(self, condition_GE: Tensor) -> CouplingTransform:
         return self._coupling(self.subnet1, condition_GE, ~self.in_second)
 
-    def _coupling(self, subnet: MLP, condition_GE: Tensor, constant_D: Tensor) -> CouplingTransform:
+    def _coupling(
+        self, subnet: nn.Module, condition_GE: Tensor, constant_D: Tensor
+    ) -> CouplingTransform:
         """Return the change of the coordinates outside `constant_D`, given those inside."""
+        from zuko.transforms import CouplingTransform
 
         def given(constant_GF: Tensor) -> DependentTransform:
-            scale, shift = subnet(torch.cat([constant_GF, condition_GE], dim=1)).chunk(2, dim=1)
-            return DependentTransform(_SoftClampedAffine(shift, scale, self.clamp), 1)
+            a_scale, shift = subnet(torch.cat([constant_GF, condition_GE], dim=1)).chunk(2, dim=1)
+            return _affine(shift, self.clamp * _SOFT_CLAMP * a_scale.atan())
 
         return CouplingTransform(given, constant_D)
 
 
-class _SoftClampedAffine(MonotonicAffineTransform):
-    """x -> exp(s) x + shift with s = clamp 0.636 atan(a): zuko's with another clamp."""
+def _affine(shift: Tensor, log_scale: Tensor) -> DependentTransform:
+    """Return x -> exp(log_scale) x + shift, whose log-determinant is the sum of log_scale."""
+    from zuko.transforms import DependentTransform, MonotonicAffineTransform
 
-    def __init__(self, shift: Tensor, scale: Tensor, clamp: float) -> None:
-        super().__init__(shift, scale)
-        self.log_scale = clamp * _SOFT_CLAMP * scale.atan()
-        self.scale = self.log_scale.exp()
+    affine = MonotonicAffineTransform(shift, log_scale)
+    # In the place of zuko's own clamp.
+    affine.log_scale, affine.scale = log_scale, log_scale.exp()
+    return DependentTransform(affine, 1)
