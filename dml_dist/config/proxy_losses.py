@@ -150,6 +150,9 @@ class NormalizedSoftmaxConfig(Section):
     temperature: PositiveFloat = 0.05
     """T, which cosines are divided by."""
 
+    negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the classes, beside the batch's own, that a step draws; only these rows move."""
+
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
 
@@ -165,6 +168,9 @@ class CosFaceConfig(Section):
     margin: CosineMargin = 0.35
     """m, in cosines, 0 to 1."""
 
+    negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the classes, beside the batch's own, that a step draws; only these rows move."""
+
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
 
@@ -179,6 +185,9 @@ class ArcFaceConfig(Section):
 
     margin_degrees: Annotated[float, Field(ge=0, le=90)] = 28.6
     """m, in degrees, 0 to 90."""
+
+    negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the classes, beside the batch's own, that a step draws; only these rows move."""
 
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""

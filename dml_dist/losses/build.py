@@ -67,7 +67,8 @@ def build_loss(
             f"loss {config.name}: required at least 2 training classes, got {num_classes}: "
             "a single class has no negatives; add classes, or hold out fewer for validation"
         )
-    options = config.model_dump(exclude={"name"})
+    # What a table draws is no matter of the formula.
+    options = config.model_dump(exclude={"name", "negatives_share"})
     match config:
         case ProxyNCAConfig():
             return _proxy_nca(config, num_classes, class_sizes, seed, device)

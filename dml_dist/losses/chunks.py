@@ -57,7 +57,7 @@ class ChunkedLogits:
     there (`in_chunk`).
 
     Attributes:
-        rows_per_chunk: Proxies of a chunk, at most L.
+        rows_per_chunk: Proxies of a chunk, at most L, at least 1.
         buffer: (rows_per_chunk + 1, G).
         norm_L1: Lengths of the proxies, at least MIN_NORM; known once they were measured.
     """
@@ -70,7 +70,7 @@ class ChunkedLogits:
         norm_L1: Tensor | None = None,
     ) -> None:
         self.queries_GD, self.proxies_LD = queries_GD, proxies_LD
-        self.rows_per_chunk = min(rows_per_chunk, len(proxies_LD))
+        self.rows_per_chunk = max(1, min(rows_per_chunk, len(proxies_LD)))
         self.buffer = queries_GD.new_zeros((self.rows_per_chunk + 1, len(queries_GD)))
         self.norm_L1 = proxies_LD.new_empty((len(proxies_LD), 1)) if norm_L1 is None else norm_L1
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from dml_dist.config.nir import NIRConfig
-from dml_dist.config.objective import LossConfig, ProxyNCAConfig
+from dml_dist.config.objective import (
+    ArcFaceConfig,
+    CosFaceConfig,
+    LossConfig,
+    NormalizedSoftmaxConfig,
+    ProxyNCAConfig,
+)
 from dml_dist.errors import TopologyError
 from dml_dist.losses.build import AnyLoss, build_loss
 from dml_dist.losses.forms import RoundsLoss, RowLoss, rounds_of, table_units
@@ -20,6 +26,7 @@ from dml_dist.parallel.build_nir import all_reduced_by_nir, regularized
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.pairs import PairObjective, anchor_objective
 from dml_dist.parallel.proxies import Objective, ProxyObjective
+from dml_dist.parallel.sampling import SampledProxyObjective
 from dml_dist.partition import part_sizes
 
 
@@ -84,6 +91,10 @@ def _objective(config: LossConfig, loss: AnyLoss, of_table: dict[str, Any]) -> O
             revive_dead=config.revive_dead,
             **of_table,
         )
+    if isinstance(config, NormalizedSoftmaxConfig | CosFaceConfig | ArcFaceConfig):
+        share = config.negatives_share
+        if share < 1:
+            return SampledProxyObjective(loss, negatives_share=share, **of_table)
     return ProxyObjective(loss, **of_table)
 
 

@@ -10,6 +10,7 @@ from dml_dist.config.nir import FlowConfig, NIRConfig
 from dml_dist.errors import ConfigError
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.proxies import Objective, ProxyObjective
+from dml_dist.parallel.sampling import SampledProxyObjective
 
 if TYPE_CHECKING:
     from dml_dist.losses.flow import ConditionalFlow
@@ -40,6 +41,11 @@ def regularized(
             "nir: required a loss that has proxies of each class, which the flow takes as its "
             f"condition, got {type(beneath).__name__}; leave the section nir out, or choose "
             "a loss such as proxy_nca or proxy_anchor"
+        )
+    if isinstance(beneath, SampledProxyObjective):
+        raise ConfigError(
+            "nir: required a loss that moves all proxies, got loss.negatives_share "
+            f"{beneath.negatives_share}; set it to 1, or leave the section nir out"
         )
     size = beneath.proxies.shape[1]
     flow = _flow(config.flow, size, seed, dtype).to(beneath.comm.device)

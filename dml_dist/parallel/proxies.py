@@ -78,6 +78,17 @@ class OwnedRows(NamedTuple):
     num_rows_total: int
 
 
+class TouchedRows(NamedTuple):
+    """The rows of an owned parameter that one step is about; it leaves the others as they are.
+
+    `values` is a leaf with the rows' gradient, (n, ...); `rows` are theirs in the parameter, (n,).
+    """
+
+    parameter: nn.Parameter
+    rows: Tensor
+    values: Tensor
+
+
 class OwnedBuffer(NamedTuple):
     """Rows of what an objective counts, which this rank alone owns: saved here, not optimised."""
 
@@ -164,6 +175,14 @@ class Objective(nn.Module):
         """Return the parameters that this rank owns, by name, each with its rows of the table."""
         return {}
 
+    def touched_rows(self) -> dict[str, TouchedRows]:
+        """Return the owned parameters of which the last step moves some rows only, by name.
+
+        Their own gradient is None. Neither the other rows' values nor what the optimiser keeps of
+        them is to change: `train/optim_state.py: only_rows`.
+        """
+        return {}
+
     def owned_buffers(self) -> dict[str, OwnedBuffer]:
         """Return what this rank counts and checkpoints keep, by name, each with its rows."""
         return {}
@@ -243,15 +262,26 @@ class ProxyObjective(Objective):
         embeddings_GD = gather_rows_of_parts(
             embeddings_BD.to(self.proxies.dtype), batch.sizes, self.comm, what=EMBEDDINGS
         )
-        total: Statistics = {}
-        for round_ in rounds_of(self.loss):
-            known = {name: value.detach() for name, value in total.items()}
-            partial = round_.partial(embeddings_GD, batch.labels_G, self.proxies, self.shard, known)
-            total |= merge_over_ranks(partial, round_.merges, self.comm)
+        total = self._total(embeddings_GD, *self._table(batch))
         with torch.no_grad():
             statistics = self.loss.statistics(total)
             statistics |= self._observe(embeddings_GD, batch.labels_G, total)
         return ObjectiveOutput(self.loss.finish(total), statistics)
+
+    def _table(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, ProxyShard]:
+        """Return the labels, rows and shard that a step is about."""
+        return batch.labels_G, self.proxies, self.shard
+
+    def _total(
+        self, embeddings_GD: Tensor, labels_G: Tensor, proxies_LD: Tensor, shard: ProxyShard
+    ) -> Statistics:
+        """Return the statistics of all rounds over all ranks."""
+        total: Statistics = {}
+        for round_ in rounds_of(self.loss):
+            known = {name: value.detach() for name, value in total.items()}
+            partial = round_.partial(embeddings_GD, labels_G, proxies_LD, shard, known)
+            total |= merge_over_ranks(partial, round_.merges, self.comm)
+        return total
 
     def _observe(
         self, embeddings_GD: Tensor, labels_G: Tensor, total: Statistics

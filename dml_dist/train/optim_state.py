@@ -5,7 +5,8 @@ torch numbers parameters; names survive another order of groups, and rows anothe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +95,62 @@ def forget_rows(optimizer: Optimizer, parameter: Parameter, rows: Tensor) -> Non
     if state := optimizer.state.get(parameter):
         for value in split_rows(parameter, state)[0].values():
             value[rows] = 0
+
+
+@contextmanager
+def only_rows(
+    optimizer: Optimizer, touched: Iterable[tuple[Parameter, Tensor, Tensor]]
+) -> Iterator[None]:
+    """Let the optimiser see some rows of tables in place of the tables, within the block.
+
+    What it keeps of the other rows stays as it is, as do their values. State that is not per row
+    (a number of steps) goes on for all.
+
+    Args:
+        optimizer: Changed in place.
+        touched: Of each table the parameter, the rows, (n,) int64, and a leaf with their values
+            and gradient, (n, ...).
+    """
+    places = {
+        parameter: (group["params"], place)
+        for group in optimizer.param_groups
+        for place, parameter in enumerate(group["params"])
+    }
+    kept = []
+    for parameter, rows, values in touched:
+        state = optimizer.state.pop(parameter, {})
+        of_rows, shared = split_rows(parameter, state)
+        if state:
+            cut = {key: value[rows] for key, value in of_rows.items()}
+            optimizer.state[values] = {**cut, **shared}
+        parameters, place = places[parameter]
+        parameters[place] = values
+        kept.append((parameter, rows, values, of_rows))
+    try:
+        yield
+    finally:
+        for parameter, rows, values, of_rows in kept:
+            _give_back(optimizer, parameter, rows, values, of_rows)
+            parameters, place = places[parameter]
+            parameters[place] = parameter
+
+
+@torch.no_grad()
+def _give_back(
+    optimizer: Optimizer,
+    parameter: Parameter,
+    rows: Tensor,
+    values: Tensor,
+    of_rows: dict[str, Tensor],
+) -> None:
+    """Write rows and their state back; state that began with them is 0 for the other rows."""
+    parameter[rows] = values
+    cut, shared = split_rows(values, optimizer.state.pop(values, {}))
+    for key, value in cut.items():
+        whole = of_rows.setdefault(key, value.new_zeros((len(parameter), *value.shape[1:])))
+        whole[rows] = value
+    if of_rows or shared:
+        optimizer.state[parameter] = {**of_rows, **shared}
 
 
 def _named_parameters(optimizer: Optimizer) -> Iterator[tuple[str, Parameter]]:

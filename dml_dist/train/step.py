@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dml_dist.train.optim import clip_gradients, set_learning_rates
-from dml_dist.train.optim_state import forget_rows
+from dml_dist.train.optim_state import forget_rows, only_rows
 from dml_dist.train.proximal import ProximalTerm
 from dml_dist.train.state import TrainState
 
@@ -74,14 +74,17 @@ def train_step(
     state.objective.sum_replicated_gradients()
     if not update_backbone:
         state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no new state.
+    touched = state.objective.touched_rows()
     norm = None
     if max_grad_norm is not None:
         shared = [*state.model.parameters(), *state.replicated.values()]
-        norm = clip_gradients(shared, state.owned.values(), max_grad_norm, state.comm)
+        owned = {**state.owned, **{name: part.values for name, part in touched.items()}}
+        norm = clip_gradients(shared, owned.values(), max_grad_norm, state.comm)
     if proximal is not None:
         proximal.add_gradients(state.model)
     set_learning_rates(state.optimizer, learning_rate_factor)
-    state.optimizer.step()
+    with only_rows(state.optimizer, touched.values()):
+        state.optimizer.step()
     state.step += 1
     for name, rows in state.objective.after_update(state.step).items():
         forget_rows(state.optimizer, state.owned[name], rows)

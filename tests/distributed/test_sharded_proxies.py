@@ -24,6 +24,7 @@ from dml_dist.partition import part_sizes
 from dml_dist.topology import Topology
 from tests.distributed.loss_cases import CASES, SEED, Case
 from tests.ranks import run_ranks
+from tests.unit.test_sampled_negatives import sampled_steps
 
 INPUT, DIM = 6, 4
 
@@ -183,7 +184,8 @@ def _on_rank(topology: Topology) -> list[Tensor]:
     objective = build_objective(
         ProxyNCAConfig(proxies_per_class=2), num_classes=301, embedding_size=3, seed=9, comm=comm
     )
-    return [rows.parameter.detach() for rows in objective.owned_parameters().values()]
+    tables = [rows.parameter.detach() for rows in objective.owned_parameters().values()]
+    return [*tables, sampled_steps(comm)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -199,6 +201,7 @@ def test_objectives_equal_one_process(world_size: int) -> None:
     table = torch.cat([part[0] for part in parts])
     assert torch.equal(table, alone.owned_parameters()["proxies"].parameter)
     assert 0.9 < table.norm(dim=1).mean() < 1.1
+    _close(torch.cat([part[1] for part in parts]), sampled_steps(Comm.single()), "sampled")
 
 
 def test_objectives_in_one_process_without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
