@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _XLABEL = "step (optimizer updates)"
-_SMALL = (4.6, 2.3)  # inches
+_SMALL = (3.5, 2.1)  # inches
 _MARKS_UP_TO = 30  # evaluations of a line that are marked one by one
 _SMOOTH_FROM = 40  # records from which a running mean says more than the records
 _MOST_POINTS = 1500  # of a line: more than a screen has columns for it
@@ -108,7 +108,7 @@ def _step_axes(
     colors: Colors, ylabel: str, size: tuple[float, float] | None = None
 ) -> tuple[Figure, Any]:
     figure, axes = new_axes(colors, _XLABEL, ylabel, **({"size": size} if size else {}))
-    whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis, 6 if size is None else 4)
     return figure, axes
 
 
