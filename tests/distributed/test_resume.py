@@ -95,11 +95,16 @@ def test_resume_on_equal_ranks_is_bit_for_bit(tmp_path: Path, world_size: int) -
 
 
 def _config(precision: str) -> RunConfig:
-    """Four steps; in float64 with counts of dynamic assignment, and revived proxies in step 4."""
-    config = {"train__precision": precision, "train__steps": 4}
-    if precision == "float64":
-        dynamic = "{name: proxy_nca, assignment: dynamic, proxy_share: 2, dead_after_steps: 2,"
-        config["loss"] = dynamic + " revive_dead: true}"
+    """Four steps: in float32 with drawn negatives, in float64 with dynamic assignment.
+
+    The latter counts, and revives proxies in step 4.
+    """
+    losses = {
+        "float32": "{name: cosface, scale: 16, negatives_share: 0.4}",
+        "float64": "{name: proxy_nca, assignment: dynamic, proxy_share: 2, dead_after_steps: 2, "
+        "revive_dead: true}",
+    }
+    config = {"train__precision": precision, "train__steps": 4, "loss": losses[precision]}
     return small_config(**config)
 
 
