@@ -234,7 +234,7 @@ def principal_components(vectors_ND: np.ndarray) -> tuple[np.ndarray, float]:
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray | None:
     """Return UMAP's (N, 2) layout, None where it is not installed or cannot place so few points."""
     try:
-        import umap
+        from umap import UMAP  # The name, too: an uninstalled package may leave its folder behind.
     except ImportError:
         return None
     neighbors = min(15, len(vectors) - 1)
@@ -244,7 +244,7 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray | None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It warns of the seed, which allows one thread only.
-        mapper = umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1)
+        mapper = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1)
         return np.asarray(mapper.fit_transform(vectors.astype(np.float32)), dtype=np.float64)
 
 
