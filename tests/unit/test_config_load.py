@@ -209,7 +209,9 @@ def test_all_problems_are_listed_with_lines(tmp_path: Path) -> None:
     assert lines[3].startswith("optim.momentun (line 6): unknown key; did you mean optim.momentum?")
     assert lines[4] == "train.steps (line 8): required an integer >= 1, or null, got true"
     assert lines[5] == (
-        "loss.name (line 10): required one of proxy_nca, custom, got 'proxy_nka'; "
+        "loss.name (line 10): required one of proxy_nca, proxy_anchor, soft_triple, "
+        "normalized_softmax, cosface, arcface, contrastive, triplet, margin, multi_similarity, "
+        "custom, got 'proxy_nka'; "
         "did you mean proxy_nca?"
     )
 
