@@ -19,6 +19,7 @@ import torch
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
+from dml_dist.data.systematic import FollowedPlan
 from dml_dist.evaluation.per_class import PerClass, write_per_class
 from dml_dist.models.build import build_model
 from dml_dist.models.embedding import EmbeddingModel
@@ -27,6 +28,7 @@ from dml_dist.orchestration.fetch import fetch_before_training
 from dml_dist.orchestration.gallery import NUM_NEIGHBORS, gallery_of
 from dml_dist.orchestration.loggers import open_loggers
 from dml_dist.orchestration.progress import Emit, discard, note, phase, warnings_as_notes
+from dml_dist.orchestration.projections import projection_means
 from dml_dist.orchestration.proxies import keep_proxy_facts
 from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
@@ -38,6 +40,7 @@ from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from dml_dist.train.checkpoint_files import read_manifest
 from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
 from dml_dist.train.plan import RunPlan
+from dml_dist.train.projections import ProjectionMeans
 from dml_dist.train.state import resolve_precision
 
 
@@ -145,22 +148,29 @@ def _surroundings(
         bench.emit(note(f"step {step:,}: {split} {text}"))
         return metrics
 
+    means = projection_means(bench)
     return Surroundings(
         checkpoints=folder.checkpoints,
         attempt=attempt,
-        batches=_batches(plan, bench),
+        batches=_batches(plan, bench, means),
         class_ids=bench.split.class_ids,
         evaluate=measure,
         report=show,
         step_records=steps,
         evaluation_records=evaluations,
+        projections=means,
+        name_of_row=lambda row: (
+            f"{bench.index.keys[row]} of class {bench.index.class_names[bench.index.label[row]]}"
+        ),
     )
 
 
-def _batches(plan: RunPlan, bench: Bench) -> Callable[[int, int], Iterable[Batch]]:
+def _batches(
+    plan: RunPlan, bench: Bench, means: ProjectionMeans | None
+) -> Callable[[int, int], Iterable[Batch]]:
     """Return the function from first step and step after the last to this rank's batches."""
     data = bench.config.data
-    batches = bench.batch_plan()
+    batches = FollowedPlan(means.plan, means.states) if means else bench.batch_plan()
 
     def load(first: int, end: int) -> Iterable[Batch]:
         if first:

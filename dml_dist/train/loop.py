@@ -22,7 +22,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.train.checkpoint import load_checkpoint, save_checkpoint
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
-from dml_dist.train.meter import Meter
+from dml_dist.train.meter import Meter, Reading
 from dml_dist.train.plan import RunPlan
 from dml_dist.train.projections import Projections
 from dml_dist.train.resume import check_plan, check_resume
@@ -30,6 +30,7 @@ from dml_dist.train.schedule import learning_rate_factor
 from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
 from dml_dist.train.step import train_step
 from dml_dist.train.surroundings import ProgressEvent, Surroundings, TrainResult
+from dml_dist.train.worst_sample import EmbeddingNorms
 
 # Keeps the stream of what a network draws (dropout) apart from other streams of the same seed.
 _STREAM = 0x44524F50
@@ -97,6 +98,7 @@ class _Loop:
         self.best: Best | None = None
         self.last: Path | None = None
         self.meter = Meter()
+        self.norms = EmbeddingNorms()
         words = np.random.SeedSequence([config.seed, _STREAM, state.comm.rank])
         self.stream = int(words.generate_state(1, np.uint64)[0])
 
@@ -159,6 +161,7 @@ class _Loop:
         if output.gradient_norm is not None:
             values["gradient_norm"] = output.gradient_norm
         self.meter.add(values, sum(sizes), data_seconds)
+        self.norms.add(batch.rows, output.embedding_norms)
 
     def _representatives(self, batch: Batch) -> torch.Tensor | None:
         """Return which images of a batch are representatives; None when all pairs count."""
@@ -247,12 +250,21 @@ class _Loop:
             )
         self._report(values["loss"], values["images_per_second"])
         if reading.first_bad is not None:
-            bad = first + reading.first_bad
-            kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
-            raise RunError(
-                f"required a finite loss, got a non-finite one at step {bad} (seen at step "
-                f"{step}); {kept}; lower the learning rate or set train.max_grad_norm"
-            )
+            raise self._non_finite(step, first, reading)
+        self.norms.steps.clear()
+
+    def _non_finite(self, step: int, first: int, reading: Reading) -> RunError:
+        """Return the error that tells of a bad loss; every rank calls this."""
+        assert reading.first_bad is not None
+        row, norm = self.norms.worst(reading.first_bad, self.state.comm)
+        parts = ", ".join(f"{name} {value:.6g}" for name, value in reading.bad_values.items())
+        kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
+        return RunError(
+            f"required a finite loss, got a non-finite one at step {first + reading.first_bad} "
+            f"(seen at step {step}): {parts}; the worst sample is {self.around.name_of_row(row)}, "
+            f"whose embedding has norm {norm:.6g}; {kept}; lower the learning rate or set "
+            "train.max_grad_norm"
+        )
 
     def _report(self, loss: float | None, images_per_second: float) -> None:
         if self.state.comm.topology.is_main:

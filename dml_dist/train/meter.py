@@ -17,10 +17,12 @@ class Reading:
         values: Means over steps by name, images_per_second and data_share.
         first_bad: Which step since the last reading was the first with a loss that is not finite,
             from 0; None when all are finite.
+        bad_values: What was noted at that step, by name; empty when all are finite.
     """
 
     values: dict[str, float]
     first_bad: int | None
+    bad_values: dict[str, float]
 
 
 @dataclass
@@ -61,8 +63,11 @@ class Meter:
         seconds = max(time.perf_counter() - self._start, 1e-9)
         record["images_per_second"] = self.num_images / seconds
         record["data_share"] = min(1.0, self.data_seconds / seconds)
+        first_bad = int(bad[0]) if len(bad) else None
+        column = [] if first_bad is None else steps[:, first_bad].tolist()
+        bad_values = dict(zip(self.values, column, strict=False))
         self.restart()
-        return Reading(record, int(bad[0]) if len(bad) else None)
+        return Reading(record, first_bad, bad_values)
 
     def restart(self) -> None:
         """Forget what was noted, and start the clock: after a validation or a checkpoint."""

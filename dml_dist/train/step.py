@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dml_dist.train.optim import clip_gradients, set_learning_rates
@@ -21,10 +22,12 @@ class StepOutput:
         statistics: 0-d tensors of the objective, by name, the same on every rank; the loss of the
             global batch is `loss`.
         gradient_norm: 0-d; the norm before clipping, or None without clipping.
+        embedding_norms: (b,); norms of this rank's embeddings.
     """
 
     statistics: dict[str, Tensor]
     gradient_norm: Tensor | None
+    embedding_norms: Tensor
 
 
 def train_step(
@@ -88,4 +91,5 @@ def train_step(
     state.step += 1
     for name, rows in state.objective.after_update(state.step).items():
         forget_rows(state.optimizer, state.owned[name], rows)
-    return StepOutput(output.statistics, norm)
+    norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
+    return StepOutput(output.statistics, norm, norms)

@@ -49,6 +49,7 @@ class Surroundings:
         step_records: Writes training records; None on other ranks than 0.
         evaluation_records: Writes validation records; None on other ranks than 0.
         projections: What alternating projections need; None without them.
+        name_of_row: From an index row to the sample's name in messages.
     """
 
     checkpoints: Path
@@ -60,6 +61,7 @@ class Surroundings:
     step_records: RecordWriter | None = None
     evaluation_records: RecordWriter | None = None
     projections: ProjectionMeans | None = None
+    name_of_row: Callable[[int], str] = "row {}".format
 
 
 @dataclass(frozen=True)

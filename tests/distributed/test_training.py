@@ -265,8 +265,10 @@ def test_nothing_is_measured_after_a_bad_loss(tmp_path: Path) -> None:
             yield batch
 
     run.batches = spoiled  # type: ignore[method-assign]
-    with pytest.raises(RunError, match=r"non-finite one at step 2 \(seen at step 3\)"):
+    with pytest.raises(RunError, match=r"non-finite one at step 2 \(seen at step 3\)") as caught:
         run.train()
+    assert "loss nan" in str(caught.value)
+    assert f"the worst sample is row {run.seen[1][0]}, " in str(caught.value)
     assert run.evaluated == []
 
 
