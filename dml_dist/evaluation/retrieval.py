@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def evaluate(
     by_super = "super_class_recall" in extra
     super_N = gather_super_classes(names, population, comm) if by_super else None
     vectors_ND = _stored(local.embeddings_ND, population, distance, comm)
-    memory_bytes = int(memory_mb * 2**20)
+    search: dict[str, Any] = {"backend": chosen, "memory_bytes": int(memory_mb * 2**20)}
     rounds = Rounds(
         population,
         vectors_ND,
@@ -166,23 +167,14 @@ def evaluate(
         recall_at=tuple(recall_at),
         definitions=other,
         super_N=super_N,
-        backend=chosen,
-        memory_bytes=memory_bytes,
         neighbors=neighbors,
+        **search,
     )
     prepared = time.perf_counter()
     outcome = rounds.run()
     del rounds  # Its float32 copies are not needed by what follows.
     ranked = time.perf_counter()
-    clustering = measure_clusters(
-        population,
-        vectors_ND,
-        comm,
-        wanted=extra,
-        seed=seed,
-        backend=chosen,
-        memory_bytes=memory_bytes,
-    )
+    clustering = measure_clusters(population, vectors_ND, comm, wanted=extra, seed=seed, **search)
     structure = {}
     if "structure" in extra:
         structure = measure_structure(population, vectors_ND, comm, seed=seed)
