@@ -84,6 +84,25 @@ class StoredImagesSection(Section):
     """
 
 
+class CountsConfig(Section):
+    """How many classes and images a split has."""
+
+    classes: PositiveInt
+    """Number of classes."""
+
+    images: PositiveInt
+    """Number of images."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CountsConfig:
+        if self.images < self.classes:
+            raise ValueError(
+                f"images must be at least classes {self.classes}, got {self.images}: every class "
+                "has an image"
+            )
+        return self
+
+
 class FolderConfig(StoredImagesSection):
     """A folder of class folders, or of train/ and test/ folders that hold class folders."""
 
@@ -95,6 +114,9 @@ class FolderConfig(StoredImagesSection):
     split: SplitConfig = SplitConfig()
     """Not used where `source` has train/ and test/ folders."""
 
+    expected: dict[str, CountsConfig] | None = resumable(None)
+    """Known counts of each split: a dry run takes them without the data, an import checks them."""
+
 
 class TableConfig(StoredImagesSection):
     """A CSV or parquet table with columns path, label, split, optional super_class and role."""
@@ -103,6 +125,9 @@ class TableConfig(StoredImagesSection):
 
     source: str = resumable()
     """The table; image paths in it are absolute or relative to its folder."""
+
+    expected: dict[str, CountsConfig] | None = resumable(None)
+    """Known counts of each split: a dry run takes them without the data, an import checks them."""
 
 
 class OfficialSection(StoredImagesSection):

@@ -130,7 +130,11 @@ def _canonical(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a list for a tuple, and mappings for the sections in it."""
+    """Return a list for a tuple, and mappings for the sections in a tuple or mapping."""
+    if isinstance(value, dict):
+        return {
+            key: _fields(item) if isinstance(item, Section) else item for key, item in value.items()
+        }
     if not isinstance(value, tuple):
         return value
     return [_fields(item) if isinstance(item, Section) else item for item in value]

@@ -117,6 +117,8 @@ def _locate(location: tuple[int | str, ...]) -> _Place:
     siblings: dict[str, type[Section]] | None = None
     name: str | None = None
     for part in location:
+        if part == "[key]":  # pydantic's word for a key of a mapping that is wrong itself
+            return replace(place, annotation=str)
         if choices:
             name = str(part)
             inside, siblings, choices = choices[name], choices, {}
@@ -126,6 +128,8 @@ def _locate(location: tuple[int | str, ...]) -> _Place:
             annotation, metadata = shape.item_type(place.annotation)
             place = replace(place, path=path, annotation=annotation, metadata=metadata)
             choices = shape.tagged(annotation)
+            found = shape.members(annotation)
+            inside = found[0] if found and not choices else None
             continue
         field = inside.model_fields.get(str(part))
         if field is None:

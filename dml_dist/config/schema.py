@@ -16,6 +16,7 @@ from dml_dist.config.base import (
     Section,
     resumable,
 )
+from dml_dist.config.compare import CompareConfig
 from dml_dist.config.data import BalancedBatchesConfig, DataConfig, StandardTransformConfig
 from dml_dist.config.loggers import LoggerConfig
 from dml_dist.config.model import ModelConfig, ViTConfig
@@ -252,6 +253,9 @@ class RunConfig(Section):
     loggers: tuple[LoggerConfig, ...] = resumable(())
     """Experiment trackers that get a copy of config and records, such as [{name: tensorboard}]."""
 
+    compare: CompareConfig | None = None
+    """What `dml-dist compare` runs; `dml-dist train` takes no notice of it."""
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         batches = self.data.batches
@@ -266,6 +270,7 @@ class RunConfig(Section):
         names = [logger.name for logger in self.loggers]
         if len(set(names)) < len(names):
             raise ValueError(f"loggers: each name at most once, got {', '.join(names)}")
+        self._check_compare()
         backbone, transform = self.model.backbone, self.data.transform
         # The table of positions of a Vision Transformer is made for one size.
         side = backbone.image_size if isinstance(backbone, ViTConfig) else None
@@ -280,3 +285,18 @@ class RunConfig(Section):
                 f"launch.num_workers {self.launch.num_workers}: every rank needs an image"
             )
         return self
+
+    def _check_compare(self) -> None:
+        if self.compare is None:
+            return
+        if self.train.steps is None:
+            raise ValueError("compare needs train.steps, the same for all methods, got epochs")
+        if self.compare.parallel > 1 and self.launch.launcher != "inprocess":
+            raise ValueError(
+                f"compare.parallel {self.compare.parallel} needs launch.launcher: inprocess, runs "
+                f"on one process each, got {self.launch.launcher}, whose runs take all ranks"
+            )
+        if self.compare.search is not None and isinstance(self.validation, NoValidationConfig):
+            raise ValueError(
+                "compare.search needs validation classes to select by, got validation.name: none"
+            )

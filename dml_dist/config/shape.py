@@ -102,10 +102,15 @@ def one_of(words: tuple[str, ...]) -> Any:
 
 
 def item_type(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return the type of a list's items and its constraints; `Any` for what is no list."""
+    """Return the type of the items of a list or mapping and its constraints; `Any` for others."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return item_type(arguments[0])
+    if origin in (Union, types.UnionType):
+        found = [item_type(part) for part in arguments]
+        return next((item for item in found if item[0] is not Any), (Any, ()))
+    if origin is dict:
+        return (arguments[1], ())
     if origin is not tuple:
         return Any, ()
     return (arguments[0], ())  # the schema's lists have items of one type

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dml_dist.config.data import DatasetConfig, FolderConfig, OfficialSection, TableConfig
 from dml_dist.config.schema import ClassesValidationConfig, RunConfig, ValidationConfig
 from dml_dist.data.classes import split_classes
 from dml_dist.data.datasets import build_importer
@@ -47,8 +48,17 @@ def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:
         validation_class_sizes=sizes[1],
         world_size=world_size,
     )
-    kind = "as the data set lists them" if facts.exact else "estimated by the data set"
-    return plan, f"not imported yet: counts {kind}"
+    return plan, f"not imported yet: {_origin(config.data.dataset, facts)}"
+
+
+def _origin(dataset: DatasetConfig, facts: DatasetFacts) -> str:
+    if facts.exact:
+        return "counts as the data set lists them"
+    if isinstance(dataset, OfficialSection):
+        return "published totals, class sizes estimated"
+    if isinstance(dataset, FolderConfig | TableConfig):
+        return "totals of data.dataset.expected, class sizes estimated; there is no source"
+    return "counts estimated by the data set"
 
 
 def _index_of(facts: DatasetFacts, root: Path) -> Index:

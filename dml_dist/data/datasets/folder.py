@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dml_dist.config.data import FolderConfig, SplitConfig
+from dml_dist.data.datasets.expected import check_expected, expected_facts
 from dml_dist.data.datasets.on_disk import file_kind, visible
 from dml_dist.data.sample import (
     IMAGE_EXTENSIONS,
@@ -42,11 +43,16 @@ class FolderImporter:
         return self._samples
 
     def facts(self) -> DatasetFacts:
-        """Count the images of each class."""
-        return facts_of(self._samples)
+        """Count the images of each class; without the source, what is expected of them."""
+        return expected_facts(self.config) or facts_of(self._samples)
 
     @cached_property
     def _samples(self) -> list[Sample]:
+        samples = self._listed()
+        check_expected(self.config.expected, samples, self.config.source)
+        return samples
+
+    def _listed(self) -> list[Sample]:
         root = Path(os.path.abspath(self.config.source))
         if not root.is_dir():
             raise DataError(

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from dml_dist.config.data import OfficialSection
 from dml_dist.data.datasets import on_disk
+from dml_dist.data.datasets.expected import spread
 from dml_dist.data.sample import DatasetFacts, FileSource, Sample, facts_of, make_keys
 from dml_dist.errors import DataError
 
@@ -121,8 +122,7 @@ def official_facts(official: Official) -> DatasetFacts:
     for split in sorted({part.split()[0] for part in official.counts}):
         parts = [counts for part, counts in official.counts.items() if part.split()[0] == split]
         classes, images = max(part.classes for part in parts), sum(part.images for part in parts)
-        each, rest = divmod(images, classes)
-        sizes[split] = (each + 1,) * rest + (each,) * (classes - rest)
+        sizes[split] = spread(classes, images)
     return DatasetFacts(sizes, exact=False)
 
 

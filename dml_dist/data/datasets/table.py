@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dml_dist.config.data import TableConfig
+from dml_dist.data.datasets.expected import check_expected, expected_facts
 from dml_dist.data.sample import ROLES, DatasetFacts, FileSource, Sample, facts_of, make_keys
 from dml_dist.data.tables import read_table, refuse
 from dml_dist.errors import DataError
@@ -35,11 +36,16 @@ class TableImporter:
         return self._samples
 
     def facts(self) -> DatasetFacts:
-        """Count the images of each class."""
-        return facts_of(self._samples)
+        """Count the images of each class; without the source, what is expected of them."""
+        return expected_facts(self.config) or facts_of(self._samples)
 
     @cached_property
     def _samples(self) -> list[Sample]:
+        samples = self._listed()
+        check_expected(self.config.expected, samples, self.config.source)
+        return samples
+
+    def _listed(self) -> list[Sample]:
         file = Path(os.path.abspath(self.config.source))
         table = read_table(file)
         missing = [name for name in REQUIRED if name not in table.column_names]

@@ -1,0 +1,59 @@
+"""Counts that a configuration knows of its data set: taken without the data, checked with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from dml_dist.config.data import CountsConfig, FolderConfig, TableConfig
+from dml_dist.data.sample import DatasetFacts, Sample, facts_of
+from dml_dist.errors import DataError
+
+
+def expected_facts(config: FolderConfig | TableConfig) -> DatasetFacts | None:
+    """Return what is expected of a source that is not there; None where nothing is, or it is."""
+    if config.expected is None or os.path.exists(config.source):
+        return None
+    sizes = {
+        split: spread(counts.classes, counts.images) for split, counts in config.expected.items()
+    }
+    return DatasetFacts(sizes, exact=False)
+
+
+def check_expected(
+    expected: Mapping[str, CountsConfig] | None, samples: Sequence[Sample], source: str
+) -> None:
+    """Refuse a data set whose splits have other counts than expected.
+
+    Raises:
+        DataError: If they have; lists all that differ.
+    """
+    if expected is None:
+        return
+    sizes = facts_of(samples).class_sizes
+    problems = []
+    for split in [*expected, *(split for split in sizes if split not in expected)]:
+        wanted = _counts(expected[split]) if split in expected else "nothing"
+        of_split = sizes.get(split)
+        found = "nothing" if of_split is None else _words(len(of_split), sum(of_split))
+        if wanted != found:
+            problems.append(f"{split}: required {wanted}, got {found}")
+    if problems:
+        raise DataError(
+            f"{source} differs from data.dataset.expected in {'; '.join(problems)}; correct the "
+            "source, or the counts"
+        )
+
+
+def spread(num_classes: int, num_images: int) -> tuple[int, ...]:
+    """Return class sizes of this number and sum that differ by at most one: an estimate."""
+    each, rest = divmod(num_images, num_classes)
+    return (each + 1,) * rest + (each,) * (num_classes - rest)
+
+
+def _counts(counts: CountsConfig) -> str:
+    return _words(counts.classes, counts.images)
+
+
+def _words(num_classes: int, num_images: int) -> str:
+    return f"{num_images:,} images of {num_classes:,} classes"
