@@ -14,6 +14,7 @@ _SHARES = {
     "map_at_r": "MAP@R",
     "r_precision": "R-precision",
     "nmi": "NMI",
+    "nmi_geometric": "NMI, geometric mean",
     "ami": "AMI",
     "f1": "Pairwise F1",
     "pair_precision": "Pairwise precision",
