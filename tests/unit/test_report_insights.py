@@ -268,3 +268,11 @@ def test_nearest_proxies_are_those_of_loops(
     _, found = table.nearest(queries, np.full(17, -1))
     expected = (queries.double() @ unit.T).argmax(dim=1) // per_class
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_nearest_other_class_may_be_far(tmp_path: Path) -> None:
+    values = torch.tensor([[1.0, 0.0], [-2.0, 0.0]])
+    part = {"values": values, "rows": {}, "shared": {}}
+    file = write_part(tmp_path, "proxies-0-2.pt", part, table="proxies", low=0, high=2)
+    similarity, other = _nearest_classes(_Table(tmp_path, [file], 2), np.arange(2))
+    assert (similarity.tolist(), other.tolist()) == ([-1.0, -1.0], [1, 0])
