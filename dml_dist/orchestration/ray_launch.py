@@ -60,7 +60,7 @@ def run_under_ray(
         RunError: If no cluster answers, or a rank failed more often than `max_failures`.
         DmlDistError: The error of the rank that gave up, whatever its class.
     """
-    with _ray(launch):
+    with cluster(launch):
         return _fit(assignment, launch, use_gpu=use_gpu, emit=emit)
 
 
@@ -175,7 +175,7 @@ def _last_line(error: object) -> str:
 
 
 @contextlib.contextmanager
-def _ray(launch: LaunchConfig) -> Iterator[None]:
+def cluster(launch: LaunchConfig) -> Iterator[None]:
     """A connection to the named cluster, or a cluster of this machine for as long as it is used."""
     for name, value in (_ENVIRONMENT | ({} if launch.address else _LOCAL_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)

@@ -42,7 +42,12 @@ from dml_dist.urls import local_path
 
 
 def run_training(
-    config: RunConfig, console: Console, *, run_dir: Path | None = None, resume: bool = False
+    config: RunConfig,
+    console: Console,
+    *,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Train a run, evaluate it on the test classes, and write its report.
 
@@ -51,6 +56,7 @@ def run_training(
         console: Where progress and the table of results go.
         run_dir: The run's folder; None is runs/NAME.
         resume: Go on with the run in the folder, instead of refusing one that exists.
+        report: Whether to write the page; one of many runs does without.
 
     Raises:
         DmlDistError: Whatever is wrong with configuration, data or ranks.
@@ -73,10 +79,11 @@ def run_training(
         with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
             metrics = launch(assignment, comm, emit)
         metrics["seconds"]["total"] = time.monotonic() - start
-        page = on_main(comm, lambda: _conclude(folder, metrics))
+        page = on_main(comm, lambda: _conclude(folder, metrics, report))
         if comm.rank == 0:
             print_results(folder, console)
-            console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+            if page is not None:
+                console.print(f"report:  {page}", highlight=False, soft_wrap=True)
             console.print(f"results: {folder.path}", highlight=False, soft_wrap=True)
     return metrics
 
@@ -85,17 +92,28 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     """Print the resolved plan of a run; nothing is written or started."""
     config = with_absolute_paths(config)
     check_loggers(config.loggers)
-    world_size = world_size_of(config.launch)
-    folder = local_path(config.data.path)
-    if folder is None or (folder / INDEX_NAME).exists():
-        require_same_dataset(config.data)
-        plan, source = _plan(config, world_size), f"counted in {config.data.path}"
-    else:
-        plan, source = estimate_plan(config, world_size)
+    plan, source = foreseen_plan(config)
     table = Table("plan", config.name, title_justify="left")
     for label, value in [("data", source), *plan.describe()]:
         table.add_row(label, value)
     console.print(table)
+
+
+def foreseen_plan(config: RunConfig) -> tuple[RunPlan, str]:
+    """Return a run's plan and where its numbers come from; nothing is written or started.
+
+    Args:
+        config: The run's configuration; paths in it are absolute.
+
+    Raises:
+        DmlDistError: Whatever does not fit.
+    """
+    world_size = world_size_of(config.launch)
+    folder = local_path(config.data.path)
+    if folder is None or (folder / INDEX_NAME).exists():
+        require_same_dataset(config.data)
+        return _plan(config, world_size), f"counted in {config.data.path}"
+    return estimate_plan(config, world_size)
 
 
 # ---------------------------------------------------------------- before
@@ -158,6 +176,6 @@ def _announce(plan: RunPlan, config: RunConfig, console: Console) -> None:
 # ---------------------------------------------------------------- after
 
 
-def _conclude(folder: RunFolder, metrics: Mapping[str, Any]) -> Path:
+def _conclude(folder: RunFolder, metrics: Mapping[str, Any], report: bool) -> Path | None:
     folder.finish(metrics)
-    return write_report(folder.path)
+    return write_report(folder.path) if report else None
