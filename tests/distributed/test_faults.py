@@ -30,7 +30,9 @@ def train_on_two(
     return ended.codes, ended.output
 
 
-@pytest.mark.parametrize("action", ["sleep", "raise", pytest.param("kill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "action", ["raise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kill", "sleep"))]
+)
 def test_a_rank_that_fails_the_others(action: str, config_file: Path, tmp_path: Path) -> None:
     """Too slow, an error of its own, or dead: the other one names the collective it waited in."""
     mark = tmp_path / "mark"

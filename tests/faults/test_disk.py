@@ -133,6 +133,8 @@ def test_full_disk_in_an_import(
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_read_only_disk(config_file: Path, disk: tuple[Path, Resize], tmp_path: Path) -> None:
     mounted, change = disk
     change("size=64m")
@@ -157,7 +159,9 @@ def test_read_only_disk(config_file: Path, disk: tuple[Path, Resize], tmp_path: 
     assert done.codes == [0], done.output
 
 
-@pytest.mark.parametrize("loader_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("loader_workers", [0, 2])
 def test_a_tar_shard_vanishes(
     loader_workers: int, config_file: Path, glyphs: Path, tmp_path: Path
 ) -> None:
@@ -174,7 +178,7 @@ def test_a_tar_shard_vanishes(
     arguments = ("train", str(config), *sets, "--run-dir")
     done = forked(command, *arguments, str(tmp_path / "whole"), folder=tmp_path)
     assert done.codes == [0], done.output
-    for shard in shards if loader_workers else shards[:1]:
+    for shard in shards:
         mark = tmp_path / f"mark-{shard}"
         config = act(config_file, mark=mark, action="remove", path=data / shard, after=1, rank=0)
         os.link(data / shard, away)
