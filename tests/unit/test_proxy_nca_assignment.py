@@ -15,6 +15,7 @@ from torch import Tensor
 from dml_dist import dynamic_proxy_nca_loss, proxy_nca_loss
 from dml_dist.config.objective import ProxyNCAConfig
 from dml_dist.losses.class_weights import class_weights, fractional_rows
+from dml_dist.losses.numerics import merge_statistics
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.build import build_objective, proxies_per_class, proxy_rows
 from dml_dist.parallel.comm import Comm
@@ -117,6 +118,15 @@ def test_of_equally_near_proxies_the_lower_row_is_taken() -> None:
     # Rows 2 and 0 are chosen; 3 equals 2, and 1 is nobody's: neither is seen.
     assert (proxies.grad[[1, 3]] == 0).all()
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-12)
+
+
+def test_equally_near_proxies_of_two_shards() -> None:
+    """In either order of merging; columns are samples, rows value and proxy."""
+    low = {"nearest": torch.tensor([[0.5, 0.2, 0.1], [1.0, 0.0, 2.0]], dtype=torch.float64)}
+    high = {"nearest": torch.tensor([[0.5, 0.3, -0.1], [7.0, 8.0, 9.0]], dtype=torch.float64)}
+    expected = torch.tensor([[0.5, 0.3, 0.1], [1.0, 8.0, 2.0]], dtype=torch.float64)
+    for a, b in ((low, high), (high, low)):
+        assert torch.equal(merge_statistics(a, b, {"nearest": "argmax"})["nearest"], expected)
 
 
 # ---------------------------------------------------------------- fractional, by hand
