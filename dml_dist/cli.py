@@ -64,7 +64,7 @@ def main() -> None:
         if end.code == INTERRUPTED:
             error_console.print(
                 "interrupted; repeat the command to go on with an import, "
-                "`dml-dist train CONFIG --resume` to go on with a run"
+                "and with --resume to go on with a run or a comparison"
             )
         raise
 
@@ -147,6 +147,40 @@ def evaluate(
         checkpoint=checkpoint,
         overrides=_overrides(changes, launcher, workers),
     )
+
+
+@app.command()
+def compare(
+    config: ConfigArgument,
+    changes: SetOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Folder of the comparison; default runs/NAME.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the comparison where it was stopped.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and what they compute, and end.")
+    ] = False,
+    parallel: Annotated[
+        int | None,
+        typer.Option("--parallel", min=1, help="Runs side by side, each on one process."),
+    ] = None,
+    launcher: LauncherOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Compare methods over seeds at equal steps: a table, convergence curves, one page."""
+    from dml_dist.config.load import load_config
+    from dml_dist.orchestration.compare import dry_run_comparison, run_comparison
+
+    overrides = _overrides(changes, launcher, workers)
+    if parallel is not None:
+        overrides.append(f"compare.parallel={parallel}")
+    resolved = load_config(config, overrides)
+    if dry_run:
+        dry_run_comparison(resolved, console)
+        return
+    run_comparison(resolved, console, run_dir=run_dir, resume=resume)
 
 
 @app.command()

@@ -128,7 +128,7 @@ def trial_config(
 ) -> RunConfig:
     """Return the configuration of a trial: what it is judged by are validation classes alone.
 
-    Its test split is `validation`, so no test class is ever read.
+    Its test split is `validation`, so no test class is ever read. It runs on one process.
     """
     search = compare_section(config).search
     assert search is not None
@@ -146,6 +146,7 @@ def trial_config(
                     "save_embeddings": False,
                 }
             ),
+            "launch": found.launch.model_copy(update={"launcher": "inprocess"}),
             "loggers": (),
         }
     )
