@@ -98,10 +98,9 @@ def test_another_member_differs_in_its_name_and_its_own_fields() -> None:
 
 def test_a_section_that_was_null() -> None:
     found = differing_paths(config_of(), config_of("data.dataset={name: table, source: t.csv}"))
-    assert found == [
-        Difference("data.dataset.name", ABSENT, "table", False),
-        Difference("data.dataset.source", ABSENT, "t.csv", True),
-    ]
+    assert Difference("data.dataset.name", ABSENT, "table", False) in found
+    assert Difference("data.dataset.source", ABSENT, "t.csv", True) in found
+    assert all(one.path.startswith("data.dataset.") and one.old is ABSENT for one in found)
 
 
 def test_an_integer_is_no_boolean_in_options() -> None:

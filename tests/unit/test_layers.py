@@ -26,7 +26,7 @@ LAYERS: dict[int, set[str]] = {
     2: {"parallel", "data", "search"},
     3: {"train", "evaluation", "report"},
     4: {"orchestration"},
-    5: {"cli", "__main__", ""},  # "": dml_dist/__init__.py, the names for other programs
+    5: {"cli", "cli_data", "__main__", ""},  # "": dml_dist/__init__.py, the names for other programs
 }
 
 # Importer -> what it may import of its own layer.
@@ -41,7 +41,7 @@ ALLOWED_SIDEWAYS: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "ray": {"orchestration"},
     "optuna": {"orchestration"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_data"},
 }
 NEVER_AT_TOP = {"onnx", "onnxruntime", "onnxscript", "faiss", "webdataset", "zuko", "matplotlib"}
 NO_TORCH = LAYERS[0]

@@ -1,0 +1,148 @@
+"""The subcommands of `dml-dist data`: import, index, verify and show data sets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dml_dist.errors import ConfigError
+
+data_app = typer.Typer(no_args_is_help=True, help="Import, index, check and show data sets.")
+console = Console()
+
+DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
+SourceOption = Annotated[
+    Path | None, typer.Option("--source", help="Folder or table that is imported.")
+]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", metavar="train=SHARE", help="Share that trains.")
+]
+ByOption = Annotated[
+    Literal["class", "image"] | None, typer.Option("--by", help="What is divided.")
+]
+OrderOption = Annotated[
+    Literal["sorted", "seeded"] | None, typer.Option("--order", help="Order of the division.")
+]
+SplitFileOption = Annotated[
+    Path | None, typer.Option("--split-file", help="CSV: path,split or class,split.")
+]
+ClassesOption = Annotated[int | None, typer.Option("--classes", help="Glyphs: number of classes.")]
+ImagesOption = Annotated[
+    int | None, typer.Option("--images-per-class", help="Glyphs: images of each class.")
+]
+SizeOption = Annotated[int | None, typer.Option("--image-size", help="Glyphs: side in pixels.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of what is drawn.")]
+MaxSideOption = Annotated[
+    int | None,
+    typer.Option("--max-side", help="Shrink larger images to this longer side, in pixels."),
+]
+OnBrokenOption = Annotated[
+    Literal["raise", "skip"] | None,
+    typer.Option("--on-broken", help="Broken images end the import, or are skipped."),
+]
+PartialOption = Annotated[
+    bool, typer.Option("--allow-partial", help="Go on where the official split differs.")
+]
+
+
+@data_app.command("import")
+def data_import(
+    dataset: Annotated[DataSet, typer.Argument(help="Data set.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for tar shards and index.")],
+    source: SourceOption = None,
+    split: SplitOption = None,
+    by: ByOption = None,
+    order: OrderOption = None,
+    split_file: SplitFileOption = None,
+    classes: ClassesOption = None,
+    images_per_class: ImagesOption = None,
+    image_size: SizeOption = None,
+    seed: SeedOption = None,
+    max_side: MaxSideOption = None,
+    on_broken: OnBrokenOption = None,
+    allow_partial: PartialOption = False,
+) -> None:
+    """Import a data set: tar shards and one index, continued where it was interrupted."""
+    from dml_dist.orchestration.datasets import dataset_from_options, import_to
+
+    options = {
+        "source": None if source is None else str(source),
+        "num_classes": classes,
+        "images_per_class": images_per_class,
+        "image_size": image_size,
+        "seed": seed,
+        "max_side": max_side,
+        "on_broken": on_broken,
+        "allow_partial": allow_partial or None,
+    }
+    rule = {
+        "train": _share(split),
+        "by": by,
+        "order": order,
+        "file": None if split_file is None else str(split_file),
+        "seed": seed,
+    }
+    import_to(dataset_from_options(dataset, options, rule), out, console)
+
+
+def _share(text: str | None) -> float | None:
+    if text is None:
+        return None
+    name, _, value = text.partition("=")
+    try:
+        if name != "train":
+            raise ValueError
+        return float(value)
+    except ValueError:
+        raise ConfigError(
+            f"--split must be train=SHARE with a share between 0 and 1, got {text!r}; "
+            "for example --split train=0.5"
+        ) from None
+
+
+@data_app.command("index")
+def data_index(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
+    split: Annotated[
+        str, typer.Option("--split", help="Split of samples that do not name theirs.")
+    ] = "train",
+) -> None:
+    """Index tar shards that were made elsewhere (labels from .cls or .json)."""
+    from dml_dist.orchestration.datasets import index_folder
+
+    index_folder(folder, split, console)
+
+
+@data_app.command("verify")
+def data_verify(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder or URL of shards and index.")
+    ],
+) -> None:
+    """Read every sample and compare it with the index."""
+    from dml_dist.orchestration.datasets import verify_folder
+
+    if not verify_folder(folder, console):
+        sys.exit(2)
+
+
+@data_app.command("show")
+def data_show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards and index.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="Tar shards that are shuffled together.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what is shown.")] = 0,
+) -> None:
+    """Counts, balance and mixing of a data set, and a picture with some of its images."""
+    from dml_dist.orchestration.show import show_dataset
+
+    show_dataset(folder, console, out=out, window=window, seed=seed)
