@@ -34,6 +34,7 @@ ALLOWED_SIDEWAYS: dict[str, set[str]] = {
     **{name: LAYERS[0] - {name} for name in LAYERS[0]},  # values and small functions
     "data": {"parallel.comm"},  # the type through which ranks talk
     "search": {"parallel.comm"},
+    "cli": {"cli_data"},
     "__main__": {"cli"},
 }
 
