@@ -159,8 +159,9 @@ def _plan(config: RunConfig, world_size: int) -> RunPlan:
     # One rank's view is every rank's: the plan depends on their number alone.
     bench = open_bench(config, Topology(world_size=world_size), Comm.single(), discard)
     bench.check_evaluable()
+    plan = bench.resolve()
     bench.check_cache()
-    return bench.resolve()
+    return plan
 
 
 def _announce(plan: RunPlan, config: RunConfig, console: Console) -> None:
