@@ -118,7 +118,7 @@ def dry_run_comparison(config: RunConfig, console: Console) -> None:
     console.print(table)
     plan, source = next(iter(plans.values()))
     _say(console, f"data: {source}")
-    for label, value in plan.describe()[:3]:
+    for label, value in plan.describe()[:2]:
         _say(console, f"{label}: {value}")
     for method in plans:
         names = [f"{method}-seed-{seed}" for seed in section.seeds]
