@@ -184,6 +184,14 @@ def check_finite(state: TrainState) -> None:
     state.comm.agree(error, what="finite weights")
 
 
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # PyTorch's newer and older name.
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+"""DDP's option that gives all ranks rank 0's buffers before each step."""
+
+
 class _SpareParameter(nn.Module):
     """A model with one parameter more, which nothing uses.
 
@@ -221,7 +229,7 @@ def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) ->
         process_group=comm.group,
         find_unused_parameters=looks,
         gradient_as_bucket_view=True,
-        broadcast_buffers=model.has_changing_buffers,
+        **{_SYNC_BUFFERS: model.has_changing_buffers},
     )
 
 
