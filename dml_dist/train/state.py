@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -223,13 +224,14 @@ def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) ->
     if comm.world_size == 1:
         return model
     looks = any_may_be_unused or comm.device.type == "cpu"
+    buffers: dict[str, Any] = {_SYNC_BUFFERS: model.has_changing_buffers}
     return DistributedDataParallel(
         _SpareParameter(model) if looks else model,
         device_ids=[comm.device] if comm.device.type == "cuda" else None,
         process_group=comm.group,
         find_unused_parameters=looks,
         gradient_as_bucket_view=True,
-        **{_SYNC_BUFFERS: model.has_changing_buffers},
+        **buffers,
     )
 
 
