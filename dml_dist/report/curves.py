@@ -44,7 +44,7 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
         draw = partial(_draw_retrieval, lines)
         curves.append(draw_picture("retrieval", _retrieval_caption(summary), draw))
     for key, label, caption, smooth in (
-        ("lr", "learning rate", "Learning rate of the head against the step.", False),
+        ("lr", "learning rate", "Learning rate of the backbone against the step.", False),
         ("gradient_norm", "gradient norm", "Norm of all gradients before clipping.", True),
         ("images_per_second", "images/s", "Training speed of all ranks together.", True),
     ):
