@@ -1,0 +1,318 @@
+"""Comparisons without training: the runs they consist of, their search, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from dml_dist.config.comparison import (
+    ComparisonFolder,
+    digest,
+    method_config,
+    refused_differences,
+    run_config,
+    searched_paths,
+    trial_config,
+)
+from dml_dist.config.load import differing_paths, parse_config
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import ConfigError, RunError
+from dml_dist.orchestration.compare import _check_methods
+from dml_dist.orchestration.compare_search import own_values, search_method
+from dml_dist.records import RecordWriter
+
+SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-1}, "optim.proxy_lr": {"low": 1e-3, "high": 1.0}}
+
+
+def comparison(*changes: str, **values: Any) -> RunConfig:
+    section = {
+        "methods": {
+            "triplet": ["loss={name: triplet, margin: 0.2}", "optim.proxy_lr=null"],
+            "nca": ["loss.proxy_scale=4.0"],
+            "nir": ["nir={flow_weight: 0.5}"],
+        },
+        "seeds": [3, 4],
+        "search": {
+            "trials": 5,
+            "steps": 7,
+            "space": SPACE,
+            "without": {"triplet": ["optim.proxy_lr"]},
+        },
+        **values,
+    }
+    return parse_config(
+        {
+            "name": "demo",
+            "data": {
+                "path": "nowhere/shards",
+                "dataset": {"name": "glyphs", "num_classes": 40, "images_per_class": 4},
+            },
+            "optim": {"lr": 0.01, "proxy_lr": 0.1},
+            "train": {"global_batch_size": 16, "steps": 20},
+            "evaluation": {"evaluate_test_every": 5},
+            "compare": section,
+        },
+        list(changes),
+    )
+
+
+# ---------------------------------------------------------------- the runs
+
+
+def test_a_run_is_the_configuration_with_its_changes() -> None:
+    config = comparison()
+    run = run_config(config, "triplet", 4, {"optim.lr": 0.012345678901234567})
+    assert run.compare is None
+    assert (run.name, run.seed, run.loss.name) == ("triplet-seed-4", 4, "triplet")
+    assert run.optim.lr == 0.012345678901234567
+    assert run.optim.proxy_lr is None
+    base = config.model_copy(update={"compare": None})
+    changed = {one.path for one in differing_paths(base, run_config(config, "nca", 0))}
+    assert changed == {"name", "loss.proxy_scale"}
+    assert run_config(config, "nir", 0).nir is not None
+
+
+def test_a_trial_reads_no_test_class() -> None:
+    trial = trial_config(comparison(), "nca", 2, {"optim.lr": 0.02})
+    assert (trial.data.test_split, trial.evaluation.evaluate_test_every) == ("validation", None)
+    assert (trial.train.steps, trial.seed, trial.optim.lr) == (7, 0, 0.02)
+    distributed = comparison("launch.launcher=ray", "launch.num_workers=2")
+    assert trial_config(distributed, "nca", 0, {}).launch.launcher == "inprocess"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.steps=30", "train.steps: 20 -> 30"),
+        ("train.global_batch_size=8", "train.global_batch_size: 16 -> 8"),
+        ("seed=5", "seed: 0 -> 5"),
+        ("validation={name: none}", "validation.name"),
+        ("evaluation.distance=euclidean", "evaluation.distance: 'cosine' -> 'euclidean'"),
+        ("data.dataset.seed=2", "data.dataset.seed: 0 -> 2"),
+    ],
+)
+def test_methods_share_data_steps_and_evaluation(change: str, message: str) -> None:
+    config = comparison(methods={"other": [change]}, search=None)
+    with pytest.raises(ConfigError, match="must be the same for all methods") as error:
+        method_config(config, "other")
+    assert message in str(error.value)
+
+
+def test_what_decides_on_a_result_and_what_does_not() -> None:
+    run = run_config(comparison(), "nca", 0)
+    for change in ({"seed": 1}, {"name": "x"}):
+        assert digest(run.model_copy(update=change)) != digest(run)
+    for free in ("launch.threads_per_rank=2", "data.path=elsewhere", "data.loader_workers=0"):
+        assert digest(run_config(comparison(free), "nca", 0)) == digest(run), free
+    for other in ("optim.lr=0.02", "evaluation.every_steps=3", "train.steps=21"):
+        assert digest(run_config(comparison(other), "nca", 0)) != digest(run), other
+
+
+def test_differences_that_are_refused_are_cut_to_what_differs() -> None:
+    old = comparison()
+    assert refused_differences(old, comparison("launch.num_workers=2", "compare.parallel=3")) == []
+    methods = {"triplet": ["loss.name=triplet"], "nca": ["loss.proxy_scale=4.0"]}
+    found = refused_differences(old, comparison("optim.lr=0.02", methods=methods, seeds=[3]))
+    assert [one.path for one in found] == [
+        *("optim.lr", "compare.methods.triplet", "compare.methods.nir", "compare.seeds"),
+    ]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "message"),
+    [
+        ({"seeds": [1, 1]}, [], "seeds: each at most once, got \\[1, 1\\]"),
+        ({"reference": "x"}, [], "one of the methods triplet, nca, nir, got x"),
+        ({"methods": {}}, [], "compare.methods"),
+        ({"methods": {"a b": []}}, [], "a b"),
+        ({"parallel": 2}, ["launch.launcher=ray"], "parallel 2 needs launch.launcher: inprocess"),
+        ({}, ["train={global_batch_size: 16, epochs: 2}"], "compare needs train.steps"),
+        ({}, ["validation={name: none}"], "needs validation classes to select by"),
+    ],
+)
+def test_sections_that_do_not_fit(values: Any, changes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        comparison(*changes, **values)
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"without": {"triplet": ["loss.margin"]}}, "must name paths of space"),
+        ({"without": {"other": []}}, "must name methods"),
+        ({"space": {"optim.lr": {"low": 1.0, "high": 0.5}}, "without": {}}, "low must be below"),
+    ],
+)
+def test_searches_that_do_not_fit(search: dict[str, Any], message: str) -> None:
+    whole = {"trials": 2, "steps": 2, "space": SPACE, **search}
+    with pytest.raises(ConfigError, match=message):
+        comparison(search=whole)
+
+
+@pytest.mark.parametrize(
+    ("space", "without", "message"),
+    [
+        (SPACE, {}, r"optim.proxy_lr does nothing for triplet.*compare.search.without.triplet"),
+        ({"loss.margin": {"low": 0.1, "high": 0.3}}, {}, "nca cannot take loss.margin"),
+        ({"optim.lr": {"low": 0.1, "high": 1.0}}, {"nca": ["optim.lr"]}, None),
+        (
+            {"loss.margin": {"low": 0.1, "high": 3.0}},
+            {"nca": ["loss.margin"], "nir": ["loss.margin"]},
+            r"triplet cannot take loss.margin from 0.1 to 3(.|\n)*margin must be at most 2",
+        ),
+    ],
+)
+def test_ranges_are_checked_for_every_method(space: Any, without: Any, message: str | None) -> None:
+    config = comparison(
+        search={"trials": 2, "steps": 2, "space": space, "without": without}, reference="nca"
+    )
+    if message is None:
+        assert list(_check_methods(config)) == ["triplet", "nca", "nir"]
+        return
+    with pytest.raises(ConfigError, match=message):
+        _check_methods(config)
+
+
+def test_errors_name_the_method() -> None:
+    config = comparison(methods={"p": ["projections={steps_per_problem: 40}"]}, search=None)
+    with pytest.raises(ConfigError, match=r"method p: projections: required data\.batches\.name"):
+        _check_methods(config)
+    with pytest.raises(ConfigError, match=r"loss\.margim .*: unknown key"):
+        _check_methods(comparison(methods={"p": ["loss={name: triplet, margim: 1}"]}, search=None))
+    with pytest.raises(ConfigError, match="inprocess or ray for a comparison"):
+        _check_methods(comparison("launch.launcher=torchrun"))
+
+
+# ---------------------------------------------------------------- search
+
+
+class FakeRuns:
+    """Runs whose MAP@R is a smooth function of their rates; some end, or diverge."""
+
+    def __init__(self, end_after: int = 1000, diverge_above: float = math.inf) -> None:
+        self.configs: list[RunConfig] = []
+        self.end_after = end_after
+        self.diverge_above = diverge_above
+
+    def __call__(self, config: RunConfig, folder: Path) -> dict[str, Any]:
+        if len(self.configs) == self.end_after:
+            raise KeyboardInterrupt
+        self.configs.append(config)
+        if config.optim.lr > self.diverge_above:
+            (folder / "records").mkdir(parents=True)
+            with RecordWriter(folder / "records/steps.jsonl", 1) as records:
+                records.write(3, loss=math.nan)
+            raise RunError("required a finite loss")
+        distance = (math.log10(config.optim.lr) + 2.5) ** 2
+        distance += (math.log10(config.optim.proxy_lr or 0.01) + 1) ** 2
+        return {"trained": {"map_at_r": 1 / (1 + distance)}}
+
+
+def search(
+    folder: Path, runs: FakeRuns, method: str = "nca", config: RunConfig | None = None
+) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
+    outcomes: list[Mapping[str, Any]] = []
+    found = search_method(
+        config or comparison(),
+        method,
+        ComparisonFolder(folder),
+        runs,
+        lambda name, number, outcome: outcomes.append(outcome),
+    )
+    return found, outcomes
+
+
+def test_a_search_is_the_same_again_and_when_it_is_continued(tmp_path: Path) -> None:
+    whole, outcomes = search(tmp_path / "whole", FakeRuns())
+    assert outcomes[0]["values"] == {
+        "optim.lr": 0.01,
+        "optim.proxy_lr": 0.1,
+    }  # the method's own
+    assert len({json.dumps(outcome["values"]) for outcome in outcomes}) == 5
+    best = max(outcomes, key=lambda outcome: outcome["map_at_r"])
+    assert whole == best["values"]
+
+    first, second = FakeRuns(end_after=2), FakeRuns()
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut", first)
+    again, others = search(tmp_path / "cut", second)
+    assert again == whole
+    assert others == outcomes
+    assert [len(runs.configs) for runs in (first, second)] == [2, 3]
+    assert search(tmp_path / "cut", third := FakeRuns())[0] == whole
+    assert third.configs == []
+
+
+def test_a_search_is_that_of_optuna(tmp_path: Path) -> None:
+    """An own loop over ask and tell with the same seed draws the same values."""
+    _, outcomes = search(tmp_path, FakeRuns())
+    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=2)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial({"optim.lr": 0.01, "optim.proxy_lr": 0.1})
+
+    def objective(trial: optuna.Trial) -> float:
+        lr = trial.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
+        proxy_lr = trial.suggest_float("optim.proxy_lr", 1e-3, 1.0, log=True)
+        return 1 / (1 + (math.log10(lr) + 2.5) ** 2 + (math.log10(proxy_lr) + 1) ** 2)
+
+    study.optimize(objective, n_trials=5)
+    assert [trial.params for trial in study.trials] == [one["values"] for one in outcomes]
+    assert [trial.value for trial in study.trials] == pytest.approx(
+        [one["map_at_r"] for one in outcomes]
+    )
+
+
+def test_trials_use_validation_classes_and_only_the_paths_of_the_method(tmp_path: Path) -> None:
+    runs = FakeRuns()
+    found, _ = search(tmp_path, runs, "triplet")
+    assert list(found) == ["optim.lr"]
+    assert searched_paths(comparison(), "triplet") == ["optim.lr"]
+    for config in runs.configs:
+        assert config.optim.proxy_lr is None
+        assert config.data.test_split == "validation"
+        assert config.evaluation.evaluate_test_every is None
+        assert config.seed == 0
+
+
+def test_own_values_outside_the_ranges_are_not_tried(tmp_path: Path) -> None:
+    config = comparison("optim.lr=0.5")
+    assert own_values(config, "nca") == {"optim.proxy_lr": 0.1}
+    _, outcomes = search(tmp_path, FakeRuns(), config=config)
+    assert outcomes[0]["values"]["optim.proxy_lr"] == 0.1
+    assert all(1e-4 <= outcome["values"]["optim.lr"] <= 1e-1 for outcome in outcomes)
+
+
+def test_trials_that_diverge_are_counted_and_others_win(tmp_path: Path) -> None:
+    found, outcomes = search(tmp_path / "some", FakeRuns(diverge_above=0.009))
+    assert outcomes[0]["map_at_r"] is None
+    assert "finite loss" in outcomes[0]["problem"]
+    assert found["optim.lr"] <= 0.009
+    # The answer is kept: it is not tried again.
+    assert search(tmp_path / "some", runs := FakeRuns())[0] == found
+    assert runs.configs == []
+    with pytest.raises(RunError, match="a trial of nca with a finite loss, got none of 5"):
+        search(tmp_path / "none", FakeRuns(diverge_above=0.0))
+
+
+def test_other_failures_end_the_search(tmp_path: Path) -> None:
+    def fail(config: RunConfig, folder: Path) -> dict[str, Any]:
+        raise RunError("disk full")
+
+    with pytest.raises(RunError, match="disk full"):
+        search_method(comparison(), "nca", ComparisonFolder(tmp_path), fail, lambda *_: None)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_trials_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    search(tmp_path, FakeRuns())
+    with pytest.raises(ConfigError, match=r"trial 0 of nca in .*another configuration"):
+        search(tmp_path, FakeRuns(), config=comparison("optim.eps=0.5"))
