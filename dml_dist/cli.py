@@ -182,11 +182,17 @@ def compare(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Write the report page of a run anew."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or comparison.")],
+) -> None:
+    """Write the page of a run, or of a comparison, anew."""
+    from dml_dist.config.comparison import ComparisonFolder
     from dml_dist.report import write_report
+    from dml_dist.report.compare_page import write_comparison
 
-    console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
+    is_comparison = ComparisonFolder(run).config_path.is_file()
+    page = write_comparison(run) if is_comparison else write_report(run)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -18,7 +18,6 @@ from dml_dist.orchestration import rank
 from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.train import run_training
 from dml_dist.records import read_records
-from dml_dist.report.compare_page import write_comparison
 from dml_dist.report.compare_read import read_comparison
 from tests.report_runs import Page
 
@@ -99,7 +98,7 @@ def test_interrupted_continued_and_refused(
     assert len(rows_of(folder, "runs.csv")) == 4
 
     check_trials(folder)
-    check_page(folder)
+    check_page(folder, cli)
     # A run of a comparison is a run like any other, also when it was interrupted.
     config = with_absolute_paths(load_config(folder / "compare.yaml"))
     values = best(folder, "triplet")["values"]
@@ -149,7 +148,7 @@ def check_trials(folder: Path) -> None:
             )
 
 
-def check_page(folder: Path) -> None:
+def check_page(folder: Path, cli: Cli) -> None:
     comparison = read_comparison(folder)
     page = Page(folder / "report/index.html")
     assert not page.open
@@ -169,7 +168,9 @@ def check_page(folder: Path) -> None:
     assert rows[0]["steps_to_mark"] in ("0.0", "4.0", "8.0")
     before = page.raw
     (folder / "report/index.html").unlink()
-    assert write_comparison(folder).read_text() == before
+    code, output = cli("report", folder)
+    assert code == 0, output
+    assert (folder / "report/index.html").read_text() == before
 
 
 def test_dry_run_and_folders_of_others(compare_file: Path, cli: Cli, tmp_path: Path) -> None:
