@@ -46,6 +46,8 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
     for key, label, caption, smooth in (
         ("lr", "learning rate", "Learning rate of the backbone against the step.", False),
         ("gradient_norm", "gradient norm", "Norm of all gradients before clipping.", True),
+        ("flow_nll", "NLL", "Negative log-likelihood of the embeddings under the flow.", True),
+        ("distance_to_last_solution", "distance", "Distance to the last solution.", False),
         ("images_per_second", "images/s", "Training speed of all ranks together.", True),
     ):
         series = summary.training(key)
