@@ -146,6 +146,7 @@ def trial_config(
                     "save_embeddings": False,
                 }
             ),
+            "checkpoint": found.checkpoint.model_copy(update={"keep": 1}),
             "launch": found.launch.model_copy(update={"launcher": "inprocess"}),
             "loggers": (),
         }

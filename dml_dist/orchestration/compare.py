@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,7 @@ from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.progress import Display, Emit, note, phase
 from dml_dist.orchestration.train import foreseen_plan
 from dml_dist.parallel.build import has_class_table
-from dml_dist.report.compare_page import comparison_rows, write_comparison
+from dml_dist.report.compare_page import SINGLE_RUNS, comparison_rows, write_comparison
 from dml_dist.report.compare_read import read_comparison
 from dml_dist.report.compare_references import read_references
 from dml_dist.report.tables import format_metric
@@ -135,11 +136,17 @@ def dry_run_comparison(config: RunConfig, console: Console) -> None:
 def print_comparison(path: Path, console: Console) -> None:
     """Print the table of a comparison."""
     header, rows = comparison_rows(read_comparison(path))
-    table = Table()
-    for place, text in enumerate(header):
-        table.add_column(text, no_wrap=place == 0, overflow="fold")
+    # Numbers stay whole where a terminal has 80 columns; the page has all columns.
+    kept = [place for place, text in enumerate(header) if text != SINGLE_RUNS]
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for place in kept:
+        name = header[place].replace(" to ", " to\n")
+        if place:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold", min_width=12)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in kept))
     console.print(table)
 
 

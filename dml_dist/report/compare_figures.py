@@ -76,12 +76,13 @@ def _draw(
     against: str,
 ) -> Figure:
     figure, axes = new_axes(colors, against, f"{label} (%)", size=_SIZE)
+    alpha = 0.13 if len(bands) <= len(SERIES) else 0.07
     for place, (name, band) in enumerate(bands):
         color = colors[SERIES[place % len(SERIES)]]
         x = band.mean.steps if against.startswith("step") else band.mean.seconds
         if not np.array_equal(band.low, band.high):
             axes.fill_between(
-                x, 100 * band.low, 100 * band.high, color=color, alpha=0.13, linewidth=0
+                x, 100 * band.low, 100 * band.high, color=color, alpha=alpha, linewidth=0
             )
         axes.plot(
             x,

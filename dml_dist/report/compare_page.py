@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dml_dist.config.compare import SearchConfig
 from dml_dist.config.comparison import ComparisonFolder, compare_section
@@ -24,6 +24,8 @@ from dml_dist.report.compare_stats import LEVEL, Interval
 from dml_dist.report.tables import MISSING, format_metric, format_seconds, metric_label
 
 _FOLDER = Path(__file__).parent
+SINGLE_RUNS = "of single runs"
+"""Head of the column with the steps of the single runs."""
 
 
 def write_comparison(path: Path) -> Path:
@@ -82,7 +84,14 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("compare.html")
+
+
+def _breakable(path: str) -> Markup:
+    """Return a path that a narrow column may break behind its dots and underscores."""
+    text = escape(path)
+    return Markup(text.replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>")))
 
 
 # ---------------------------------------------------------------- the table of results
@@ -93,7 +102,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     recall, mark = comparison.recall_key, comparison.mark
     header = ["method", "seeds", metric_label(recall), metric_label("map_at_r")]
     if mark is not None:
-        header += [f"steps to {format_metric(recall, mark)}", "of single runs", "time to it"]
+        header += [f"steps to {format_metric(recall, mark)}", SINGLE_RUNS, "time to it"]
     return header, [
         [
             method.name,
