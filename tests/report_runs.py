@@ -161,7 +161,7 @@ def make_run(path: Path) -> RunFolder:
 class Page(HTMLParser):
     """A page's elements, texts and open tags."""
 
-    VOID = ("meta", "link", "img", "br", "path", "use")
+    VOID = ("meta", "link", "img", "br", "wbr", "path", "use")
 
     def __init__(self, path: Path) -> None:
         super().__init__()
