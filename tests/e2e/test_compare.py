@@ -119,6 +119,11 @@ def test_interrupted_continued_and_refused(
     batches.count = 0
     code, output = cli("compare", compare_file, "--resume")
     assert (code, batches.count) == (0, 0), output
+    attempts = {
+        path.parent.name: len(json.loads(path.read_text())["attempts"])
+        for path in (folder / "runs").glob("*/run.json")
+    }
+    assert attempts == {"triplet-seed-0": 1, "nca-seed-0": 1, "triplet-seed-1": 2, "nca-seed-1": 1}
 
 
 def best(folder: Path, method: str) -> dict[str, Any]:
