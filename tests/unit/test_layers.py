@@ -26,7 +26,8 @@ LAYERS: dict[int, set[str]] = {
     2: {"parallel", "data", "search"},
     3: {"train", "evaluation", "report"},
     4: {"orchestration"},
-    5: {"cli", "cli_data", "__main__", ""},  # "": dml_dist/__init__.py, the names for other programs
+    # "": dml_dist/__init__.py, the names for other programs.
+    5: {"cli", "cli_data", "__main__", ""},
 }
 
 # Importer -> what it may import of its own layer.

@@ -17,7 +17,7 @@ from dml_dist.config.model import (
     CustomBackboneConfig,
     ModelConfig,
     ResNetConfig,
-    )
+)
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import check_weights
 from dml_dist.models.build import build_model
