@@ -151,7 +151,9 @@ def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Return the sum of squares, 0-d float64."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    # Squares of float32 end at 1e38: those of a flow's exponential are larger.
+    norms = torch._foreach_norm(gradients, 2.0, torch.float64)
+    return torch.stack(norms).square().sum()
 
 
 def _learning_rate(config: OptimizerConfig, kind: ParameterKind) -> float:

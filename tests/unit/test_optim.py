@@ -209,6 +209,14 @@ def test_clipping_passes_over_parameters_without_gradient() -> None:
     assert model.head.weight.grad is None
 
 
+def test_clipping_of_gradients_whose_squares_overflow() -> None:
+    large = torch.nn.Parameter(torch.zeros(2))
+    large.grad = torch.tensor([3e26, 4e26])
+    norm = clip_gradients([large], [], 1.0, Comm.single())
+    assert float(norm) == pytest.approx(5e26)
+    torch.testing.assert_close(large.grad, torch.tensor([0.6, 0.8]))
+
+
 def test_states_by_name_survive_another_order_of_parameters() -> None:
     config = AdamConfig()
     model, rows = network(), proxies()
