@@ -19,10 +19,19 @@ from tests.distributed.test_resume import AT_THREE, interrupted, losses, same
 from tests.ranks import run_ranks
 from tests.training_setup import SmallRun, small_config, snapshot, whole_snapshot
 
-LOSSES = {
-    "scalar": "{name: margin, beta_form: scalar, nu: 0.5}",
-    "class": "{name: margin, beta_form: class, nu: 0.5}",
-    "triplet": "{name: triplet, margin: 0.3, mining: semi_hard}",
+FLOW = "flow: {num_blocks: 2, depth: 3, width: 16}"
+RUNS = {
+    "scalar": {"loss": "{name: margin, beta_form: scalar, nu: 0.5}"},
+    "class": {"loss": "{name: margin, beta_form: class, nu: 0.5}"},
+    "triplet": {"loss": "{name: triplet, margin: 0.3, mining: semi_hard}"},
+    "flow": {
+        "loss": "{name: proxy_anchor}",
+        "nir": "{noise: 0.05, warmup_steps: 2, flow_weight: 0.1, " + FLOW + "}",
+    },
+    "exponential": {
+        "loss": "{name: proxy_nca, proxies_per_class: 2}",
+        "nir": "{link: exp, loss_weight: 0.3, " + FLOW + "}",
+    },
 }
 CHANGES = {"optim__loss_lr": 0.05, "train__precision": "float64", "train__max_grad_norm": 0.05}
 
@@ -37,8 +46,8 @@ def train_and_interrupt(topology: Topology, root: str) -> dict[str, dict[str, Te
     """Train whole and interrupted; return the final snapshots, which must not differ."""
     comm = Comm.from_default_group()
     found = {}
-    for name, loss in LOSSES.items():
-        config = small_config(loss=loss, train__steps=6, **CHANGES)
+    for name, changes in RUNS.items():
+        config = small_config(train__steps=6, **changes, **CHANGES)
         folder = Path(root) / f"{name}-{topology.world_size}"
         whole = SmallRun(topology, comm, config, folder / "whole").train()
         cut = interrupted(SmallRun(topology, comm, config, folder / "cut"))
@@ -53,8 +62,8 @@ def go_on(topology: Topology, root: str, saved_by: int) -> dict[str, dict[str, T
     """Go on from another number of ranks' checkpoint of step 3; return the final snapshots."""
     comm = Comm.from_default_group()
     found = {}
-    for name, loss in LOSSES.items():
-        config = small_config(loss=loss, train__steps=6, **CHANGES)
+    for name, changes in RUNS.items():
+        config = small_config(train__steps=6, **changes, **CHANGES)
         folder = Path(root) / f"{name}-{saved_by}-to-{topology.world_size}"
         if topology.is_main:
             source = Path(root) / f"{name}-{saved_by}" / "whole" / "checkpoints" / AT_THREE
@@ -68,7 +77,7 @@ def go_on(topology: Topology, root: str, saved_by: int) -> dict[str, dict[str, T
 
 
 def test_any_ranks_and_any_resumption_give_the_same_weights(tmp_path: Path) -> None:
-    """1, 2 and 3 ranks, and 2 -> 3 and 3 -> 1 at step 3, end alike to 1e-10, betas included."""
+    """1, 2, 3 ranks, and 2 -> 3 and 3 -> 1 at step 3, end alike to 1e-10, betas and flows too."""
     root = str(tmp_path)
     alone = train_and_interrupt(Topology(), root)
     others = {
@@ -87,17 +96,19 @@ def test_any_ranks_and_any_resumption_give_the_same_weights(tmp_path: Path) -> N
     assert len(betas(alone["class"])) == 7
     for name in ("scalar", "class"):
         assert float((betas(alone[name]) - 1.2).abs().max()) > 0.01
+    for name in ("flow", "exponential"):
+        assert any(key.startswith("replicated.flow.") for key in alone[name])
 
 
 def test_another_loss_in_the_checkpoint_is_refused(tmp_path: Path) -> None:
     """A checkpoint without beta, or with one that the loss does not learn."""
     folders = {}
     for name in ("scalar", "triplet"):
-        config = small_config(loss=LOSSES[name], train__steps=3, **CHANGES)
+        config = small_config(train__steps=3, **RUNS[name], **CHANGES)
         SmallRun(Topology(), Comm.single(), config, tmp_path / name).train()
         folders[name] = tmp_path / name / "checkpoints" / AT_THREE
     for name, other in (("scalar", "triplet"), ("triplet", "scalar")):
-        config = small_config(loss=LOSSES[name], **CHANGES)
+        config = small_config(**RUNS[name], **CHANGES)
         state = build_state(config, num_classes=7, comm=Comm.single())
         with pytest.raises(CheckpointError, match="use the loss the checkpoint was saved with"):
             load_checkpoint(folders[other], verify_checkpoint(folders[other]), state)
