@@ -117,7 +117,8 @@ def _locate(location: tuple[int | str, ...]) -> _Place:
     siblings: dict[str, type[Section]] | None = None
     name: str | None = None
     for part in location:
-        if part == "[key]":  # pydantic's word for a key of a mapping that is wrong itself
+        # pydantic's word for a key of a mapping that is wrong itself; in a section it is a key.
+        if part == "[key]" and inside is None:
             return replace(place, annotation=str)
         if choices:
             name = str(part)

@@ -120,4 +120,4 @@ def test_a_dry_run_without_the_data_says_so(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "dry.yaml").write_text(yaml.safe_dump(config))
     code, output = cli("train", "dry.yaml", "--dry-run")
     assert code == 0, output
-    assert "not imported yet: counts estimated" in " ".join(output.split())
+    assert "not imported yet: published totals" in " ".join(output.split())
