@@ -266,7 +266,7 @@ def test_all_problems_are_listed_with_lines(tmp_path: Path) -> None:
         ({"loss": {"name": "custom", "target": "x.y"}}, "of the form package.module:name, got"),
         ({"loss": {"name": "custom", "target": "x..y:z"}}, "of the form package.module:name, got"),
         ({"loss": {"name": "custom", "target": "x:y", "options": [1]}}, "a mapping of names"),
-        ({"[key]": 1}, "[key]: unknown key"),
+        ({"[key]": 1}, "'[key]': unknown key"),
         ({"loss": {1: 2}}, "required a word as key, got 1"),
         # fields that are missing or do not fit together
         ({"train": {}}, "train: give exactly one of steps and epochs, got steps=None"),
