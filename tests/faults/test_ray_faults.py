@@ -79,7 +79,7 @@ def parent_of(pid: int) -> int | None:
 def test_killed_driver(config_file: Path, cli: Cli, tmp_path: Path) -> None:
     """Ranks end with a driver that is killed; the run continues on as many ranks and on more."""
     mark, pid = tmp_path / "mark", tmp_path / "pid"
-    config = act(config_file, mark=mark, action="kill other", path=pid, after=70, pause=0.01)
+    config = act(config_file, mark=mark, action="kill other", path=pid, after=70, pause=0.1)
     children: set[int] = set()
     with started("train", config, *ON_RAY, "--run-dir", "run", cwd=tmp_path) as driver:
         pid.write_text(str(driver.pid))
