@@ -9,15 +9,6 @@ from pydantic import Field, model_validator
 from dml_dist.config.base import CustomSection, PositiveFloat, PositiveInt, Section
 
 
-class Conv4Config(Section):
-    """Four blocks of convolution, GroupNorm, ReLU; the first three halve the image."""
-
-    name: Literal["conv4"] = "conv4"
-
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    """Channels of every block."""
-
-
 class BatchNormConfig(Section):
     """Batch normalisation: where its statistics come from, and whether scale and shift learn.
 
@@ -31,6 +22,49 @@ class BatchNormConfig(Section):
 
     affine: Literal["trained", "frozen"] = "trained"
     """Scale and shift of each channel are trained, or stay as they are in the weights."""
+
+
+class CustomBatchNormConfig(BatchNormConfig):
+    """As for other backbones, but by default with the statistics of the global batch.
+
+    Layers of the classes BatchNorm1d, BatchNorm2d and BatchNorm3d are meant.
+    """
+
+    statistics: Literal["frozen", "synchronized", "per_rank"] = "synchronized"
+    """Frozen: those that the module was made with, never updated. Synchronized: of the global
+    batch. Per_rank: each rank's of its own images, rank 0's are kept for evaluation.
+    """
+
+
+class Conv4Config(Section):
+    """Four blocks of convolution, normalisation, ReLU; the first three halve the image."""
+
+    name: Literal["conv4"] = "conv4"
+
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    """Channels of every block."""
+
+    norm: Literal["group", "batch"] = "group"
+    """Normalisation layers."""
+
+    batch_norm: CustomBatchNormConfig = CustomBatchNormConfig()
+    """Statistics of batch normalisation, of the global batch or per rank; for `norm: batch`."""
+
+    @property
+    def normalization(self) -> BatchNormConfig | None:
+        """The settings of batch normalisation, or None with group normalisation."""
+        return self.batch_norm if self.norm == "batch" else None
+
+    @model_validator(mode="after")
+    def _check_norm(self) -> Conv4Config:
+        if self.norm == "group" and self.batch_norm != CustomBatchNormConfig():
+            raise ValueError("batch_norm needs norm: batch, got norm: group; leave batch_norm out")
+        if "frozen" in (self.batch_norm.statistics, self.batch_norm.affine):
+            raise ValueError(
+                "frozen batch normalisation needs trained weights, which conv4 has not; leave "
+                "batch_norm out, or set batch_norm.statistics: per_rank"
+            )
+        return self
 
 
 class _TorchvisionConfig(Section):
@@ -181,18 +215,6 @@ TorchvisionConfig = (
     ResNetConfig | GoogLeNetConfig | EfficientNetConfig | ConvNeXtConfig | SwinConfig | ViTConfig
 )
 """The networks that torchvision builds."""
-
-
-class CustomBatchNormConfig(BatchNormConfig):
-    """As for other backbones, but by default with the statistics of the global batch.
-
-    Layers of the classes BatchNorm1d, BatchNorm2d and BatchNorm3d are meant.
-    """
-
-    statistics: Literal["frozen", "synchronized", "per_rank"] = "synchronized"
-    """Frozen: those that the module was made with, never updated. Synchronized: of the global
-    batch. Per_rank: each rank's of its own images, rank 0's are kept for evaluation.
-    """
 
 
 class CustomBackboneConfig(CustomSection):

@@ -37,16 +37,20 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def build_conv4(config: Conv4Config) -> tuple[nn.Module, int]:
-    """Return four blocks of convolution 3x3, GroupNorm, ReLU, and their number of channels.
+    """Return four blocks of convolution 3x3, normalisation, ReLU, and their number of channels.
 
     The first three convolutions have stride 2: half the time of pooling after each block.
     """
     layers: list[nn.Module] = []
     channels = 3
     for stride in (2, 2, 2, 1):
-        # GroupNorm subtracts the mean, so that a bias of the convolution would do nothing.
+        # Normalisation subtracts the mean: a bias of the convolution would do nothing.
         layers.append(nn.Conv2d(channels, config.width, 3, stride, padding=1, bias=False))
-        layers.append(nn.GroupNorm(_CONV4_GROUPS, config.width))
+        layers.append(
+            nn.BatchNorm2d(config.width)
+            if config.norm == "batch"
+            else nn.GroupNorm(_CONV4_GROUPS, config.width)
+        )
         layers.append(nn.ReLU(inplace=True))
         channels = config.width
     return nn.Sequential(*layers), config.width

@@ -83,10 +83,4 @@ def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module
 
 
 def _batch_norm(config: BackboneConfig) -> BatchNormConfig | None:
-    match config:
-        case Conv4Config():
-            return None
-        case CustomBackboneConfig():
-            return config.batch_norm
-        case _:
-            return config.normalization
+    return config.batch_norm if isinstance(config, CustomBackboneConfig) else config.normalization

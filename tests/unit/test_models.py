@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from pydantic import ValidationError
 from torch import nn
 
 from dml_dist.config.model import (
@@ -56,12 +57,13 @@ def custom(name: str, **options: Any) -> ModelConfig:
     "backbone",
     [
         Conv4Config(width=8),
+        Conv4Config(width=8, norm="batch"),
         ResNetConfig(norm="group"),
         ResNetConfig(name="resnet50", norm="group"),
         ResNetConfig(batch_norm=BatchNormConfig(statistics="synchronized")),
         CustomBackboneConfig(target=f"{__name__}:FlatBackbone", options={"width": 7}),
     ],
-    ids=["conv4", "resnet18-group", "resnet50-group", "resnet18-batch", "custom"],
+    ids=["conv4", "conv4-batch", "resnet18-group", "resnet50-group", "resnet18-batch", "custom"],
 )
 def test_every_backbone_gives_embeddings(backbone: BackboneConfig) -> None:
     model = build_model(ModelConfig(backbone=backbone, embedding_size=6, layer_norm=True), seed=1)
@@ -78,6 +80,20 @@ def test_every_backbone_gives_embeddings(backbone: BackboneConfig) -> None:
 def test_conv4_halves_three_times() -> None:
     model = build_model(ModelConfig(backbone=Conv4Config(width=16)), seed=0)
     assert model.backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 4, 4)
+
+
+def test_conv4_with_batch_norm() -> None:
+    config = ModelConfig(backbone=Conv4Config(width=8, norm="batch"))
+    model = build_model(config, seed=0)
+    assert model.batch_norm == "synchronized"
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    alone, beside = model(images[:3])[0], model(images)[0]
+    assert not torch.allclose(alone, beside, atol=1e-3)
+    for settings in ({"statistics": "frozen"}, {"affine": "frozen"}):
+        with pytest.raises(ValidationError, match=r"needs trained weights, which conv4 has not"):
+            Conv4Config(norm="batch", batch_norm=settings)
+    with pytest.raises(ValidationError, match=r"needs norm: batch, got norm: group"):
+        Conv4Config(batch_norm={"statistics": "per_rank"})
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
