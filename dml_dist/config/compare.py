@@ -71,6 +71,18 @@ class SearchConfig(Section):
         return self
 
 
+class AxisConfig(Section):
+    """A figure of the final results against a field in which methods differ."""
+
+    path: str
+    """The field, a number in every method named below, such as loss.proxy_share."""
+
+    lines: Annotated[
+        dict[str, Annotated[tuple[MethodName, ...], Field(min_length=2)]], Field(min_length=1)
+    ]
+    """Name of a line, and the methods that are its points."""
+
+
 class CompareConfig(Section):
     """Methods x seeds on one data set at equal steps, for `dml-dist compare`."""
 
@@ -85,6 +97,12 @@ class CompareConfig(Section):
 
     reference: str | None = None
     """Method whose best R@1 is the mark for the others; none means triplet, where there is one."""
+
+    bases: dict[MethodName, MethodName] = resumable({})
+    """Method and the one that it should improve; their differences are shown, seed by seed."""
+
+    axis: AxisConfig | None = resumable(None)
+    """A figure of results against a field; none draws none."""
 
     search: SearchConfig | None = None
     """Search of some values for each method before the runs; none takes them as they are."""
@@ -105,13 +123,18 @@ class CompareConfig(Section):
         known = ", ".join(self.methods)
         if self.reference is not None and self.reference not in self.methods:
             raise ValueError(f"reference must be one of the methods {known}, got {self.reference}")
-        others = (
-            [name for name in self.search.without if name not in self.methods]
-            if (self.search)
-            else []
-        )
-        if others:
-            raise ValueError(f"search.without must name methods ({known}), got {', '.join(others)}")
+        named = {
+            "search.without": [] if self.search is None else list(self.search.without),
+            "bases": [*self.bases, *self.bases.values()],
+            "axis.lines": []
+            if self.axis is None
+            else [n for x in self.axis.lines.values() for n in x],
+        }
+        for place, names in named.items():
+            if others := dict.fromkeys(name for name in names if name not in self.methods):
+                raise ValueError(f"{place} must name methods ({known}), got {', '.join(others)}")
+        if own := [name for name, base in self.bases.items() if name == base]:
+            raise ValueError(f"bases must name another method, got {own[0]}: {own[0]}")
         return self
 
     @property

@@ -26,6 +26,7 @@ from dml_dist.files import read_json
 # What may change while a comparison goes on: it says where and how fast, not what is computed.
 _FREE = (
     *("launch", "loggers", "compare.parallel", "compare.references"),
+    *("compare.bases", "compare.axis"),
     *("data.path", "data.cache", "data.dataset.source", "data.dataset.on_broken"),
     *("data.loader_workers", "data.prefetch", "data.decoded_cache_mb"),
     *("evaluation.backend", "evaluation.memory_mb"),
@@ -167,6 +168,30 @@ def value_at(config: RunConfig, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part, None)
     return value
+
+
+def axis_values(config: RunConfig) -> dict[str, list[tuple[float, str]]]:
+    """Return the lines of `compare.axis`: value of its field and method of each point, rising.
+
+    Raises:
+        ConfigError: If the field of a method is no number.
+    """
+    axis = compare_section(config).axis
+    if axis is None:
+        return {}
+    lines = {}
+    for line, methods in axis.lines.items():
+        points = []
+        for method in methods:
+            value = value_at(method_config(config, method), axis.path)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(
+                    f"compare.axis: required a number at {axis.path} in every method of a line, "
+                    f"got {value} in {method}"
+                )
+            points.append((float(value), method))
+        lines[line] = sorted(points)
+    return lines
 
 
 def digest(config: RunConfig) -> str:

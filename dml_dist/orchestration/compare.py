@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dml_dist.config.comparison import (
     ComparisonFolder,
+    axis_values,
     compare_section,
     method_config,
     refused_differences,
@@ -34,6 +35,7 @@ from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.progress import Display, Emit, note, phase
 from dml_dist.orchestration.train import foreseen_plan
 from dml_dist.parallel.build import has_class_table
+from dml_dist.report.compare_differences import difference_rows
 from dml_dist.report.compare_page import SINGLE_RUNS, comparison_rows, write_comparison
 from dml_dist.report.compare_read import read_comparison
 from dml_dist.report.compare_references import read_references
@@ -134,19 +136,27 @@ def dry_run_comparison(config: RunConfig, console: Console) -> None:
 
 
 def print_comparison(path: Path, console: Console) -> None:
-    """Print the table of a comparison."""
-    header, rows = comparison_rows(read_comparison(path))
+    """Print the tables of a comparison."""
+    comparison = read_comparison(path)
+    header, rows = comparison_rows(comparison)
     # Numbers stay whole where a terminal has 80 columns; the page has all columns.
     kept = [place for place, text in enumerate(header) if text != SINGLE_RUNS]
+    _print(console, [header[place] for place in kept], [[row[at] for at in kept] for row in rows])
+    header, rows = difference_rows(comparison)
+    if rows:
+        _print(console, header, rows)
+
+
+def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for place in kept:
-        name = header[place].replace(" to ", " to\n")
+    for place, text in enumerate(header):
+        name = text.replace(" to ", " to\n")
         if place:
             table.add_column(name, justify="right", no_wrap=True)
         else:
             table.add_column(name, overflow="fold", min_width=12)
     for row in rows:
-        table.add_row(*(row[place] for place in kept))
+        table.add_row(*row)
     console.print(table)
 
 
@@ -198,6 +208,7 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
             plans[method] = foreseen_plan(own)
         except DmlDistError as error:
             raise type(error)(f"method {method}: {error}") from None
+    axis_values(config)
     return plans
 
 

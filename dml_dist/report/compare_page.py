@@ -17,10 +17,16 @@ from markupsafe import Markup, escape
 from dml_dist.config.compare import SearchConfig
 from dml_dist.config.comparison import ComparisonFolder, compare_section
 from dml_dist.files import write_bytes_atomic, write_text_atomic
+from dml_dist.report.compare_axis import draw_axis
+from dml_dist.report.compare_differences import (
+    difference_notes,
+    difference_rows,
+    plain_differences,
+)
 from dml_dist.report.compare_figures import draw_convergence
 from dml_dist.report.compare_read import Comparison, MethodResult, read_comparison
 from dml_dist.report.compare_references import ReferenceRow, own_protocols
-from dml_dist.report.compare_stats import LEVEL, Interval
+from dml_dist.report.compare_stats import LEVEL, format_interval
 from dml_dist.report.tables import MISSING, format_metric, format_seconds, metric_label
 
 _FOLDER = Path(__file__).parent
@@ -44,11 +50,13 @@ def write_comparison(path: Path) -> Path:
     comparison = read_comparison(path)
     report_dir = ComparisonFolder(comparison.folder).report_dir
     report_dir.mkdir(exist_ok=True)
-    pictures = draw_convergence(comparison)
-    for picture in pictures:
+    pictures, axis = draw_convergence(comparison), draw_axis(comparison)
+    for picture in [*pictures, *axis]:
         write_bytes_atomic(report_dir / f"{picture.name}.png", picture.png)
     write_text_atomic(report_dir / "comparison.csv", _csv(*_plain_rows(comparison)))
     write_text_atomic(report_dir / "runs.csv", _csv(*_run_rows(comparison)))
+    if comparison.differences:
+        write_text_atomic(report_dir / "differences.csv", _csv(*plain_differences(comparison)))
     header, rows = comparison_rows(comparison)
     page = _template().render(
         name=comparison.config.name,
@@ -60,6 +68,9 @@ def write_comparison(path: Path) -> Path:
         rows=rows,
         level=f"{LEVEL:.0%}",
         notes=_notes(comparison),
+        differences=difference_rows(comparison),
+        difference_notes=difference_notes(comparison),
+        axis=[(picture, Markup(picture.svg)) for picture in axis],
         pictures=[(picture, Markup(picture.svg)) for picture in pictures],
         tuned=_tuned(comparison),
         search=_search_text(comparison),
@@ -113,14 +124,6 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
         ]
         for method in comparison.methods
     ]
-
-
-def format_interval(interval: Interval) -> str:
-    """Return a share in percent with half the width of its interval, where there is one."""
-    if math.isnan(interval.mean):
-        return MISSING
-    text = f"{100 * interval.mean:.2f}"
-    return f"{text} %" if math.isnan(interval.half) else f"{text} ± {100 * interval.half:.2f} %"
 
 
 def _reached(method: MethodResult, mark: float) -> list[str]:

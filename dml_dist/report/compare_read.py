@@ -83,6 +83,16 @@ class MethodResult:
         found = [number(run.trained.get(key)) for run in self.runs]
         return t_interval([value for value in found if value is not None])
 
+    def difference(self, base: MethodResult, key: str) -> Interval:
+        """Return mean and interval of a metric's gain over another method, seed by seed.
+
+        A seed draws the same first weights and validation classes for both, so their difference
+        varies less than either; only seeds that both have count.
+        """
+        others = {run.seed: number(run.trained.get(key)) for run in base.runs}
+        pairs = [(number(run.trained.get(key)), others.get(run.seed)) for run in self.runs]
+        return t_interval([a - b for a, b in pairs if a is not None and b is not None])
+
     @cached_property
     def band(self) -> Band:
         """Mean, lowest and highest R@1 over the seeds while training."""
@@ -135,6 +145,13 @@ class Comparison:
         mark = compare_section(self.config).mark
         found = next((one for one in self.methods if one.name == mark), None)
         return found if found is not None and len(found.band.mean) else None
+
+    @property
+    def differences(self) -> list[tuple[MethodResult, MethodResult]]:
+        """Methods with the one that each should improve, in the order of the configuration."""
+        found = {method.name: method for method in self.methods}
+        bases = compare_section(self.config).bases
+        return [(one, found[bases[one.name]]) for one in self.methods if one.name in bases]
 
     @property
     def mark(self) -> float | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dml_dist.report.tables import MISSING
+
 LEVEL = 0.95
 """Of the intervals."""
 
@@ -51,6 +53,14 @@ def t_interval(values: Sequence[float]) -> Interval:
         return Interval(mean, math.nan, count)
     quantile = float(t.ppf((1 + LEVEL) / 2, count - 1))
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def format_interval(interval: Interval, *, signed: bool = False) -> str:
+    """Return a share in percent with half the width of its interval, where there is one."""
+    if math.isnan(interval.mean):
+        return MISSING
+    text = f"{100 * interval.mean:{'+' if signed else ''}.2f}"
+    return f"{text} %" if math.isnan(interval.half) else f"{text} ± {100 * interval.half:.2f} %"
 
 
 @dataclass(frozen=True, eq=False)

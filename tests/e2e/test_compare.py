@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from scipy import stats
 
 from dml_dist.config.comparison import run_config
 from dml_dist.config.load import load_config
@@ -71,6 +73,13 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# What only the page shows may change when nothing is left to do.
+MORE = (
+    *("--set", "compare.bases={nca: triplet}"),
+    *("--set", "compare.axis={path: seed, lines: {both: [triplet, nca]}}"),
+)
+
+
 def test_interrupted_continued_and_refused(
     compare_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,8 +126,9 @@ def test_interrupted_continued_and_refused(
     assert float(row["map_at_r"]) == alone["trained"]["map_at_r"]
 
     batches.count = 0
-    code, output = cli("compare", compare_file, "--resume")
+    code, output = cli("compare", compare_file, "--resume", *MORE)
     assert (code, batches.count) == (0, 0), output
+    check_gains(folder, output)
     attempts = {
         path.parent.name: len(json.loads(path.read_text())["attempts"])
         for path in (folder / "runs").glob("*/run.json")
@@ -176,6 +186,26 @@ def check_page(folder: Path, cli: Cli) -> None:
     code, output = cli("report", folder)
     assert code == 0, output
     assert (folder / "report/index.html").read_text() == before
+
+
+def check_gains(folder: Path, output: str) -> None:
+    """The differences are those of the runs with the same seed; the figure has all runs."""
+    scores = {
+        (row["method"], row["seed"]): float(row["recall_at_1"])
+        for row in rows_of(folder, "runs.csv")
+    }
+    gains = [scores["nca", seed] - scores["triplet", seed] for seed in ("0", "1")]
+    low, high = stats.t.interval(0.95, 1, loc=np.mean(gains), scale=stats.sem(gains))
+    (row,) = rows_of(folder, "differences.csv")
+    assert (row["method"], row["base"], row["seeds"]) == ("nca", "triplet", "2")
+    found = [float(row[key]) for key in ("recall_at_1", "recall_at_1_low", "recall_at_1_high")]
+    assert found == pytest.approx([np.mean(gains), low, high])
+    page = Page(folder / "report/index.html")
+    text = f"{100 * np.mean(gains):+.2f} ± {50 * (high - low):.2f} %"
+    assert text in page.text
+    assert text in output
+    assert "R@1 on test classes against seed" in page.text
+    assert (folder / "report/axis-map.png").stat().st_size > 1000
 
 
 def test_dry_run_and_folders_of_others(compare_file: Path, cli: Cli, tmp_path: Path) -> None:

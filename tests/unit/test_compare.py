@@ -13,6 +13,7 @@ import pytest
 
 from dml_dist.config.comparison import (
     ComparisonFolder,
+    axis_values,
     digest,
     method_config,
     refused_differences,
@@ -133,6 +134,13 @@ def test_differences_that_are_refused_are_cut_to_what_differs() -> None:
         ({"seeds": [1, 1]}, [], "seeds: each at most once, got \\[1, 1\\]"),
         ({"reference": "x"}, [], "one of the methods triplet, nca, nir, got x"),
         ({"methods": {}}, [], "compare.methods"),
+        ({"bases": {"nir": "ncaa"}}, [], "bases must name methods .*, got ncaa"),
+        ({"bases": {"nir": "nir"}}, [], "bases must name another method, got nir: nir"),
+        (
+            {"axis": {"path": "optim.lr", "lines": {"a": ["nir", "x"]}}},
+            [],
+            r"axis\.lines must name methods .*, got x",
+        ),
         ({"methods": {"a b": []}}, [], "a b"),
         ({"parallel": 2}, ["launch.launcher=ray"], "parallel 2 needs launch.launcher: inprocess"),
         ({}, ["train={global_batch_size: 16, epochs: 2}"], "compare needs train.steps"),
@@ -190,6 +198,18 @@ def test_errors_name_the_method() -> None:
         _check_methods(comparison(methods={"p": ["loss={name: triplet, margim: 1}"]}, search=None))
     with pytest.raises(ConfigError, match="inprocess or ray for a comparison"):
         _check_methods(comparison("launch.launcher=torchrun"))
+
+
+def test_a_figure_needs_a_number_of_each_method() -> None:
+    methods = {f"nca_{n}": [f"loss.proxy_scale={n}.5"] for n in (4, 2, 3)}
+    axis = {"path": "loss.proxy_scale", "lines": {"nca": list(methods)}}
+    config = comparison(methods=methods, search=None, axis=axis)
+    assert axis_values(config) == {"nca": [(2.5, "nca_2"), (3.5, "nca_3"), (4.5, "nca_4")]}
+    _check_methods(config)
+    for path in ("loss.margim", "loss.name", "loss.use_labels"):
+        wrong = comparison(methods=methods, search=None, axis={**axis, "path": path})
+        with pytest.raises(ConfigError, match=f"required a number at {path} in every method"):
+            _check_methods(wrong)
 
 
 # ---------------------------------------------------------------- search

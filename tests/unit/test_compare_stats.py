@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dml_dist.report.compare_stats import Curve, band_of, reached, t_interval
+from dml_dist.report.compare_differences import verdict
+from dml_dist.report.compare_stats import (
+    Curve,
+    Interval,
+    band_of,
+    format_interval,
+    reached,
+    t_interval,
+)
+from dml_dist.report.tables import MISSING
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
@@ -25,6 +34,16 @@ def test_intervals_of_one_value_and_of_none() -> None:
     assert (one.mean, one.count) == (0.25, 1)
     assert math.isnan(one.half)
     assert math.isnan(none.mean)
+
+
+def test_verdict_is_the_side_of_zero() -> None:
+    gains = [[0.01, 0.02, 0.03], [-0.01, -0.02, -0.03], [0.01, -0.02, 0.03], [0.5]]
+    words = ["not told apart", "not told apart", "not told apart", MISSING]
+    assert [verdict(t_interval(one)) for one in gains] == words
+    assert verdict(t_interval([0.02, 0.02, 0.021])) == "higher"
+    assert verdict(t_interval([-0.02, -0.02, -0.021])) == "lower"
+    assert format_interval(Interval(0.0123, 0.004, 3), signed=True) == "+1.23 ± 0.40 %"
+    assert format_interval(Interval(-0.0123, math.nan, 1), signed=True) == "-1.23 %"
 
 
 def curve(recall: list[float], steps: list[float] | None = None, speed: float = 2.0) -> Curve:
