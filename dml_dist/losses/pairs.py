@@ -45,6 +45,7 @@ class AnchorBatch:
         betas_A: Margin loss: beta of every anchor, (A,), of the loss's dtype.
         seed: Names, with the step, what is drawn for a row, >= 0.
         step: Updates made so far, >= 0.
+        neighbors_Ch: Hard class mining: nearest classes of every class, (C, h) int64, -1 for none.
     """
 
     embeddings_GD: Tensor
@@ -55,6 +56,7 @@ class AnchorBatch:
     betas_A: Tensor | None = None
     seed: int = 0
     step: int = 0
+    neighbors_Ch: Tensor | None = None
 
     def unit_rows(self) -> Tensor:
         """Return the normalised embeddings, (G, D), in float32, or float64 if they are."""
@@ -76,6 +78,20 @@ class AnchorBatch:
         held_AG = self.holds_representative()
         return positive_AG & held_AG, negative_AG & held_AG
 
+    def mined_pairs(self) -> Tensor | None:
+        """Return which pairs are of classes of which mining found one near the other, (A, G) bool.
+
+        None without hard class mining.
+        """
+        if self.neighbors_Ch is None:
+            return None
+        labels_A = self.labels_G[self.low : self.high]
+        mined_AG = torch.zeros_like(self.same_class())
+        for neighbor_C in self.neighbors_Ch.unbind(dim=1):
+            mined_AG |= neighbor_C[labels_A, None] == self.labels_G
+            mined_AG |= labels_A[:, None] == neighbor_C[self.labels_G]
+        return mined_AG
+
     def holds_representative(self) -> Tensor:
         """Return which pairs hold a representative, (A, G) bool; all without representatives."""
         flags_G = self.is_representative_G
@@ -93,7 +109,10 @@ class AnchorLoss(Protocol):
         """The statistics by name; all are 0-d and merged by `sum`."""
 
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
-        """Return sums, differentiable, and counts over the anchors of one part."""
+        """Return sums, differentiable, and counts over the anchors of one part.
+
+        With `batch.neighbors_Ch` the counts `mined_counts` gives are among them.
+        """
 
     def finish(self, total: Statistics) -> Tensor:
         """Return the loss, a 0-d tensor, of the statistics of all anchors."""
@@ -161,6 +180,27 @@ def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
         f"{name}_sum": kept.sum(),
         f"{name}_nonzero": (kept > 0).sum().to(kept.dtype),
         f"{name}_count": counted.sum().to(kept.dtype),
+    }
+
+
+MINED_MERGES: Mapping[str, Merge] = {"mined_nonzero": "sum", "mined_count": "sum"}
+"""Of what `mined_counts` gives."""
+
+
+def mined_counts(terms: Tensor, counted: Tensor, mined: Tensor | None) -> Statistics:
+    """Count the terms of mined negatives, and those that are not zero; nothing without mining.
+
+    Args:
+        terms: Terms >= 0, of any shape; above zero where the margin is violated.
+        counted: Which of them count.
+        mined: Which of them have a negative that was mined, or None.
+    """
+    if mined is None:
+        return {}
+    kept = counted & mined
+    return {
+        "mined_nonzero": (kept & (terms > 0)).sum().to(terms.dtype),
+        "mined_count": kept.sum().to(terms.dtype),
     }
 
 
@@ -244,6 +284,7 @@ class Contrastive:
         return {
             **sum_and_counts("positive", pulls_AG, positive_AG),
             **sum_and_counts("negative", pushes_AG, negative_AG),
+            **mined_counts(pushes_AG, negative_AG, batch.mined_pairs()),
         }
 
     def finish(self, total: Statistics) -> Tensor:

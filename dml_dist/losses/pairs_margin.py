@@ -32,6 +32,7 @@ from dml_dist.losses.pairs import (
     AnchorBatch,
     Reduction,
     active_share,
+    mined_counts,
     pair_distances,
     reduced,
     sum_and_counts,
@@ -82,9 +83,12 @@ class Margin:
         pulls_AG = (distances_AG - betas_A[:, None] + self.margin).relu()
         far_AK = distances_AG.gather(1, columns_AK)
         pushes_AK = (betas_A[:, None] - far_AK + self.margin).relu()
+        mined_AG = batch.mined_pairs()
+        mined_AK = None if mined_AG is None else mined_AG.gather(1, columns_AK)
         return {
             **sum_and_counts("positive", pulls_AG, positive_AG),
             **sum_and_counts("negative", pushes_AK, drawn_AK),
+            **mined_counts(pushes_AK, drawn_AK, mined_AK),
             "beta_sum": betas_A.sum(),
             "num_rows": torch.full_like(betas_A.detach().sum(), len(betas_A)),
         }

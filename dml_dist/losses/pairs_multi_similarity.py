@@ -24,6 +24,7 @@ from dml_dist.losses.pairs import (
     AnchorBatch,
     Reduction,
     active_share,
+    mined_counts,
     reduced,
     sum_and_counts,
     sum_merges,
@@ -60,6 +61,7 @@ class MultiSimilarity:
         unit_GD = batch.unit_rows()
         cosines_AG = unit_GD[batch.low : batch.high] @ unit_GD.T
         positive_AG, negative_AG = batch.pair_masks()
+        others_AG = negative_AG
         if self.epsilon is not None:
             positive_AG, negative_AG = multi_similarity_pairs(
                 cosines_AG, positive_AG, negative_AG, self.epsilon
@@ -68,7 +70,10 @@ class MultiSimilarity:
         pulls_A = _log_one_plus_sum(-self.positive_scale * shifted_AG, positive_AG)
         pushes_A = _log_one_plus_sum(self.negative_scale * shifted_AG, negative_AG)
         terms_A = pulls_A / self.positive_scale + pushes_A / self.negative_scale
-        return sum_and_counts("anchor", terms_A, torch.ones_like(terms_A, dtype=torch.bool))
+        return {
+            **sum_and_counts("anchor", terms_A, torch.ones_like(terms_A, dtype=torch.bool)),
+            **mined_counts(negative_AG.to(terms_A.dtype), others_AG, batch.mined_pairs()),
+        }
 
     def finish(self, total: Statistics) -> Tensor:
         """Return the mean over anchors."""

@@ -24,9 +24,11 @@ from torch.autograd.function import once_differentiable
 from dml_dist.losses.miners import hardest_triplets, semi_hard
 from dml_dist.losses.numerics import Merge, Statistics
 from dml_dist.losses.pairs import (
+    MINED_MERGES,
     AnchorBatch,
     Reduction,
     active_share,
+    mined_counts,
     pair_distances,
     reduced,
     sum_and_counts,
@@ -92,10 +94,15 @@ class Triplet:
         if self.swap:
             difference_AD = unit_GD[positive_A] - unit_GD[negative_A]
             an_A = torch.minimum(an_A, torch.linalg.vector_norm(difference_AD, dim=1))
-        return sum_and_counts("triplet", self._terms(ap_A, an_A), found_A)
+        terms_A, mined_AG = self._terms(ap_A, an_A), batch.mined_pairs()
+        mined_A = None if mined_AG is None else mined_AG.gather(1, negative_A[:, None])[:, 0]
+        return {
+            **sum_and_counts("triplet", terms_A, found_A),
+            **mined_counts(terms_A, found_A, mined_A),
+        }
 
     def _chunked(self, batch: AnchorBatch, unit_GD: Tensor, distances_AG: Tensor) -> Statistics:
-        same_AG = batch.same_class()
+        same_AG, mined_AG = batch.same_class(), batch.mined_pairs()
         others_AG = same_AG.clone()
         others_AG[:, batch.low : batch.high].fill_diagonal_(False)
         pairs_P2 = others_AG.nonzero()
@@ -116,9 +123,15 @@ class Triplet:
                 counted_QG &= semi_hard(*measured, self.margin)
             if self.swap:
                 an_QG = torch.minimum(an_QG, pair_distances(all_GD[p_Q], all_GD))
-            return sum_and_counts("triplet", self._terms(ap_Q1, an_QG), counted_QG)
+            terms_QG = self._terms(ap_Q1, an_QG)
+            mined_QG = None if mined_AG is None else mined_AG[a_Q]
+            return {
+                **sum_and_counts("triplet", terms_QG, counted_QG),
+                **mined_counts(terms_QG, counted_QG, mined_QG),
+            }
 
-        return _sum_of_chunks(chunk, pairs_P2.split(rows), [distances_AG, unit_GD])
+        names = [*self.merges, *(MINED_MERGES if mined_AG is not None else ())]
+        return _sum_of_chunks(chunk, pairs_P2.split(rows), [distances_AG, unit_GD], names)
 
     def _measured(self, distances: Tensor) -> Tensor:
         return distances.square() if self.squared else distances
@@ -173,27 +186,33 @@ _Chunk = Callable[[Sequence[Tensor], Tensor], Statistics]
 
 
 def _sum_of_chunks(
-    function: _Chunk, chunks: Sequence[Tensor], leaves: Sequence[Tensor]
+    function: _Chunk, chunks: Sequence[Tensor], leaves: Sequence[Tensor], names: Sequence[str]
 ) -> Statistics:
     """Return the statistics added over chunks; each chunk's graph is gone before the next.
 
     The sum is linear in its own gradient, a number: the gradients of the leaves are computed chunk
     by chunk together with the sum, and only scaled in the backward pass.
+
+    Args:
+        function: Gives the statistics of a chunk.
+        chunks: Positive pairs.
+        leaves: What the statistics are computed from.
+        names: Of the statistics, in their order; the first is the sum, the others are counts.
     """
-    total, nonzero, count = _SumOfChunks.apply(function, chunks, *leaves)
-    return {"triplet_sum": total, "triplet_nonzero": nonzero, "triplet_count": count}
+    totals = _SumOfChunks.apply(function, chunks, len(names), *leaves)
+    return dict(zip(names, totals, strict=True))
 
 
 class _SumOfChunks(Function):
     @staticmethod
     def forward(
-        ctx: Any, function: _Chunk, chunks: Sequence[Tensor], *leaves: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needed = ctx.needs_input_grad[2:]
+        ctx: Any, function: _Chunk, chunks: Sequence[Tensor], number: int, *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        needed = ctx.needs_input_grad[3:]
         copies = [
             leaf.detach().requires_grad_(need) for leaf, need in zip(leaves, needed, strict=True)
         ]
-        totals = [leaves[0].new_zeros(()) for _ in range(3)]
+        totals = [leaves[0].new_zeros(()) for _ in range(number)]
         for chunk in chunks:
             with torch.set_grad_enabled(any(needed)):
                 found = list(function(copies, chunk).values())
@@ -201,11 +220,11 @@ class _SumOfChunks(Function):
                 found[0].backward()
             totals = [total + value.detach() for total, value in zip(totals, found, strict=True)]
         ctx.grads = [copy.grad for copy in copies]
-        ctx.mark_non_differentiable(totals[1], totals[2])
-        return totals[0], totals[1], totals[2]
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if value is None else value * grad for value in ctx.grads]
-        return (None, None, *scaled)
+        return (None, None, None, *scaled)

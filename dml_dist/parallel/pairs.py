@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dml_dist.losses.forms import PairLoss
 from dml_dist.losses.numerics import accurate_dtype
-from dml_dist.losses.pairs import AnchorBatch, AnchorLoss
+from dml_dist.losses.pairs import MINED_MERGES, AnchorBatch, AnchorLoss, active_share
 from dml_dist.losses.pairs_margin import Margin
 from dml_dist.parallel.collectives import (
     gather_rows_of_parts,
@@ -75,14 +75,20 @@ class AnchorObjective(Objective):
             is_representative_G=batch.is_representative_G,
             seed=self.seed,
             step=batch.step,
+            neighbors_Ch=batch.neighbors_Ch,
         )
         betas_G = self._betas(batch.labels_G)
         if betas_G is not None:
             anchors = replace(anchors, betas_A=betas_G[own].to(dtype))
         partial = self.loss.anchor_partial(anchors)
-        total = merge_over_ranks(partial, self.loss.merges, self.comm)
+        merges = dict(self.loss.merges)
+        if batch.neighbors_Ch is not None:
+            merges |= MINED_MERGES
+        total = merge_over_ranks(partial, merges, self.comm)
         with torch.no_grad():
-            statistics = self.loss.statistics(total)
+            statistics = dict(self.loss.statistics(total))
+            if batch.neighbors_Ch is not None:
+                statistics["active_mined"] = active_share(total, "mined")
         return ObjectiveOutput(self.loss.finish(total), statistics)
 
     def _betas(self, labels_G: Tensor) -> Tensor | None:

@@ -108,12 +108,15 @@ class GlobalBatch:
         step: Updates made so far, which names what a loss draws.
         is_representative_G: Which rows are representatives of their classes, (G,) bool; None when
             pairs of all rows count.
+        neighbors_Ch: Hard class mining: the nearest classes of every class, (C, h) int64, -1 for
+            none; None without it.
     """
 
     labels_G: Tensor
     sizes: Sequence[int]
     step: int = 0
     is_representative_G: Tensor | None = None
+    neighbors_Ch: Tensor | None = None
 
     def part(self, rank: int) -> slice:
         """Return the rows of a rank."""
@@ -137,6 +140,7 @@ class Objective(nn.Module):
         *,
         step: int = 0,
         is_representative_B: Tensor | None = None,
+        neighbors_Ch: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the loss of the global batch; a collective, called by every rank.
 
@@ -148,6 +152,9 @@ class Objective(nn.Module):
             step: Updates made so far, which names what a loss draws; the same on every rank.
             is_representative_B: Which of the rows are representatives, (B,) bool: a loss of pairs
                 or triplets counts those that hold one. None counts all, on every rank.
+            neighbors_Ch: Nearest classes of every class as hard class mining found them, (C, h)
+                int64, -1 for none, the same on every rank: a loss of pairs or triplets then tells
+                which of the mined negatives violate its margin.
 
         Raises:
             ValueError: If shapes or class ids do not fit; class ids on every rank alike.
@@ -162,7 +169,7 @@ class Objective(nn.Module):
                 representatives_G = self.comm.all_gather_rows(
                     is_representative_B, batch_sizes, what=_REPRESENTATIVES
                 )
-            batch = GlobalBatch(labels_G, batch_sizes, step, representatives_G)
+            batch = GlobalBatch(labels_G, batch_sizes, step, representatives_G, neighbors_Ch)
             output = self._output(embeddings_BD, batch)
         loss = output.loss
         if labels_G.device.type != "cpu":

@@ -155,6 +155,7 @@ class _Loop:
             max_grad_norm=config.train.max_grad_norm,
             update_backbone=step >= config.train.backbone_warmup_epochs * self.plan.steps_per_epoch,
             is_representative=self._representatives(batch),
+            neighbors=projections.neighbors(step) if projections else None,
             proximal=projections.term if projections else None,
         )
         values = dict(output.statistics)

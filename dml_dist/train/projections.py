@@ -116,6 +116,15 @@ class Projections:
             return None
         return np.isin(rows, state_at(self.states, step).representatives)
 
+    def neighbors(self, step: int) -> Tensor | None:
+        """Return the classes that mining found near every class, (C, h); None without mining.
+
+        Args:
+            step: Updates made before the batch.
+        """
+        found = state_at(self.states, step).neighbors
+        return None if found is None else torch.from_numpy(found).to(self.comm.device)
+
     def record(self, model: EmbeddingModel) -> dict[str, float]:
         """Return what is recorded of the problem; it waits for the device."""
         values = {"problem": float(self._problem)}

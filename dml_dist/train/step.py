@@ -40,6 +40,7 @@ def train_step(
     max_grad_norm: float | None = None,
     update_backbone: bool = True,
     is_representative: Tensor | None = None,
+    neighbors: Tensor | None = None,
     proximal: ProximalTerm | None = None,
 ) -> StepOutput:
     """Make one update; every rank calls this with its part of the global batch.
@@ -59,6 +60,8 @@ def train_step(
             as they are.
         is_representative: Which images are representatives of their classes, (b,) bool; None on
             every rank when all pairs count.
+        neighbors: The nearest classes of every class that hard class mining found, (C, h) int64,
+            -1 for none; None without it.
         proximal: Draws the weights to an earlier solution.
     """
     state.model.hold_backbone(not update_backbone)
@@ -71,6 +74,7 @@ def train_step(
         batch_sizes,
         step=state.step,
         is_representative_B=is_representative,
+        neighbors_Ch=neighbors,
     )
     with state.comm.guard("gradients"):
         output.loss.backward()

@@ -155,7 +155,12 @@ def train_whole(topology: Topology, root: str) -> dict[str, Any]:
         "weights": whole_snapshot(state),
         "batches": run.seen,
         "states": described(run.followed.states),
+        "mined": mined_shares(Path(root) / str(topology.world_size)),
     }
+
+
+def mined_shares(folder: Path) -> list[float]:
+    return [record["active_mined"] for record in read_records(folder / "steps.jsonl")]
 
 
 def go_on(topology: Topology, root: str, saved_by: int) -> dict[str, Any]:
@@ -174,6 +179,7 @@ def go_on(topology: Topology, root: str, saved_by: int) -> dict[str, Any]:
         "weights": whole_snapshot(result.state),
         "batches": run.seen,
         "states": described(run.followed.states),
+        "mined": mined_shares(folder),
     }
 
 
@@ -185,8 +191,10 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path) -> None:
         for expected, rows in zip(one["batches"][first:], other["batches"], strict=True):
             assert np.array_equal(expected, rows)
         assert one["states"] == other["states"]
+        assert one["mined"][first:] == other["mined"]
         for name, value in one["weights"].items():
             assert float((value - other["weights"][name]).abs().max()) <= 1e-9, name
+    assert all(0 < share <= 1 for share in one["mined"])
 
 
 def test_the_course_of_problems(tmp_path: Path) -> None:
