@@ -6,6 +6,7 @@ Heavy libraries are imported inside the subcommands, so that `--help` answers at
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +49,7 @@ WorkersOption = Annotated[
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    faulthandler.enable()  # Where a library ends the process, say what the threads were at.
     try:
         app()
     except DmlDistError as error:

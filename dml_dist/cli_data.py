@@ -132,7 +132,9 @@ def data_verify(
 
 @data_app.command("show")
 def data_show(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards and index.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder or URL of shards and index.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here."),

@@ -13,6 +13,9 @@ from dml_dist.data.index import Index
 from dml_dist.data.plans import ShuffledPlan
 from dml_dist.data.reader import ShardReader
 
+_TAR_SHARDS = 3
+"""Of a remote split that a contact sheet is taken from: they are copied whole."""
+
 _PAPER = 246  # grey level around an image that does not fill its square
 
 
@@ -182,6 +185,8 @@ def contact_sheet(
 ) -> ContactSheet:
     """Draw classes of a split and images of each, and read them.
 
+    Of a remote split those in a few drawn tar shards alone.
+
     Args:
         index: All images.
         split: Name of the split.
@@ -193,9 +198,12 @@ def contact_sheet(
     Raises:
         DataError: If an image cannot be read or decoded.
     """
-    rows = index.rows(split)
-    labels = index.label[rows]
+    all_rows = rows = index.rows(split)
     generator = np.random.default_rng(seed)
+    if index.remote is not None:
+        some_shards = generator.permutation(np.unique(index.tar_shard[rows]))[:_TAR_SHARDS]
+        rows = rows[np.isin(index.tar_shard[rows], some_shards)]
+    labels = index.label[rows]
     known = np.unique(labels)
     chosen = np.sort(generator.permutation(known)[:num_classes])
     reader = ShardReader(index)
@@ -203,7 +211,7 @@ def contact_sheet(
     for label in chosen:
         own = rows[labels == label]
         some = generator.permutation(own)[:num_images]
-        sizes.append(len(own))
+        sizes.append(int((index.label[all_rows] == label).sum()))
         tiles.append(np.stack([_tile(reader, int(row), side) for row in some]))
     reader.close()
     names = tuple(index.class_names[label] for label in chosen)

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dml_dist.data.index import Index, read_index
+from dml_dist.config.data import CacheConfig
+from dml_dist.data.index import Index
+from dml_dist.data.remote_shards import open_index
 from dml_dist.data.show import (
     ContactSheet,
     SplitFacts,
@@ -24,6 +26,7 @@ from dml_dist.errors import ConfigError
 from dml_dist.files import write_bytes_atomic
 from dml_dist.report.figures import LIGHT, SERIES, new_figure, style_axes, whole_numbers
 from dml_dist.report.tables import MISSING
+from dml_dist.urls import is_url, shown_url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +38,7 @@ _GAP = 4  # pixels between two tiles
 
 
 def show_dataset(
-    folder: Path,
+    location: str | Path,
     console: Console,
     *,
     out: Path | None = None,
@@ -45,7 +48,8 @@ def show_dataset(
     """Print what a data set holds and write a picture of it.
 
     Args:
-        folder: Folder of tar shards and index.
+        location: Folder of tar shards and index, or a URL of one: its index and a few tar shards
+            are copied, those into the cache of `data.cache`'s defaults.
         console: Where tables and warnings go.
         out: The picture, a PNG that does not exist yet; None is a new file in the current folder.
         window: Tar shards that a shuffled epoch mixes; None is the configuration's default.
@@ -57,27 +61,29 @@ def show_dataset(
     Raises:
         ConfigError: If `out` exists or is no PNG.
         DataError: If the index is missing or damaged, or an image cannot be read.
+        RunError: If the server of a URL does not answer.
     """
-    target = _new_file(folder, out)
-    index = read_index(folder)
+    shown = shown_url(str(location))
+    stem = Path(shown).name if is_url(location) else Path(location).absolute().name
+    target = _new_file(stem or "data", out)
+    index = open_index(str(location), CacheConfig())
     names = split_names(index)
     facts = [split_facts(index, name, window=window, seed=seed) for name in names]
-    console.print(_table(folder, index, facts))
+    console.print(_table(shown, index, facts))
     for text in _size_lines(index):
         console.print(text, highlight=False)
     for fact in facts:
         for warning in fact.warnings:
             console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     sheets = [contact_sheet(index, name, seed=seed) for name in names[:_MOST_SPLITS]]
-    write_bytes_atomic(target, _picture(folder, index, facts, sheets))
+    write_bytes_atomic(target, _picture(stem, index, facts, sheets))
     console.print(f"picture: {target}", highlight=False, soft_wrap=True)
     return target
 
 
-def _new_file(folder: Path, out: Path | None) -> Path:
+def _new_file(stem: str, out: Path | None) -> Path:
     """Return the file to write, which does not exist."""
     if out is None:
-        stem = folder.absolute().name or "data"
         names = (
             f"{stem}-show{'' if number == 1 else f'-{number}'}.png" for number in range(1, 10**6)
         )
@@ -94,9 +100,9 @@ def _new_file(folder: Path, out: Path | None) -> Path:
 # ---------------------------------------------------------------- the terminal
 
 
-def _table(folder: Path, index: Index, facts: Sequence[SplitFacts]) -> Table:
+def _table(shown: str, index: Index, facts: Sequence[SplitFacts]) -> Table:
     """Return the numbers of all splits, one column a split."""
-    title = f"{len(index):,} images of {len(index.class_names):,} classes: {folder}"
+    title = f"{len(index):,} images of {len(index.class_names):,} classes: {shown}"
     table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=True)
     table.add_column("")
     for fact in facts:
@@ -159,7 +165,7 @@ def _pixels(index: Index) -> str:
 
 
 def _picture(
-    folder: Path, index: Index, facts: Sequence[SplitFacts], sheets: Sequence[ContactSheet]
+    name: str, index: Index, facts: Sequence[SplitFacts], sheets: Sequence[ContactSheet]
 ) -> bytes:
     """Return the picture as PNG: class sizes, image sizes, then a contact sheet for each split."""
     import matplotlib
@@ -174,7 +180,7 @@ def _picture(
     with matplotlib.rc_context({"font.size": 9}):
         figure = new_figure((13.0 if columns == 2 else 8.4, sum(heights) + 0.4))
         figure.suptitle(
-            f"{folder.absolute().name}: {len(index):,} images, {len(index.class_names):,} classes"
+            f"{name}: {len(index):,} images, {len(index.class_names):,} classes"
             + (f", each image {index.width[0]:,} × {index.height[0]:,} pixels" if same else ""),  # noqa: RUF001
             x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=LIGHT["ink"],
             parse_math=False,

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from dml_dist.config.data import CacheConfig, GlyphsConfig
@@ -32,6 +33,7 @@ from dml_dist.data.verify import verify
 from dml_dist.errors import ConfigError, DataError, RunError
 from dml_dist.orchestration import datasets
 from dml_dist.orchestration.fetch import fetch_before_training, require_cache_room
+from dml_dist.orchestration.show import show_dataset
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
 from tests.ranks import run_ranks
@@ -247,6 +249,22 @@ def test_a_cache_too_small_for_the_plan_is_refused_with_the_sizes(
     # A plan that was not checked ends when it cannot go on.
     with pytest.raises(RunError, match=r"needed together with .* raise data.cache.max_gb"):
         list(load(index, config=BALANCED))
+
+
+def test_a_remote_set_is_shown_from_a_few_tar_shards(
+    local: Index, server: FlakyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    output = io.StringIO()
+    picture = show_dataset(server.url + "?token=secret", Console(file=output, width=120))
+    assert picture.name == f"{server.url.rstrip('/').rpartition('/')[2] or 'data'}-show.png"
+    with Image.open(picture) as image:
+        assert image.width >= 1000
+    copied = [name for name in local.tar_shards if server.gets[name]]
+    assert 1 <= len(copied) <= 3 * len(set(local.split.tolist())) < NUM_SHARDS
+    assert f"{len(local):,} images" in output.getvalue()
+    assert "secret" not in output.getvalue()
 
 
 def fetch_on_rank(topology: Topology, url: str, folder: str) -> list[str]:
