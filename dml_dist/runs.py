@@ -8,6 +8,8 @@
     metrics.json                 the result; written when the run finishes
     embeddings.npz               embeddings of the final evaluation (evaluation/saved.py)
     per_class.parquet            its results of each class (evaluation/per_class.py)
+    metrics-SPLIT-CHECKPOINT.json, per_class-SPLIT-CHECKPOINT.parquet
+                                 the same of `dml-dist evaluate`
     loggers/                     what experiment trackers keep, where the configuration names any
     report/                      the page, its figures and the retrieval gallery
 
@@ -134,6 +136,16 @@ class RunFolder:
     def per_class(self) -> Path:
         """The file of the final evaluation's results of each class."""
         return self.path / "per_class.parquet"
+
+    def evaluation(self, split: str, checkpoint: str) -> tuple[Path, Path]:
+        """Return the files of a later evaluation: its metrics, its results of each class.
+
+        Args:
+            split: The split.
+            checkpoint: `best`, `last` or the folder of a checkpoint.
+        """
+        name = f"{split}-{Path(checkpoint).name}"
+        return self.path / f"metrics-{name}.json", self.path / f"per_class-{name}.parquet"
 
     @property
     def loggers(self) -> Path:

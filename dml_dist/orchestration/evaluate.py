@@ -33,7 +33,7 @@ def run_evaluation(
     checkpoint: str,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint of a run and write the metrics beside the run's own.
+    """Evaluate a checkpoint and write metrics and results of each class beside the run's own.
 
     Args:
         run_dir: The run's folder.
@@ -56,7 +56,7 @@ def run_evaluation(
         split=split,
         checkpoint=checkpoint,
     )
-    target = folder.path / f"metrics-{split}-{Path(checkpoint).name}.json"
+    target, per_class = folder.evaluation(split, checkpoint)
     with joined(config.launch) as comm:
         with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
             metrics = launch(assignment, comm, emit)
@@ -64,6 +64,7 @@ def run_evaluation(
         if comm.rank == 0:
             print_metrics(metrics, console)
             console.print(f"metrics: {target}", highlight=False, soft_wrap=True)
+            console.print(f"classes: {per_class}", highlight=False, soft_wrap=True)
     return metrics
 
 

@@ -203,7 +203,7 @@ def _finish(
     chosen = select_checkpoint(folder.checkpoints, "best")
     step = read_manifest(chosen).step
     split = config.data.test_split
-    trained = measure_checkpoint(bench, chosen, split, keep=folder)
+    trained = measure_checkpoint(bench, chosen, split, keep=folder, per_class=folder.per_class)
     untrained = bench.measure(
         _untrained(config, bench.topology),
         bench.rows_of(split),
@@ -232,7 +232,12 @@ def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:
 
 
 def measure_checkpoint(
-    bench: Bench, checkpoint: Path, split: str, *, keep: RunFolder | None = None
+    bench: Bench,
+    checkpoint: Path,
+    split: str,
+    *,
+    keep: RunFolder | None = None,
+    per_class: Path | None = None,
 ) -> dict[str, float]:
     """Embed and rank a split with a checkpoint's network; every rank calls it.
 
@@ -240,8 +245,9 @@ def measure_checkpoint(
         bench: Data and ranks.
         checkpoint: The checkpoint's folder.
         split: `validation`, or a split of the index.
-        keep: The run in whose folder a retrieval gallery, the results of each class and, as
-            configured, the embeddings are kept, if wanted.
+        keep: The run in whose folder a retrieval gallery, facts of the proxies and, as configured,
+            the embeddings are kept, if wanted.
+        per_class: The file for the results of each class, if wanted.
     """
     config, topology = bench.config, bench.topology
     dtype = resolve_precision(config.train.precision, topology.device_type).dtype
@@ -260,7 +266,8 @@ def measure_checkpoint(
     if keep is not None and topology.is_main:
         gallery = gallery_of(result, rows, bench.index, config.seed)
         write_gallery(keep.path, gallery.queries, gallery.classes)
-        _write_per_class(keep.per_class, result.per_class, rows, bench.index)
+    if per_class is not None and topology.is_main:
+        _write_per_class(per_class, result.per_class, rows, bench.index)
     return result.as_dict()
 
 
@@ -276,7 +283,8 @@ def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
     start = time.monotonic()
     folder = RunFolder(Path(assignment.run_dir))
     chosen = select_checkpoint(folder.checkpoints, assignment.checkpoint)
-    metrics = measure_checkpoint(bench, chosen, assignment.split)
+    _, per_class = folder.evaluation(assignment.split, assignment.checkpoint)
+    metrics = measure_checkpoint(bench, chosen, assignment.split, per_class=per_class)
     return {
         "trained": metrics,
         "split": assignment.split,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -35,14 +36,20 @@ def test_train_evaluate_report(config_file: Path, cli: Cli, tmp_path: Path) -> N
     result = run / "metrics-test-best.json"
     alone = json.loads(result.read_text())["trained"]
     assert alone == metrics["trained"]
+    classes = pq.read_table(run / "per_class.parquet")
+    of_classes = run / "per_class-test-best.parquet"
+    assert pq.read_table(of_classes).equals(classes)
     for num_ranks in (2, 3):
         result.unlink()
+        of_classes.unlink()
         torchrun(num_ranks, "evaluate", "runs/small", cwd=tmp_path)
         assert json.loads(result.read_text())["trained"] == alone, num_ranks
+        assert pq.read_table(of_classes).equals(classes)
 
     code, output = cli("evaluate", "runs/small", "--split", "validation", "--checkpoint", "last")
     assert code == 0, output
     assert (run / "metrics-validation-last.json").exists()
+    assert len(pq.read_table(run / "per_class-validation-last.parquet")) < len(classes)
 
     (run / "report/index.html").unlink()
     code, output = cli("report", run)
