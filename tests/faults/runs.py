@@ -76,6 +76,41 @@ def running(pid: int) -> bool:
         return False
 
 
+def lines(path: Path) -> int:
+    """Number of lines of a file, 0 where there is none."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that a process has started, and those that they have."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := parent_of(int(entry.name))) is not None:
+            children.setdefault(parent, []).append(int(entry.name))
+    found: set[int] = set()
+    stack = [pid]
+    while stack:
+        new = children.get(stack.pop(), [])
+        found.update(new)
+        stack.extend(new)
+    return found
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def command_of(pid: int) -> str:
+    """The name of a process's program, "" where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint: network, optimiser and proxies."""
     folder = checkpoint_folders(run / "checkpoints")[0]

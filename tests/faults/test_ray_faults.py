@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from dml_dist.orchestration import ray_launch
+from dml_dist.records import read_records
 from dml_dist.train.checkpoint_files import checkpoint_folders, is_whole
 from tests.e2e.conftest import torchrun
 from tests.faults.runs import (
@@ -26,6 +27,9 @@ from tests.faults.runs import (
     assert_nothing_left,
     assert_same_end,
     attempts,
+    command_of,
+    descendants,
+    lines,
     running,
     samples,
     started,
@@ -54,28 +58,6 @@ def ended(process: subprocess.Popen[str], cwd: Path, name: str = "output") -> tu
     return code, (cwd / name).read_text()
 
 
-def descendants(pid: int) -> set[int]:
-    """The processes that a process has started, and those that they have."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (parent := parent_of(int(entry.name))) is not None:
-            children.setdefault(parent, []).append(int(entry.name))
-    found: set[int] = set()
-    stack = [pid]
-    while stack:
-        new = children.get(stack.pop(), [])
-        found.update(new)
-        stack.extend(new)
-    return found
-
-
-def parent_of(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
 def test_killed_driver(config_file: Path, cli: Cli, tmp_path: Path) -> None:
     """Ranks end with a driver that is killed; the run continues on as many ranks and on more."""
     mark, pid = tmp_path / "mark", tmp_path / "pid"
@@ -100,10 +82,10 @@ def test_killed_driver(config_file: Path, cli: Cli, tmp_path: Path) -> None:
     torchrun(2, "train", config, "--run-dir", "whole", cwd=tmp_path)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     # The killed attempt wrote nothing more once the next one had begun.
-    lines = (tmp_path / "run/records/steps.jsonl").read_text().splitlines()
-    numbers = [json.loads(line)["attempt"] for line in lines]
+    written = (tmp_path / "run/records/steps.jsonl").read_text().splitlines()
+    numbers = [json.loads(line)["attempt"] for line in written]
     assert numbers == sorted(numbers)
-    first = next(json.loads(line) for line in lines if json.loads(line)["attempt"] == 2)
+    first = next(json.loads(line) for line in written if json.loads(line)["attempt"] == 2)
     print(f"\ndriver killed: training again after {first['time'] - killed_at:.1f} s")
     wait_for(lambda: not any(map(running, children)), seconds=60, what="the end of all processes")
 
@@ -266,8 +248,7 @@ def test_a_killed_rank_or_loader_worker_is_noticed(
         code, text = ended(driver, tmp_path)
     assert code == 0, text
     assert [attempt["attempt"] for attempt in attempts(tmp_path / "run")] == [1, 2]
-    lines = (tmp_path / "run/records/steps.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(tmp_path / "run/records/steps.jsonl")
     again = next((r["time"] for r in records if r["attempt"] == 2), None)
     if again is not None:
         print(
@@ -374,3 +355,28 @@ def test_no_free_port(config_file: Path, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Ray could not start a cluster on this machine" in done.stderr
     assert "Traceback" not in done.stderr.rpartition("error:")[2]
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_killed_process_of_ray(name: str, config_file: Path, cli: Cli, tmp_path: Path) -> None:
+    """Without its daemons Ray cannot go on: the command ends in bounded time, and is continued."""
+    config = act(config_file, pause=0.3)
+    records = tmp_path / "run/records/steps.jsonl"
+    with started("train", config, *ON_RAY, "--run-dir", "run", cwd=tmp_path) as driver:
+        wait_for(lambda: lines(records) >= 5, seconds=PATIENCE, what="step 5")
+        children = descendants(driver.pid)
+        (daemon,) = [pid for pid in children if command_of(pid) == name]
+        os.kill(daemon, signal.SIGKILL)
+        start = time.monotonic()
+        code, output = ended(driver, tmp_path)
+        took = time.monotonic() - start
+    assert code != 0, output
+    # Without its store Ray itself ends the driver, after its limit of 60 s.
+    says = {"raylet": "continue with --resume", "gcs_server": "Failed to connect to GCS"}
+    assert says[name] in " ".join(output.split())
+    print(f"\n{name} killed: the command ended after {took:.1f} s")
+    wait_for(lambda: not any(map(running, children)), seconds=120, what="the end of all processes")
+    code, output = cli("train", config, *ON_RAY, "--resume", "--run-dir", "run")
+    assert code == 0, output
+    torchrun(2, "train", config_file, "--run-dir", "whole", cwd=tmp_path)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
