@@ -7,9 +7,11 @@ Heavy libraries are imported inside the subcommands, so that `--help` answers at
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -50,23 +52,45 @@ WorkersOption = Annotated[
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     faulthandler.enable()  # Where a library ends the process, say what the threads were at.
+    code = _run()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_rank(code)
+    raise SystemExit(code)
+
+
+def _run() -> int:
+    """Run the command line and return the exit code."""
     try:
         app()
     except DmlDistError as error:
         error_console.print(
             f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
         )
-        raise SystemExit(error.exit_code) from None
+        return error.exit_code
     except OSError as error:
         error_console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
-        raise SystemExit(1) from None
+        return 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
             error_console.print(
                 "interrupted; repeat the command to go on with an import, "
                 "and with --resume to go on with a run or a comparison"
             )
-        raise
+        return int(end.code or 0)
+    return 0
+
+
+def _end_rank(code: int) -> NoReturn:
+    """End one of torchrun's ranks at once, without taking the interpreter apart.
+
+    A thread of gloo may still hold tensors of the last collective, whatever was destroyed. Where it
+    lets them go while the interpreter ends, it cannot get the interpreter's lock and aborts the
+    process: after all was done and written, the rank would count as failed.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _escaped(error: Exception) -> str:

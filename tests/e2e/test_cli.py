@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,3 +208,21 @@ def test_help_and_explain(cli: Cli) -> None:
     assert "earning rate" in output
     code, output = cli("config", "--explain", "optim.ler")
     assert code == 2
+
+
+def test_a_rank_ends_without_taking_the_interpreter_apart() -> None:
+    """Threads of gloo abort a process whose interpreter ends while they hold tensors."""
+    script = (
+        "import atexit, os, sys; from dml_dist.cli import main; atexit.register(os.abort); "
+        "sys.argv[1:] = {}; main()"
+    )
+    for arguments, code, text in ((["config", "--help"], 0, "Usage"), (["nothing"], 2, "nothing")):
+        for rank, expected in (({}, -signal.SIGABRT), ({"TORCHELASTIC_RUN_ID": "x"}, code)):
+            done = subprocess.run(
+                [sys.executable, "-c", script.format(arguments)],
+                env={**os.environ, **rank},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == expected
+            assert not rank or text in done.stdout + done.stderr
