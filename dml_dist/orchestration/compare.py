@@ -36,7 +36,7 @@ from dml_dist.orchestration.progress import Display, Emit, note, phase
 from dml_dist.orchestration.train import foreseen_plan
 from dml_dist.parallel.build import has_class_table
 from dml_dist.report.compare_differences import difference_rows
-from dml_dist.report.compare_page import SINGLE_RUNS, comparison_rows, write_comparison
+from dml_dist.report.compare_page import SINGLE_RUNS, TIME, comparison_rows, write_comparison
 from dml_dist.report.compare_read import read_comparison
 from dml_dist.report.compare_references import read_references
 from dml_dist.report.tables import format_metric
@@ -140,7 +140,7 @@ def print_comparison(path: Path, console: Console) -> None:
     comparison = read_comparison(path)
     header, rows = comparison_rows(comparison)
     # Numbers stay whole where a terminal has 80 columns; the page has all columns.
-    kept = [place for place, text in enumerate(header) if text != SINGLE_RUNS]
+    kept = [place for place, text in enumerate(header) if text not in (SINGLE_RUNS, TIME)]
     _print(console, [header[place] for place in kept], [[row[at] for at in kept] for row in rows])
     header, rows = difference_rows(comparison)
     if rows:

@@ -7,32 +7,28 @@ from typing import Any
 
 from dml_dist.report.compare_read import Comparison
 from dml_dist.report.compare_stats import LEVEL, Interval, format_interval
-from dml_dist.report.tables import MISSING, metric_label
+from dml_dist.report.tables import metric_label
+
+HIGHER, LOWER = "higher", "lower"
+"""What is said of a gain whose interval does not hold zero."""
 
 
 def difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of differences, for people; no rows without bases."""
     keys = (comparison.recall_key, "map_at_r")
-    header = ["method", "against"]
-    for key in keys:
-        header += [metric_label(key), "it is"]
-    rows = []
-    for method, base in comparison.differences:
-        row = [method.name, base.name]
-        for key in keys:
-            gain = method.difference(base, key)
-            row += [format_interval(gain, signed=True), verdict(gain)]
-        rows.append(row)
-    return header, rows
+    rows = [
+        [method.name, base.name, *(format_gain(method.difference(base, key)) for key in keys)]
+        for method, base in comparison.differences
+    ]
+    return ["method", "against", *map(metric_label, keys)], rows
 
 
-def verdict(gain: Interval) -> str:
-    """Return in a word on which side of zero an interval lies."""
-    if math.isnan(gain.half):
-        return MISSING
-    if gain.low > 0:
-        return "higher"
-    return "lower" if gain.high < 0 else "not told apart"
+def format_gain(gain: Interval) -> str:
+    """Return a gain with its interval, and a word where zero does not lie in it."""
+    text = format_interval(gain, signed=True)
+    if math.isnan(gain.half) or gain.low <= 0 <= gain.high:
+        return text
+    return f"{text}, {HIGHER if gain.low > 0 else LOWER}"
 
 
 def difference_notes(comparison: Comparison) -> list[str]:
@@ -41,8 +37,8 @@ def difference_notes(comparison: Comparison) -> list[str]:
         return []
     return [
         "Mean over the seeds of the method's number less that of the other method with the same "
-        f"seed, ± half the {LEVEL:.0%} interval by Student t. Not told apart: zero lies inside. "
-        f"Of many such rows about one in {1 / (1 - LEVEL):.0f} lies outside by chance alone."
+        f"seed, ± half the {LEVEL:.0%} interval by Student t; higher or lower where zero lies "
+        f"outside of it, which happens by chance alone in one of {1 / (1 - LEVEL):.0f} numbers."
     ]
 
 

@@ -32,6 +32,8 @@ from dml_dist.report.tables import MISSING, format_metric, format_seconds, metri
 _FOLDER = Path(__file__).parent
 SINGLE_RUNS = "of single runs"
 """Head of the column with the steps of the single runs."""
+TIME = "time to it"
+"""Head of the column with the training time until the mark."""
 
 
 def write_comparison(path: Path) -> Path:
@@ -113,7 +115,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     recall, mark = comparison.recall_key, comparison.mark
     header = ["method", "seeds", metric_label(recall), metric_label("map_at_r")]
     if mark is not None:
-        header += [f"steps to {format_metric(recall, mark)}", SINGLE_RUNS, "time to it"]
+        header += [f"steps to {format_metric(recall, mark)}", SINGLE_RUNS, TIME]
     return header, [
         [
             method.name,
