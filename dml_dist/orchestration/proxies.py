@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dml_dist.orchestration.bench import Bench
+from dml_dist.parallel.build import has_rows_of_classes
 from dml_dist.report.proxies import ProxyFacts, write_proxy_facts
 from dml_dist.runs import RunFolder
 from dml_dist.train.checkpoint_files import PartFile, read_manifest, read_part
@@ -29,7 +30,7 @@ _CHUNK_ROWS = 1 << 16  # rows of the table that are in memory at once
 def keep_proxy_facts(bench: Bench, model: nn.Module, checkpoint: Path, folder: RunFolder) -> None:
     """Keep what the report shows of a checkpoint's proxies; every rank calls it.
 
-    A loss without proxies leaves nothing.
+    A loss without proxies leaves nothing, nor does one whose proxies are not each of one class.
 
     Args:
         bench: Data and ranks.
@@ -39,7 +40,7 @@ def keep_proxy_facts(bench: Bench, model: nn.Module, checkpoint: Path, folder: R
     """
     files = [file for file in read_manifest(checkpoint).files if file.table == TABLE]
     classes = bench.split.train_classes
-    if not files or not len(classes):
+    if not files or not len(classes) or not has_rows_of_classes(bench.config.loss):
         return
     table = _Table(checkpoint, sorted(files, key=lambda file: file.low), len(classes))
     generator = np.random.default_rng(np.random.SeedSequence([bench.config.seed, len(classes)]))

@@ -148,6 +148,12 @@ def _form_of(config: LossConfig) -> AnyLoss:
     return build_loss(config, 2, class_sizes=(1, 1))
 
 
+def has_rows_of_classes(config: LossConfig) -> bool:
+    """Whether class c owns the rows cK .. cK + K - 1 of the proxies: none is shared or chosen."""
+    loss = _form_of(config)
+    return isinstance(loss, RowLoss | RoundsLoss) and getattr(loss, "num_free_rows", None) is None
+
+
 def has_class_table(config: LossConfig) -> bool:
     """Whether ranks own rows of a class table, so that there must be a class for each rank."""
     return _is_sharded(_form_of(config))
