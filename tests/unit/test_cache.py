@@ -168,8 +168,10 @@ def test_the_cache_stays_within_its_limit_while_many_copy(tmp_path: Path) -> Non
     def watch() -> None:
         nonlocal largest
         while not stop.is_set():
-            files = [status.st_size for status in cache._files().values()]
+            with cache._locked():  # Without it a part could be taken for one that was left behind.
+                files = [status.st_size for status in cache._files().values()]
             largest = max(largest, sum(files))
+            time.sleep(0.002)  # The others want the lock, too.
 
     def work(first: int) -> None:
         for number in range(first, first + 8):
@@ -177,9 +179,9 @@ def test_the_cache_stays_within_its_limit_while_many_copy(tmp_path: Path) -> Non
             assert path.stat().st_size == SIZE
             cache.release(path)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     processes = [in_child(lambda first=first: work(first)) for first in (0, 3, 6)]  # type: ignore[misc]
+    watcher = threading.Thread(target=watch)  # After the forks: a child would inherit its lock.
+    watcher.start()
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
