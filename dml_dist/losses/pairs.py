@@ -111,7 +111,7 @@ class AnchorLoss(Protocol):
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums, differentiable, and counts over the anchors of one part.
 
-        With `batch.neighbors_Ch` the counts `mined_counts` gives are among them.
+        With `batch.neighbors_Ch` what `mined_counts` gives may be among them.
         """
 
     def finish(self, total: Statistics) -> Tensor:

@@ -81,13 +81,13 @@ class AnchorObjective(Objective):
         if betas_G is not None:
             anchors = replace(anchors, betas_A=betas_G[own].to(dtype))
         partial = self.loss.anchor_partial(anchors)
-        merges = dict(self.loss.merges)
-        if batch.neighbors_Ch is not None:
-            merges |= MINED_MERGES
+        # A loss of one's own may leave the counts of mined negatives out.
+        counts_mined = MINED_MERGES.keys() <= partial.keys()
+        merges = {**self.loss.merges, **(MINED_MERGES if counts_mined else {})}
         total = merge_over_ranks(partial, merges, self.comm)
         with torch.no_grad():
             statistics = dict(self.loss.statistics(total))
-            if batch.neighbors_Ch is not None:
+            if counts_mined:
                 statistics["active_mined"] = active_share(total, "mined")
         return ObjectiveOutput(self.loss.finish(total), statistics)
 

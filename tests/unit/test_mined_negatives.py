@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dml_dist.losses.numerics import Statistics
 from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, Contrastive
 from dml_dist.losses.pairs_margin import Margin
 from dml_dist.losses.pairs_multi_similarity import MultiSimilarity
 from dml_dist.losses.pairs_triplet import Triplet
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.pairs import anchor_objective
 from tests.oracles_pairs import distance, drawn_negatives
 
 LABELS = torch.tensor([0, 1, 1, 2, 0, 3, 3, 3, 0, 2, 5])
@@ -69,6 +72,23 @@ def test_mined_negatives_are_counted(loss: AnchorLoss) -> None:
                 wanted.append(bool(own) and cosine[a][n] + 0.1 > min(own))
     assert len(wanted) == counts[1] > 0
     assert sum(wanted) == counts[0]
+
+
+class Uncounted(Contrastive):
+    """A loss of one's own that knows nothing of mining."""
+
+    def anchor_partial(self, batch: AnchorBatch) -> Statistics:
+        return super().anchor_partial(replace(batch, neighbors_Ch=None))
+
+
+def test_a_loss_may_leave_the_counts_out() -> None:
+    x = torch.randn(len(LABELS), 4, generator=torch.Generator().manual_seed(0))
+    recorded = []
+    for loss in (Contrastive(), Uncounted()):
+        objective = anchor_objective(loss, num_classes=6, seed=0, comm=Comm.single())
+        output = objective(x, LABELS, [len(x)], neighbors_Ch=NEIGHBORS)
+        recorded.append(output.statistics.keys())
+    assert recorded[0] - recorded[1] == {"active_mined"}
 
 
 def _mined_triplets(
