@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forkserver
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -16,6 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _one_thread() -> None:
     """Keep torch to one thread, so that tests side by side with ranks do not fight for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_processes() -> None:
+    """Before any code of the project starts it with fewer imports."""
+    forkserver.start()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ threads: a group of two ranks starts in 0.15 s, without the project's modules in
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import tempfile
 import time
@@ -20,19 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dml_dist.topology import Topology
-
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "torchvision",
-        "numpy",
-        "pyarrow",
-        "dml_dist.train.loop",
-        "dml_dist.evaluation.retrieval",
-    ]
-)
+from tests import forkserver
 
 
 class RankFailure(RuntimeError):
@@ -82,9 +69,10 @@ def run_ranks(
     Raises:
         RankFailure: If a rank raised, died or did not end in time.
     """
+    forkserver.start()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(
+            forkserver.CONTEXT.Process(
                 target=_entry, args=(function, rank, world_size, folder, timeout, arguments)
             )
             for rank in range(world_size)

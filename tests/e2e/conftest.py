@@ -32,6 +32,11 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config_file(glyphs: Path, tmp_path: Path) -> Path:
     """A run of 12 steps on the small glyphs, in one process."""
+    return write_config(glyphs, tmp_path)
+
+
+def write_config(glyphs: Path, folder: Path) -> Path:
+    """Write the configuration of a run of 12 steps into a folder."""
     config = {
         "name": "small",
         "data": {
@@ -47,7 +52,7 @@ def config_file(glyphs: Path, tmp_path: Path) -> Path:
         "checkpoint": {"every_steps": 4, "keep": 5},
         "launch": {"launcher": "inprocess", "threads_per_rank": 1, "timeout_seconds": 60.0},
     }
-    path = tmp_path / "small.yaml"
+    path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 

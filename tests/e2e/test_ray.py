@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from dml_dist.data.index import read_index
-from tests.e2e.conftest import REPOSITORY, torchrun
+from tests.e2e.conftest import REPOSITORY
+from tests.faults.forked import command, forked
 from tests.faults.runs import act, assert_same_end
 
 Cli = Callable[..., tuple[int, str]]
@@ -80,7 +81,9 @@ def _equals_the_uninterrupted_run(
     attempts = json.loads((tmp_path / "under-ray/run.json").read_text())["attempts"]
     assert [attempt["attempt"] for attempt in attempts] == [1, 2]
 
-    torchrun(num_workers, "train", config, "--run-dir", "uninterrupted", cwd=tmp_path)
+    arguments = ("train", str(config), "--run-dir", "uninterrupted")
+    done = forked(command, *arguments, folder=tmp_path, world_size=num_workers)
+    assert not any(done.codes), done.output
     assert_same_end(tmp_path / "under-ray", tmp_path / "uninterrupted")
     return output
 

@@ -1,11 +1,10 @@
-"""A transform that does harm at a chosen image, and notes the images that it saw."""
+"""A transform that does harm at a chosen image."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +30,7 @@ class Act(StandardTransform):
         seconds: How long to sleep.
         path: A file.
         again: Act in every attempt.
-        seen: Folder where each process notes the checksums of its training images, one a line.
-        pause: Seconds that every training image takes longer.
+        pause: Seconds that every training image takes longer, unless `mark` exists from the start.
     """
 
     def __init__(
@@ -45,7 +43,6 @@ class Act(StandardTransform):
         seconds: float = 0.0,
         path: str = "",
         again: bool = False,
-        seen: str = "",
         pause: float = 0.0,
     ) -> None:
         super().__init__(StandardTransformConfig(size=24, crop_scale=(0.7, 1.0), flip=0.0))
@@ -57,18 +54,12 @@ class Act(StandardTransform):
         self._seconds = seconds
         self._path = Path(path)
         self._again = again
-        self._seen = seen
-        self._pause = pause
+        self._pause = 0.0 if mark and Path(mark).exists() else pause
 
     def train(self, image: Tensor, generator: np.random.Generator) -> Tensor:
         """Return the transformed image, or act."""
         if self._during == "train":
             self._count()
-        if self._seen:
-            checksum = zlib.crc32(image.numpy().tobytes())
-            rank = os.environ.get("RANK", "0")
-            with open(Path(self._seen) / f"{rank}-{os.getpid()}", "a") as file:
-                file.write(f"{checksum:08x}\n")
         time.sleep(self._pause)
         return super().train(image, generator)
 

@@ -6,7 +6,6 @@ about to do to the files below a folder, and kills the process before the n-th.
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -17,23 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = mp.get_context("forkserver")
-_PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "torchvision",
-    "pyarrow.parquet",
-    "webdataset",
-    "faiss",
-    "matplotlib.figure",
-    "dml_dist.cli",
-    "dml_dist.orchestration.train",
-    "dml_dist.orchestration.evaluate",
-    "dml_dist.orchestration.rank",
-    "dml_dist.data.datasets",
-    "dml_dist.data.write_shards",
-    "tests.unit.test_write_shards",
-]
+from tests import forkserver
+
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -89,7 +73,7 @@ def forked(
             }
             for rank in range(world_size)
         ]
-    _CONTEXT.set_forkserver_preload(_PRELOAD)
+    forkserver.start()
     out = folder / "forked"
     out.mkdir(exist_ok=True)
     start = time.monotonic()
@@ -98,7 +82,7 @@ def forked(
         number = kill[1] if kill is not None and kill[0] == rank else 0
         files = (str(out / f"output-{rank}"), str(out / f"steps-{rank}"))
         processes.append(
-            _CONTEXT.Process(
+            forkserver.CONTEXT.Process(
                 target=_entry,
                 args=(work, arguments, str(folder), place, str(below or folder), number, files),
             )

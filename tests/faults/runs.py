@@ -8,10 +8,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from dml_dist.records import read_records
 from dml_dist.train.checkpoint_files import checkpoint_folders, is_whole
 from tests.e2e.conftest import REPOSITORY
 
+T = TypeVar("T")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
@@ -34,6 +35,15 @@ def act(config_file: Path, **options: Any) -> Path:
     path = config_file.with_name("act.yaml")
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def part_of(points: Sequence[T]) -> list[T]:
+    """All points where faults are injected, or with DML_DIST_FAULT_SHARE=K/N every N-th of them.
+
+    So tests that take minutes can be run again and again: K = 1 .. N together inject at all.
+    """
+    number, _, of = os.environ.get("DML_DIST_FAULT_SHARE", "1/1").partition("/")
+    return list(points[int(number) - 1 :: int(of)])
 
 
 def _plain(value: Any) -> Any:
@@ -74,11 +84,6 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def lines(path: Path) -> int:
-    """Number of lines of a file, 0 where there is none."""
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def descendants(pid: int) -> set[int]:

@@ -13,7 +13,7 @@ import pytest
 from dml_dist.data.index import read_index
 from dml_dist.data.verify import verify
 from tests.faults.forked import command, forked
-from tests.faults.runs import act, assert_same_end
+from tests.faults.runs import act, assert_same_end, part_of
 from tests.oracles_data import folder_bytes
 
 Resize = Callable[[str], None]
@@ -89,7 +89,8 @@ def test_full_disk_at_any_step(
     world_size: int, config_file: Path, disk: tuple[Path, Resize], tmp_path: Path
 ) -> None:
     """Records, parts of checkpoints, manifests, the gallery, metrics and the page run out."""
-    train_on_disks(config_file, tmp_path, disk, [part / 40 for part in range(40)], world_size)
+    shares = part_of([part / 40 for part in range(40)])
+    train_on_disks(config_file, tmp_path, disk, shares, world_size)
 
 
 def glyphs_into(out: Path) -> tuple[str, ...]:

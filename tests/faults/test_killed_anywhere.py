@@ -11,7 +11,7 @@ import pytest
 
 from dml_dist.data.write_shards import import_dataset
 from tests.faults.forked import Ended, command, forked
-from tests.faults.runs import assert_same_end, attempts
+from tests.faults.runs import assert_same_end, attempts, part_of
 from tests.oracles_data import folder_bytes, noise_importer
 
 KILLED = -9
@@ -110,7 +110,7 @@ def test_killed_while_it_saves(whole: Whole, tmp_path: Path) -> None:
 def test_killed_at_every_step_on_the_disk(whole: Whole, tmp_path: Path) -> None:
     numbers = different(whole.steps[0])
     assert len(numbers) > 40
-    for number in numbers:
+    for number in part_of(numbers):
         kill_and_continue(whole, tmp_path, 0, number)
 
 
@@ -121,7 +121,7 @@ def test_one_of_two_ranks_killed(whole: Whole, tmp_path: Path) -> None:
     """Rank 1 at each of its steps on the disk, rank 0 at every fourth."""
     assert whole.steps[1]
     for rank, stride in ((1, 1), (0, 4)):
-        for number in different(whole.steps[rank])[::stride]:
+        for number in part_of(different(whole.steps[rank])[::stride]):
             kill_and_continue(whole, tmp_path, rank, number)
 
 
@@ -135,7 +135,7 @@ def test_killed_while_it_evaluates(whole: Whole, tmp_path: Path) -> None:
     expected = target.read_text()
     target.unlink()
     before = sorted(path.name for path in whole.run.iterdir())
-    for number, step in enumerate(done.steps[0], 1):
+    for number, step in part_of(list(enumerate(done.steps[0], 1))):
         killed = forked(command, "evaluate", "whole", kill=(0, number), **options)
         assert killed.codes == [KILLED], step
         assert not target.exists(), step
@@ -159,7 +159,7 @@ def test_import_killed_at_every_step_on_the_disk(tmp_path: Path) -> None:
     whole = folder_bytes(out)
     steps = done.steps[0]
     assert len(steps) > 10
-    for number, step in enumerate(steps, 1):
+    for number, step in part_of(list(enumerate(steps, 1))):
         shutil.rmtree(out)
         killed = forked(write_shards, "out", folder=tmp_path, below=out, kill=(0, number))
         assert killed.codes == [KILLED], step

@@ -1,0 +1,35 @@
+"""The server that processes of tests are forked from, with everything imported that they need.
+
+A process has one such server: whoever starts it first says what it imports. Left to the project
+(`data/pool.py`, for writers and loader workers) each rank that a test forks would import torch and
+torchvision anew, 3 s.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from multiprocessing import forkserver
+
+CONTEXT = mp.get_context("forkserver")
+_IMPORTS = [
+    "torch",
+    "torch.distributed",
+    "torchvision",
+    "pyarrow.parquet",
+    "webdataset",
+    "faiss",
+    "matplotlib.figure",
+    "dml_dist.cli",
+    "dml_dist.orchestration.train",
+    "dml_dist.orchestration.evaluate",
+    "dml_dist.orchestration.rank",
+    "dml_dist.data.datasets",
+    "dml_dist.data.write_shards",
+    "tests.unit.test_write_shards",
+]
+
+
+def start() -> None:
+    """Start the server where none runs yet; it imports while the caller goes on."""
+    CONTEXT.set_forkserver_preload(_IMPORTS)
+    forkserver.ensure_running()
