@@ -238,8 +238,14 @@ def _is_web(url: str) -> bool:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """Return the status of a web server's answer, None where the error has none."""
+    """Return the status of a web server's answer, None where the error has none.
+
+    Of aiohttp's errors and botocore's, also where fsspec raised another one from them.
+    """
     status = getattr(error, "status", None)
+    answer = getattr(error, "response", None)
+    if status is None and isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if status is None and error is not None and error.__cause__ is not None:
         return _status(error.__cause__)
     return status if isinstance(status, int) else None

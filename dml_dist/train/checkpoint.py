@@ -103,6 +103,15 @@ def load_checkpoint(folder: Path, manifest: Manifest, state: TrainState) -> None
     state.comm.agree(error, what="loading a checkpoint")
 
 
+def delete_interrupted(checkpoints: Path) -> None:
+    """Delete what killed ranks left half written or half deleted; for the run's one writer.
+
+    What cannot be deleted stays: it has no checkpoint's name.
+    """
+    for stale in checkpoints.glob(".step_*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 def _owned(state: TrainState) -> dict[str, OwnedRows | OwnedBuffer]:
     """Return this rank's rows of all tables: those that are optimised, and counts."""
     return {**state.objective.owned_parameters(), **state.objective.owned_buffers()}
@@ -132,10 +141,8 @@ def _all_or_none(comm: Comm, action: Callable[[], object], temporary: Path, fina
 
 
 def _prepare(temporary: Path) -> None:
-    """Make the folder, and remove what interrupted writers left behind."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for stale in temporary.parent.glob(".step_*.tmp"):
-        shutil.rmtree(stale)
+    delete_interrupted(temporary.parent)
     temporary.mkdir()
 
 

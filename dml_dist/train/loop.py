@@ -19,7 +19,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.data.loader import Batch, worker_death
 from dml_dist.errors import RunError
 from dml_dist.parallel.comm import Comm
-from dml_dist.train.checkpoint import load_checkpoint, save_checkpoint
+from dml_dist.train.checkpoint import delete_interrupted, load_checkpoint, save_checkpoint
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
 from dml_dist.train.meter import Meter, Reading
@@ -107,6 +107,8 @@ class _Loop:
         load_checkpoint(folder, manifest, self.state)
         self.best = restore_best(self.around.checkpoints, manifest.best, self.state.comm)
         self.last = folder
+        if self.state.comm.topology.is_main:  # A run that is at its end saves no more.
+            delete_interrupted(self.around.checkpoints)
 
     def run(self) -> None:
         """Make all steps that are left."""

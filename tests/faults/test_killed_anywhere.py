@@ -101,8 +101,9 @@ def different(steps: list[str]) -> list[int]:
 
 
 def test_killed_while_it_saves(whole: Whole, tmp_path: Path) -> None:
-    """Before a checkpoint takes its name; the slow form: anywhere."""
-    kill_and_continue(whole, tmp_path, 0, last(whole.steps[0], "rename .step_"))
+    """Before a checkpoint takes its name, and while one is deleted; the slow form: anywhere."""
+    for step in ("rename .step_", "remove optim.pt"):
+        kill_and_continue(whole, tmp_path, 0, last(whole.steps[0], step))
 
 
 @pytest.mark.slow
