@@ -61,6 +61,7 @@ class Projections:
         self.comm = comm
         self.states = means.states
         self.term: ProximalTerm | None = None
+        self._held: tuple[PlanState, Tensor] | None = None
         # The problem that is trained on, its first step, and how its validations went.
         self._problem = 0
         self._first_step = 0
@@ -122,8 +123,12 @@ class Projections:
         Args:
             step: Updates made before the batch.
         """
-        found = state_at(self.states, step).neighbors
-        return None if found is None else torch.from_numpy(found).to(self.comm.device)
+        state = state_at(self.states, step)
+        if state.neighbors is None:
+            return None
+        if self._held is None or self._held[0] is not state:  # Copied to the device once.
+            self._held = state, torch.from_numpy(state.neighbors).to(self.comm.device)
+        return self._held[1]
 
     def record(self, model: EmbeddingModel) -> dict[str, float]:
         """Return what is recorded of the problem; it waits for the device."""

@@ -13,10 +13,11 @@ import pytest
 from dml_dist.data.index import read_index
 from dml_dist.data.verify import verify
 from tests.faults.forked import command, forked
-from tests.faults.runs import act, assert_same_end, part_of
+from tests.faults.runs import act, assert_same_end, attempts, part_of
 from tests.oracles_data import folder_bytes
 
 Resize = Callable[[str], None]
+Cli = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -42,6 +43,11 @@ def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
 
 
+def needed_for(folder: Path) -> int:
+    """KiB that the files of a folder take on a disk with pages of 4 KiB."""
+    return sum(-(-path.stat().st_size // 4096) * 4 for path in folder.rglob("*"))
+
+
 def train_on_disks(
     config_file: Path,
     folder: Path,
@@ -58,7 +64,7 @@ def train_on_disks(
     done = forked(command, *arguments, str(mounted / "run"), **options)
     assert done.codes == [0] * world_size, done.output
     shutil.move(mounted / "run", folder / "whole")
-    needed = sum(-(-path.stat().st_size // 4096) * 4 for path in (folder / "whole").rglob("*"))
+    needed = needed_for(folder / "whole")
     for share in shares:
         size = max(4, int(needed * share))
         change(f"size={size}k")
@@ -91,6 +97,30 @@ def test_full_disk_at_any_step(
     """Records, parts of checkpoints, manifests, the gallery, metrics and the page run out."""
     shares = part_of([part / 40 for part in range(40)])
     train_on_disks(config_file, tmp_path, disk, shares, world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_full_disk_under_ray(
+    config_file: Path, disk: tuple[Path, Resize], cli: Cli, whole_on_two: Path, tmp_path: Path
+) -> None:
+    """No restart of the ranks mends it: the command ends, and goes on where there is room."""
+    mounted, change = disk
+    run = mounted / "run"
+    for share in (0.2, 0.9):
+        change(f"size={int(needed_for(whole_on_two) * share)}k")
+        arguments = ("train", config_file, "--launcher", "ray", "--workers", 2, "--run-dir", run)
+        code, output = cli(*arguments)
+        assert code == 1, output
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        assert len(attempts(run)) == 1
+        change("size=64m")
+        words = ("train", str(config_file), "--run-dir", str(run), "--resume")
+        done = forked(command, *words, folder=tmp_path, world_size=2)
+        assert not any(done.codes), done.output
+        assert_same_end(run, whole_on_two)
+        shutil.rmtree(run)
 
 
 def glyphs_into(out: Path) -> tuple[str, ...]:
