@@ -41,6 +41,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+_SCRATCH = ".ray"
 _OBJECT_STORE_BYTES = 128 * 2**20
 _CONTROLLER_FAILURES = 3
 _SECONDS_FOR_AN_ANSWER = 5.0
@@ -69,16 +70,14 @@ def _fit(
 ) -> dict[str, Any]:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     # A fresh name each time: Ray's own state of an earlier attempt, whole or torn, must not come
-    # back. What killed commands left of it goes: the run's lock keeps other trainings away.
+    # back.
     name = f"{assignment.kind}-{uuid.uuid4().hex[:12]}"
-    scratch = Path(assignment.run_dir) / ".ray"
-    for stale in scratch.glob("train-*") if assignment.kind == "train" else ():
-        shutil.rmtree(stale, ignore_errors=True)
-    trainer = TorchTrainer(
+    scratch = Path(assignment.run_dir) / _SCRATCH
+    trainer = _trainer_class()(
         ray_rank,
         train_loop_config={"assignment": assignment.to_json(), "mailbox": mailbox},
         torch_config=TorchConfig(
@@ -115,40 +114,73 @@ def _fit(
     return dict(result.return_value)
 
 
+def delete_scratch(run_dir: Path) -> None:
+    """Delete what killed trainings left of Ray's own state; for the holder of the run's lock."""
+    scratch = run_dir / _SCRATCH
+    for stale in scratch.glob("train-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    with contextlib.suppress(OSError):  # There is none, or an evaluation uses it.
+        scratch.rmdir()
+
+
+def _trainer_class() -> Any:
+    """Return Ray's trainer, without its handler of Ctrl-C: `fit` then ends as other calls do.
+
+    It also keeps the handle of the actor that it waits for, by which a wait can be ended.
+    """
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
+    return Trainer
+
+
 def _result_of(trainer: Any, drain: Drain, emit: Emit) -> Any:
-    """Return what `fit` returns; it runs in a thread, so that its silence can be ended.
+    """Return what `fit` returns, or end it after a silence.
 
     Ray Train waits without a limit for its processes to start: on a machine with other work they
-    take minutes, and where one never comes, for ever. In a thread `fit` also leaves Ctrl-C alone.
+    take minutes, and where one never comes, for ever. `fit` stays in the caller's thread: whatever
+    waits for Ray while it is shut down crashes the process.
     """
-    outcome: list[tuple[Any, BaseException | None]] = []
+    import ray
 
-    def work() -> None:
-        try:
-            outcome.append((trainer.fit(), None))
-        except BaseException as error:  # Raised again in the main thread.
-            outcome.append((None, error))
+    done, silent = threading.Event(), threading.Event()
 
-    thread = threading.Thread(target=work, daemon=True)
+    def busy() -> str:
+        return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+
+    def watch() -> None:
+        told = False
+        while not done.wait(_SECONDS_BETWEEN_LOOKS):
+            silence = drain.silence_seconds
+            if silence > _SECONDS_OF_SILENCE and trainer.controller is not None:
+                silent.set()
+                ray.kill(trainer.controller)
+                return
+            if silence > _SECONDS_BEFORE_A_WORD and not told:
+                words = f"no rank has answered for {silence:.0f} s: Ray starts slowly ({busy()})"
+                emit(note(f"{words} ..."))
+            told = silence > _SECONDS_BEFORE_A_WORD
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    told = False
-    while thread.is_alive():
-        thread.join(_SECONDS_BETWEEN_LOOKS)
-        silence = drain.silence_seconds
-        busy = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
-        if silence > _SECONDS_OF_SILENCE:
-            raise RunError(
-                f"required a sign of life of a rank within {_SECONDS_OF_SILENCE:g} s, got none: "
-                f"Ray did not start the ranks, or they stand still ({busy}); see whether the "
-                "cluster lives and has room, then continue with --resume"
-            )
-        if silence > _SECONDS_BEFORE_A_WORD and not told:
-            emit(note(f"no rank has answered for {silence:.0f} s: Ray starts slowly ({busy}) ..."))
-        told = silence > _SECONDS_BEFORE_A_WORD
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    try:
+        return trainer.fit()
+    except ray.exceptions.RayError as error:
+        if not silent.is_set():
+            raise
+        raise RunError(
+            f"required a sign of life of a rank within {_SECONDS_OF_SILENCE:g} s, got none: "
+            f"Ray did not start the ranks, or they stand still ({busy()}); see whether the "
+            "cluster lives and has room, then continue with --resume"
+        ) from error
+    finally:
+        done.set()
+        thread.join()
 
 
 def _describe(error: Exception, launch: LaunchConfig) -> str:

@@ -29,6 +29,7 @@ from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, wor
 from dml_dist.orchestration.loggers import check_loggers
 from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.progress import Display, discard, warnings_as_notes
+from dml_dist.orchestration.ray_launch import delete_scratch
 from dml_dist.orchestration.tables import print_results
 from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
@@ -72,6 +73,7 @@ def run_training(
             if not resume:
                 RunFolder.create(folder.path, text, name=config.name, seed=config.seed)
             held.enter_context(folder.lock())
+            delete_scratch(folder.path)
             write_text_atomic(folder.config_path, text)
             return assignment
 
