@@ -75,9 +75,10 @@ class Act(StandardTransform):
             return
         if int(os.environ.get("RANK", "0")) != self._rank:
             return
-        if not self._again and self._mark.exists():
+        try:
+            self._mark.touch(exist_ok=self._again)
+        except FileExistsError:  # Done before, or by another loader worker just now.
             return
-        self._mark.touch()
         match self._action:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

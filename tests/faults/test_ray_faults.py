@@ -377,7 +377,7 @@ def test_a_killed_process_of_ray(
     assert code != 0, output
     # Without its store Ray itself ends the driver, after its limit of 60 s.
     says = {"raylet": "continue with --resume", "gcs_server": "Failed to connect to GCS"}
-    assert says[name] in " ".join(output.split())
+    assert says[name] in " ".join(output.split()), output
     print(f"\n{name} killed: the command ended after {took:.1f} s")
     wait_for(lambda: not any(map(running, children)), seconds=120, what="the end of all processes")
     continued(config, tmp_path)
