@@ -154,8 +154,11 @@ def _result_of(trainer: Any, drain: Drain, emit: Emit) -> Any:
         return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
     def watch() -> None:
-        told = False
+        told, dead = False, ""
         while not done.wait(_SECONDS_BETWEEN_LOOKS):
+            if not dead and (dead := _dead_daemons()):
+                words = f"Ray's {dead} has died, and Ray will end without it"
+                emit(note(f"{words}; the last checkpoint is kept: continue with --resume"))
             silence = drain.silence_seconds
             if silence > _SECONDS_OF_SILENCE and trainer.controller is not None:
                 silent.set()
@@ -181,6 +184,18 @@ def _result_of(trainer: Any, drain: Drain, emit: Emit) -> Any:
     finally:
         done.set()
         thread.join()
+
+
+def _dead_daemons() -> str:
+    """Return which of Ray's own processes have ended that this process started and cannot miss.
+
+    Some time later Ray ends this process, often without a word.
+    """
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    dead = {kind for kind, _ in node.dead_processes()} if node is not None else set()
+    return " and ".join(sorted(dead & {"raylet", "gcs_server"}))
 
 
 def _describe(error: Exception, launch: LaunchConfig) -> str:
