@@ -144,7 +144,8 @@ def _result_of(trainer: Any, drain: Drain, emit: Emit) -> Any:
 
     Ray Train waits without a limit for its processes to start: on a machine with other work they
     take minutes, and where one never comes, for ever. `fit` stays in the caller's thread: whatever
-    waits for Ray while it is shut down crashes the process.
+    waits for Ray while it is shut down crashes the process. In another thread than the main one Ray
+    gives no handle to end the wait by: there a silence is told and not ended.
     """
     import ray
 
