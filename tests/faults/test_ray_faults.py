@@ -320,6 +320,12 @@ def test_silence_is_bounded(
     monkeypatch.undo()
     continued(config_file, tmp_path)
     assert_nothing_left(tmp_path / "run")
+    monkeypatch.setattr(ray_launch, "_SECONDS_OF_SILENCE", 0.5)
+    code, output = cli("evaluate", tmp_path / "run", *ON_RAY)
+    assert code == 1, output
+    # There is nothing to resume.
+    assert "then run the command again" in " ".join(output.split())
+    assert "--resume" not in output
 
 
 def test_ctrl_c(config_file: Path, tmp_path: Path) -> None:
