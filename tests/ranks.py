@@ -26,6 +26,12 @@ class RankFailure(RuntimeError):
     """A rank raised or died; the message holds every rank's traceback."""
 
 
+def leave() -> None:
+    """End the process group when all ranks are through: gloo fails a rank that is still joining."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def _entry(
     function: Callable[..., Any],
     rank: int,
@@ -48,8 +54,7 @@ def _entry(
         result = function(Topology(rank=rank, world_size=world_size, local_rank=rank), *arguments)
         torch.save(result, out / f"result-{rank}.tmp")
         os.replace(out / f"result-{rank}.tmp", out / f"result-{rank}")
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
     except BaseException:
         (out / f"error-{rank}").write_text(traceback.format_exc())
         raise SystemExit(1) from None

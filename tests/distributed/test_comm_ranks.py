@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dml_dist.errors import ConfigError, DataError, DmlDistError
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init
 from dml_dist.topology import Topology
-from tests.ranks import RankFailure, run_ranks
+from tests.ranks import RankFailure, leave, run_ranks
 
 
 def _rows(rank: int, size: int) -> torch.Tensor:
@@ -87,7 +86,7 @@ def test_collectives_in_one_process_need_no_group() -> None:
 
 def _lonely(topology: Topology, behaviour: str, folder: str) -> None:
     """Rank 0 waits in a sum; rank 1 has ended, or comes too late."""
-    dist.destroy_process_group()
+    leave()
     comm = init(topology, init_method=f"file://{folder}/{behaviour}", timeout_seconds=1.0)
     comm.barrier()
     if comm.rank == 1:

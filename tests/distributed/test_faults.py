@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from dml_dist.errors import RunError
 from dml_dist.parallel.process_group import init
@@ -15,7 +14,7 @@ from dml_dist.topology import Topology
 from tests.e2e.conftest import config_file, glyphs
 from tests.faults.forked import command, forked
 from tests.faults.runs import act, assert_same_end
-from tests.ranks import run_ranks
+from tests.ranks import leave, run_ranks
 
 __all__ = ["config_file", "glyphs"]
 
@@ -64,7 +63,7 @@ def test_a_slow_rank_is_waited_for(config_file: Path, tmp_path: Path) -> None:
 
 def meet_at_a_taken_port(topology: Topology, port: int, folder: str) -> tuple[str, float]:
     """Try to join the ranks where something else listens; return the error and the seconds."""
-    dist.destroy_process_group()
+    leave()
     start = time.monotonic()
     with pytest.raises(RunError) as caught:
         init(topology, init_method=f"tcp://127.0.0.1:{port}", timeout_seconds=3.0)
