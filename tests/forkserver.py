@@ -8,6 +8,7 @@ torchvision anew, 3 s.
 from __future__ import annotations
 
 import multiprocessing as mp
+import warnings
 from multiprocessing import forkserver
 
 CONTEXT = mp.get_context("forkserver")
@@ -33,3 +34,9 @@ def start() -> None:
     """Start the server where none runs yet; it imports while the caller goes on."""
     CONTEXT.set_forkserver_preload(_IMPORTS)
     forkserver.ensure_running()
+
+
+def raise_warnings() -> None:
+    """Raise warnings in this process as pytest does in its own: forked ones know no such filter."""
+    warnings.simplefilter("error")
+    warnings.simplefilter("ignore", ResourceWarning)

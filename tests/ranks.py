@@ -41,6 +41,7 @@ def _entry(
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    forkserver.raise_warnings()
     out = Path(folder)
     try:
         store = dist.FileStore(str(out / "store"), world_size)

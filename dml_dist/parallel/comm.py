@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,16 @@ from torch import Tensor
 
 from dml_dist.errors import DmlDistError, PeerLostError, RunError
 from dml_dist.topology import Topology
+
+# torch 2.14 gave both collectives these names, and warns where the older ones are called.
+_all_gather_single: Callable[..., Any] = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
+_reduce_scatter_single: Callable[..., Any] = (
+    dist.reduce_scatter_single
+    if hasattr(dist, "reduce_scatter_single")
+    else dist.reduce_scatter_tensor
+)
 
 
 class Comm:
@@ -122,7 +132,7 @@ class Comm:
         padded = _pad_rows(x, max(sizes))
         out = padded.new_empty((self.world_size * max(sizes), *x.shape[1:]))
         with self.guard(what):
-            dist.all_gather_into_tensor(out, padded, group=self.group)
+            _all_gather_single(out, padded, group=self.group)
         self._count((self.world_size - 1) * _num_bytes(padded))
         return _unpad_rows(out, sizes)
 
@@ -142,7 +152,7 @@ class Comm:
         padded = torch.cat([_pad_rows(part, max(sizes)) for part in x.split(list(sizes))])
         out = padded.new_empty((max(sizes), *x.shape[1:]))
         with self.guard(what):
-            dist.reduce_scatter_tensor(out, padded, group=self.group)
+            _reduce_scatter_single(out, padded, group=self.group)
         self._count((self.world_size - 1) * _num_bytes(padded) // self.world_size)
         return out[: sizes[self.rank]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,16 @@ def test_collectives_in_one_process_need_no_group() -> None:
         ("KeyError", "'x'"),
         ("ConfigError", "same everywhere"),
     ]
+
+
+def _warns(topology: Topology) -> None:
+    warnings.warn(f"rank {topology.rank} calls something old", FutureWarning, stacklevel=1)
+
+
+def test_warnings_fail_a_rank() -> None:
+    # So a collective that torch calls deprecated fails the tests above, on every rank.
+    with pytest.raises(RankFailure, match="FutureWarning: rank 1 calls something old"):
+        run_ranks(_warns, 2)
 
 
 def _lonely(topology: Topology, behaviour: str, folder: str) -> None:

@@ -95,4 +95,5 @@ def torchrun(num_ranks: int, *arguments: object, cwd: Path, timeout: float = 120
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     return done.stdout

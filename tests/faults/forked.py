@@ -138,6 +138,7 @@ def _entry(
     os.environ.update(place)
     os.chdir(folder)
     torch.set_num_threads(1)
+    forkserver.raise_warnings()
     steps = os.open(files[1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     _count_steps(below, steps, kill_at)
     work(*arguments)
