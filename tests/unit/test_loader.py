@@ -151,6 +151,54 @@ def test_a_row_drawn_twice_gets_a_fresh_view(index: Index) -> None:
     assert len({view.numpy().tobytes() for view in views}) == 4
 
 
+class OneImage:
+    """A plan that asks for the same image at every position of every step."""
+
+    steps_per_epoch = 2
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        return [np.full(3, 7), np.full(3, 7)]
+
+    def coverage(self, epoch: int) -> float:
+        return 0.0
+
+
+class DrawnNumber:
+    """A custom transform whose training view is a number that it draws."""
+
+    def train(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+        return torch.full((3, 1, 1), generator.random(), dtype=torch.float32)
+
+    def evaluation(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(3, 1, 1)
+
+
+@pytest.mark.parametrize("transform", [STANDARD, DrawnNumber()], ids=["standard", "custom"])
+def test_views_differ_between_steps_and_positions(index: Index, transform: Transform) -> None:
+    """Two epochs of two steps, on one rank and on three: 12 views of one image, all different."""
+    views = {}
+    for world_size in (1, 3):
+        views[world_size] = [
+            (batch.step, view.numpy().tobytes())
+            for rank in range(world_size)
+            for batch in train_loader(
+                index,
+                OneImage(),
+                transform,
+                seed=0,
+                topology=Topology(rank=rank, world_size=world_size),
+                start_step=0,
+                end_step=4,
+                workers=0,
+                prefetch=1,
+            )
+            for view in batch.images
+        ]
+        assert len(views[world_size]) == 12
+        assert len({view for _, view in views[world_size]}) == 12
+    assert sorted(views[1]) == sorted(views[3])
+
+
 def test_another_seed_gives_other_views(index: Index) -> None:
     images = [
         ShardDataset(index, STANDARD, seed)[
