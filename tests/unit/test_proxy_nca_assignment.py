@@ -256,6 +256,51 @@ def test_dead_proxies_begin_anew_near_a_sample() -> None:
     assert (moments[:2] != 0).all()
 
 
+def _revived(seed: int) -> tuple[list[list[int]], list[Tensor]]:
+    """Revive 7 of 8 proxies at steps 2, 4, 6 and 8, on one batch of 16 orthogonal samples.
+
+    Returns:
+        Each step's samples, by dead proxy, and what was added to them, (7, 16).
+    """
+    objective = build_objective(
+        ProxyNCAConfig(assignment="dynamic", proxy_share=2.0, dead_after_steps=2, revive_dead=True),
+        num_classes=4,
+        embedding_size=16,
+        seed=seed,
+        comm=Comm.single(),
+        dtype=torch.float64,
+    )
+    table = objective.owned_parameters()["proxies"].parameter
+    samples, labels = torch.eye(16, dtype=torch.float64), torch.arange(16) % 4
+    picked, noise = [], []
+    for step in range(1, 9):
+        with torch.no_grad():  # One proxy on the samples' side, all others opposite.
+            table.fill_(-1.0)
+            table[0] = 1.0
+        objective(samples, labels, [16])
+        if step % 2:
+            assert objective.after_update(step) == {}
+            continue
+        assert objective.after_update(step)["proxies"].tolist() == list(range(1, 8))
+        places = table.detach()[1:].argmax(dim=1)  # The noise has a length of about 0.1.
+        picked.append(places.tolist())
+        noise.append(table.detach()[1:] - samples[places])
+    return picked, noise
+
+
+def test_draws_of_revived_proxies_differ_between_steps_and_proxies() -> None:
+    picked, noise = _revived(seed=0)
+    assert len({tuple(places) for places in picked}) == 4
+    assert all(len(set(places)) > 1 for places in picked)
+    # 28 draws of 16 samples: 13 different ones are expected.
+    assert len({place for places in picked for place in places}) >= 8
+    added = torch.cat(noise)
+    assert len({tuple(row) for row in added.tolist()}) == 28
+    assert ((added.norm(dim=1) > 0.03) & (added.norm(dim=1) < 0.2)).all()
+    other, _ = _revived(seed=1)
+    assert all(one != two for one, two in zip(picked, other, strict=True))
+
+
 def test_class_ids_beyond_the_classes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"required class ids 0 \.\. 3, got 0 \.\. 4"):
         _counted().step([0, 4], 0, 90)
