@@ -95,6 +95,20 @@ def test_an_empty_cluster_takes_the_farthest_row() -> None:
     assert found.cluster_N.tolist() == [0, 0, 0, 0, 0, 1]
 
 
+def test_an_empty_cluster_does_not_take_the_only_row_of_another() -> None:
+    """Centres 16, 13, 12, 12: the last one, empty, takes 24.
+
+    The means are then 20, 13, 10 1/3 and 24, and 16 goes to 13: cluster 0 is empty. The row
+    farthest from its centre is 7, the only one of cluster 2; so 16, the next one, is taken.
+    """
+    x = np.array([[7.0], [12.0], [12.0], [13.0], [16.0], [24.0]], dtype=np.float32)
+    wanted = ([4, 3, 1, 2], [4, 3, 2, 1])
+    seed = next(s for s in range(10_000) if _first(6, 4, s) in wanted)
+    found = _kmeans(x, 4, seed=seed)
+    assert found.cluster_N.tolist() == [2, 1, 1, 1, 0, 3]
+    assert (found.num_iterations, found.has_converged, found.num_empty) == (3, True, 0)
+
+
 def test_the_seed_decides_and_iterations_are_bounded() -> None:
     x = np.random.default_rng(1).standard_normal((200, 3)).astype(np.float32)
     assert torch.equal(_kmeans(x, 20).cluster_N, _kmeans(x, 20).cluster_N)
