@@ -131,6 +131,35 @@ def test_a_damaged_best_checkpoint_gives_way(run: Path) -> None:
     assert (result.best.step, result.best.map_at_r) == (9, 0.1)
 
 
+def test_a_resumed_run_remembers_the_best_validation(run: Path) -> None:
+    """0.5 at step 3 stays the best: 0.45 at step 9 is better than the last one alone."""
+    longer = small_config(train__steps=9)
+    result = small_run(run, longer, attempt=2, scores={9: 0.45}).train(resume=True)
+    assert (result.start_step, result.state.step) == (6, 9)
+    assert result.best is not None
+    assert (result.best.folder, result.best.map_at_r) == ("step_00000003-a1", 0.5)
+    assert best_checkpoint(run / "checkpoints") == result.best
+    assert select_checkpoint(run / "checkpoints", "best").name == "step_00000003-a1"
+    assert read_manifest(result.last).best == result.best
+    again = small_run(run, longer, attempt=3).train(resume=True)
+    assert again.best == result.best
+
+
+def test_the_best_validation_is_that_of_the_checkpoint_resumed_from(tmp_path: Path) -> None:
+    """Step 6 was the best, but is lost: 0.4 at step 3 is to be exceeded, and not 0.9."""
+    small_run(tmp_path, small_config(), scores={3: 0.4, 6: 0.9}).train()
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step_00000006-a1" / "optim.pt").write_bytes(b"")
+    for attempt, score, best in ((2, 0.3, "step_00000003-a1"), (3, 0.45, "step_00000006-a3")):
+        again = small_run(tmp_path, small_config(), attempt=attempt, scores={6: score})
+        result = again.train(resume=True)
+        assert result.start_step == 3
+        assert result.best is not None
+        assert (result.best.folder, result.best.map_at_r) == (best, max(score, 0.4))
+        assert best_checkpoint(checkpoints) == result.best
+        (result.last / "optim.pt").write_bytes(b"")
+
+
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     config = small_config(
         train__steps=8, checkpoint__every_steps=1, checkpoint__keep=2, evaluation__every_steps=2
