@@ -50,13 +50,14 @@ def test_nearest_is_that_of_all_pairs(
     queries = random_fingerprints(generator, num_queries)
     others = random_fingerprints(generator, num_others)
     found, bits = nearest(queries, others)
-    for at in range(num_queries):
-        pairs = [
-            (distance(queries[at], other), row)
-            for row, other in enumerate(others)
-            if is_near(queries[at], other)
-        ]
-        assert (bits[at], found[at]) == min(pairs, default=(NEAR_BITS + 1, -1))
+    expected = []
+    for query in queries:
+        near = [(distance(query, other), row) for row, other in enumerate(others)]
+        near = [pair for pair in near if is_near(query, others[pair[1]])]
+        expected.append(min(near, default=(NEAR_BITS + 1, -1)))
+    # Whole lists, so that no queries must give no answers.
+    assert list(zip(bits.tolist(), found.tolist(), strict=True)) == expected
+    assert (found.dtype, bits.dtype) == (np.int64, np.int64)
 
 
 def test_the_nearest_wins_over_blocks_and_the_lower_row_over_equals(
