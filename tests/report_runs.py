@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections import Counter
@@ -192,3 +193,10 @@ class Page(HTMLParser):
         return Counter(
             name for _, attributes in self.elements for name in attributes.get("class", "").split()
         )
+
+    def table(self, section: str) -> list[list[str]]:
+        """Return the texts of the cells of a section's tables, row by row, headers included."""
+        (part,) = re.findall(rf'<section id="{section}">(.*?)</section>', self.raw, re.DOTALL)
+        rows = re.findall(r"<tr[^>]*>(.*?)</tr>", part, re.DOTALL)
+        cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+        return [[html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in row] for row in cells]
