@@ -11,7 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,8 +24,8 @@ from rich.console import Console
 from dml_dist.config.load import load_config
 from dml_dist.data.index import read_index
 from dml_dist.data.reader import ShardReader
-from dml_dist.errors import ConfigError
-from dml_dist.orchestration import search_picture
+from dml_dist.errors import ConfigError, DataError
+from dml_dist.orchestration import export, search_picture
 from dml_dist.orchestration.bench import open_bench
 from dml_dist.orchestration.bundle import read_bundle
 from dml_dist.orchestration.export import ExportOptions, run_export, thumbnail, thumbnails
@@ -33,6 +37,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.runs import RunFolder
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
+from tests.oracles_preprocessing import apply_steps
 
 Cli = Callable[..., tuple[int, str]]
 QUIET = Console(quiet=True)
@@ -50,7 +55,7 @@ def run(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
           path: {glyphs}
           transform: {{size: 24, resize: 28, crop_scale: [0.7, 1.0], flip: 0.0}}
           loader_workers: 0
-        model: {{backbone: {{name: conv4, width: 16}}, embedding_size: 16, pooling: gem}}
+        model: {{backbone: {{name: conv4, width: 16}}, embedding_size: 12, pooling: gem}}
         optim: {{name: adam, lr: 0.003, proxy_lr: 0.05}}
         train: {{global_batch_size: 26, steps: 20}}
         validation: {{name: none}}
@@ -124,13 +129,73 @@ def test_images_are_embedded_as_in_an_evaluation(
         torch.testing.assert_close(found.norm(dim=1), torch.ones(5), rtol=0, atol=1e-5)
         torch.testing.assert_close(found, read.stored_ND[:5], rtol=0, atol=1e-5)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert embed_images(read, torch.stack(batches)).shape == (5, 16)
+    assert embed_images(read, torch.stack(batches)).shape == (5, 12)
     with pytest.raises(ConfigError, match=r"pip install 'dml-dist\[export\]', or give --runtime"):
         embed_images(read, torch.stack(batches), "onnxruntime")
 
 
 def _pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1).copy()
+
+
+def test_other_programs_can_use_a_bundle(bundle: Path, glyphs: Path) -> None:
+    """From an image file to its row of the index, by what the bundle's files say alone."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    written = json.loads((bundle / "preprocessing.json").read_text())
+    table = pq.read_table(bundle / "gallery.parquet").to_pydict()
+    names = json.loads((bundle / "labels.json").read_text())
+    onnx = manifest["onnx"]
+    session = onnxruntime.InferenceSession(
+        str(bundle / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    source = read_index(glyphs)
+    rows = source.rows("test")
+    assert table["key"] == source.keys[rows].tolist()
+    assert table["super_class"] == source.super_class[rows].tolist()
+    assert table["tar_shard"] == [source.tar_shards[at] for at in source.tar_shard[rows]]
+    assert [names[str(label)] for label in table["label"]] == [
+        source.class_names[label] for label in source.label[rows]
+    ]
+    stored = faiss.read_index(str(bundle / "gallery.faiss")).reconstruct_n(0, len(rows))
+    reader = ShardReader(source)
+    for place in range(0, len(rows), 40):
+        image = apply_steps(written, reader.read(int(rows[place])))
+        (found,) = session.run([onnx["output"]], {onnx["input"]: image[None]})
+        assert found.shape == (1, manifest["embedding_size"])
+        # Pixels may differ by a level, since PIL rounds in another way.
+        np.testing.assert_allclose(found[0], stored[place], rtol=0, atol=2e-3)
+
+
+def test_images_that_are_queries_alone_are_not_in_the_gallery(
+    run: Path, glyphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "roles"
+    shutil.copytree(glyphs, data)
+    monkeypatch.setattr(export, "export_onnx", lambda *_: {"largest_difference": 0.0})
+    overrides = [f"data.path={data}"]
+
+    def set_roles(roles: list[str]) -> list[str]:
+        """Give the test images roles in turn; return the keys of those that are in the gallery."""
+        table = pq.read_table(glyphs / "index.parquet")
+        rows = table.to_pylist()
+        tests = [row for row in rows if row["split"] == "test"]
+        for at, row in enumerate(tests):
+            row["role"] = roles[at % len(roles)]
+        pq.write_table(pa.Table.from_pylist(rows, table.schema), data / "index.parquet")
+        return [row["key"] for row in tests if row["role"] in ("gallery", "both")]
+
+    keys = set_roles(["query", "gallery", "both"])
+    assert len(keys) == 160
+    bundle = run_export(run, tmp_path / "bundle", QUIET, ExportOptions(), overrides)
+    table = pq.read_table(bundle / "gallery.parquet").to_pydict()
+    assert table["key"] == keys
+    assert faiss.read_index(str(bundle / "gallery.faiss")).ntotal == 160
+    gallery = json.loads((bundle / "manifest.json").read_text())["gallery"]
+    assert (gallery["num_images"], gallery["thumbnails"]["number"]) == (160, 160)
+    assert set_roles(["query"]) == []
+    with pytest.raises(DataError, match="got queries alone in"):
+        run_export(run, tmp_path / "other", QUIET, ExportOptions(), overrides)
+    assert not (tmp_path / "other").exists()
 
 
 def test_search_needs_the_bundle_alone(
@@ -171,9 +236,12 @@ def test_the_manifest_says_what_it_is(bundle: Path, run: Path) -> None:
     assert manifest["gallery"]["thumbnails"]["number"] == 240
     assert 0 <= manifest["onnx"]["largest_difference"] <= 1e-4
     assert set(manifest["files"]) == {p.name for p in bundle.iterdir()} - {"manifest.json"}
-    steps = json.loads((bundle / "preprocessing.json").read_text())["steps"]
-    assert steps[1]["resize"]["shorter_side"] == 28
     assert not list(bundle.parent.glob(".*"))
+    assert (manifest["embedding_size"], manifest["distance"]) == (12, "cosine")
+    assert manifest["model"]["embedding_size"] == 12
+    assert (manifest["run"]["seed"], manifest["run"]["step"]) == (0, 20)
+    assert manifest["run"]["split"] == "test"
+    assert faiss.read_index(str(bundle / "gallery.faiss")).d == 12
 
 
 def test_wrong_exports(run: Path, cli: Cli, tmp_path: Path, glyphs: Path) -> None:
