@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from dml_dist.config.load import differing_paths, dump_config, load_config, parse_config
-from dml_dist.config.overrides import parse_override
 from dml_dist.config.problems import dotted
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
@@ -159,6 +159,55 @@ def _check_any(error: ConfigError, needles: list[str]) -> None:
     assert any(needle in str(error) for needle in needles), str(error)
 
 
+def _at(plain: Any, path: Sequence[str | int]) -> Any:
+    for key in path:
+        plain = plain[key]
+    return plain
+
+
+def _read_back(config: RunConfig) -> Any:
+    """Return a configuration as plain values, read from its text, which gives it back."""
+    plain = yaml.safe_load(dump_config(config))
+    assert parse_config(plain) == config
+    return plain
+
+
+def _assert_holds(found: Any, given: Any) -> None:
+    """Check that plain values hold what was given, apart from defaults that were filled in."""
+    if isinstance(given, dict) and isinstance(found, dict):
+        for key, value in given.items():
+            assert key in found
+            _assert_holds(found[key], value)
+    elif isinstance(given, list | tuple) and isinstance(found, list):
+        for one, other in zip(found, given, strict=True):
+            _assert_holds(one, other)
+    else:
+        assert found == given
+        assert isinstance(found, bool) == isinstance(given, bool)  # True == 1
+
+
+def _assert_holds_text(found: Any, given: Any) -> None:
+    """Check the same of values that were given as texts of YAML."""
+    if isinstance(given, dict):
+        merged = [value for key, value in given.items() if key == "<<"]
+        for key, value in given.items():
+            assert key in found or merged, key
+            if key in found:
+                _assert_holds_text(found[key], value)
+    elif isinstance(given, list):
+        assert isinstance(found, list)
+        for one, other in zip(found, given, strict=True):
+            _assert_holds_text(one, other)
+    elif isinstance(found, bool):
+        assert given.lower() == str(found).lower()
+    elif isinstance(found, int | float):
+        assert found == (int(given, 0) if given[:2] in ("0x", "0o") else float(given))
+    elif found is None:
+        assert given.lower() in ("", "~", "null")
+    else:
+        assert found == given
+
+
 @settings(COMMON, max_examples=1000)
 @given(mutated())
 def test_malformed_mappings(case: tuple[Any, list[Path_]]) -> None:
@@ -187,7 +236,11 @@ def test_a_retyped_value_is_named_by_its_path(path: Path_, value: Any) -> None:
         above = [".".join(map(str, path[:length])) for length in range(1, len(path) + 1)]
         _check_any(error, [*(f"\n  {one}" for one in above), "do not fit together"])
     else:
-        assert isinstance(config, RunConfig)
+        event("accepted")
+        plain = _read_back(config)
+        _assert_holds(_at(plain, path), value)
+        for section in plain.keys() & VALID.keys() - {path[0]}:
+            _assert_holds(plain[section], VALID[section])
 
 
 NOISE = [" ", "\n", "\t", ": ", "- ", "[", "}", "&a ", "*a", "!!", "%", "'", '"', "<<: ", "\0", "#"]
@@ -198,7 +251,11 @@ NOISE += ["", "|\n", "? ", "---\n", "é", "!!python/name:os.system ", "."]
 @given(text=st.data())
 def test_malformed_text(text: st.DataObject, tmp_path_factory: Any) -> None:
     source = yaml.safe_dump(VALID, sort_keys=False)
-    for _ in range(text.draw(st.integers(1, 3))):
+    for _ in range(text.draw(st.integers(0, 3))):  # changes that leave it valid, mostly
+        at = text.draw(st.sampled_from([i for i, sign in enumerate(source) if sign in "56789\n"]))
+        new = " # a note\n" if source[at] == "\n" else text.draw(st.sampled_from("56789"))
+        source = source[:at] + new + source[at + 1 :]
+    for _ in range(text.draw(st.integers(0, 3))):
         low = text.draw(st.integers(0, len(source)))
         high = low + text.draw(st.sampled_from([0, 0, 1, 2, 30]))
         piece = text.draw(st.sampled_from(NOISE) | st.text(max_size=4))
@@ -216,15 +273,27 @@ def _load_bytes(data: bytes, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "property.yaml"
     path.write_bytes(data)
     try:
-        assert isinstance(load_config(path), RunConfig)
+        config = load_config(path)
     except ConfigError as error:
         _check(error, "property.yaml")
+    else:
+        event("accepted")
+        # PyYAML with every scalar as text, which leaves the reading of scalars to this test.
+        _assert_holds_text(_read_back(config), yaml.load(data, yaml.BaseLoader))
+
+
+CHANGES = ["seed=0o17", "seed=0x1F", "optim.lr=1e-3", "optim.lr=.5", "train.steps=1_000"]
+CHANGES += ["name=010", "data.train_split='yes'", "data.train_split=off", "launch.use_gpu=no"]
+CHANGES += ["data.transform.std.1=2", "data.transform.std=[1, 2e0, 3]", "train.max_grad_norm=~"]
+CHANGES += ["loss.options={a: [x, {b: True}]}", "loss.options.deep.list.0=1.5", "seed=5"]
+CHANGES += ["optim.no_weight_decay=[]", "nir={flow: {depth: 3}}", "evaluation.recall_at=[1, 10]"]
 
 
 @settings(COMMON, max_examples=300)
 @given(
     st.lists(
-        st.tuples(
+        st.sampled_from(CHANGES)
+        | st.tuples(
             st.sampled_from([".".join(map(str, path)) for path in PATHS]) | st.text(max_size=12),
             st.sampled_from(["=", "=", "=", "", ".x=", ".0="]),
             st.sampled_from(
@@ -241,9 +310,15 @@ def test_overrides(overrides: list[str]) -> None:
     except ConfigError as error:
         _check(error, "--set" if len(overrides) == 1 and "do not fit" not in str(error) else "")
     else:
-        assert isinstance(config, RunConfig)
-        for override in overrides:
-            parse_override(override)
+        event("accepted")
+        plain, before = _read_back(config), _read_back(parse_config(VALID))
+        changed = {override.partition("=")[0].strip().split(".")[0] for override in overrides}
+        for section in (plain.keys() | before.keys()) - changed:
+            assert plain[section] == before[section]
+        if len(overrides) == 1:
+            path, _, value = overrides[0].partition("=")
+            keys = [int(part) if part.isdecimal() else part for part in path.strip().split(".")]
+            _assert_holds_text(_at(plain, keys), yaml.load(value, yaml.BaseLoader))
 
 
 # ---------------------------------------------------------------- valid configurations
