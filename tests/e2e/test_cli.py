@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.runs import RunFolder
 from dml_dist.train.checkpoint_files import checkpoint_folders
 from tests.e2e.conftest import torchrun
@@ -226,3 +227,57 @@ def test_a_rank_ends_without_taking_the_interpreter_apart() -> None:
             )
             assert done.returncode == expected
             assert not rank or text in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed=5", "seed: 0 -> 5"),
+        ("name=other", "name: 'small' -> 'other'"),
+        ("data.train_split=test", "data.train_split: 'train' -> 'test'"),
+        ("data.test_split=train", "data.test_split: 'test' -> 'train'"),
+        ("data.transform.size=16", "data.transform.size: 24 -> 16"),
+        ("data.transform.mean=[0.5, 0.5, 0.5]", "data.transform.mean:"),
+        ("model.embedding_size=3", "model.embedding_size: 16 -> 3"),
+        ("model.backbone.width=8", "model.backbone.width: 16 -> 8"),
+        ("loss.name=triplet", "loss.name: 'proxy_nca' -> 'triplet'"),
+        ("optim.lr=0.5", "optim.lr: 0.001 -> 0.5"),
+        ("train.precision=float64", "train.precision: 'auto' -> 'float64'"),
+        ("train.global_batch_size=8", "train.global_batch_size: 26 -> 8"),
+        ("validation.fraction=0.3", "validation.fraction: 0.2 -> 0.3"),
+        ("nir={flow: {width: 9}}", "nir.flow.num_blocks: (absent) -> 5; "),
+    ],
+)
+def test_an_evaluation_refuses_another_run(
+    config_file: Path, cli: Cli, tmp_path: Path, change: str, named: str
+) -> None:
+    """Also beside changes that are allowed, which are not named."""
+    folder = RunFolder.create(tmp_path / "run", config_file.read_text(), name="small", seed=0)
+    before = sorted(folder.path.rglob("*"))
+    allowed = ("--set", "evaluation.batch_size=16", "--set", "launch.threads_per_rank=2")
+    code, output = cli("evaluate", folder.path, *allowed, "--set", change)
+    text = " ".join(output.split())
+    assert code == 2, output
+    assert "is evaluated with its own configuration" in text
+    assert f"got {named}" in text
+    assert "leave these changes out" in text
+    assert "batch_size: 256" not in text
+    assert "threads_per_rank" not in text
+    assert sorted(folder.path.rglob("*")) == before
+
+
+def test_an_evaluation_takes_changes_that_leave_the_embeddings(
+    config_file: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder.create(tmp_path / "run", config_file.read_text(), name="small", seed=0)
+    changes = [
+        *("evaluation.batch_size=16", "evaluation.distance=euclidean", "evaluation.recall_at=[3]"),
+        *("launch.num_workers=2", "launch.launcher=ray", "data.path=/elsewhere"),
+        *("data.loader_workers=2", "loggers=[{name: tensorboard}]"),
+    ]
+    config = evaluation_config(folder, changes)
+    assert (config.evaluation.batch_size, config.evaluation.distance) == (16, "euclidean")
+    assert (config.evaluation.recall_at, config.data.path) == ((3,), "/elsewhere")
+    assert (config.launch.num_workers, config.launch.launcher) == (2, "ray")
+    assert (config.data.loader_workers, len(config.loggers)) == (2, 1)
+    assert (config.seed, config.model.embedding_size) == (0, 16)
