@@ -292,8 +292,13 @@ def test_published_rows_stand_beside_the_number_of_their_protocol(tmp_path: Path
     dataset = {"name": "cub200", "source": "/nowhere"}
     path = tmp_path / "published"
     write_folder(path, config_of(data={"path": "/nowhere/shards", "dataset": dataset}))
-    row = {"dataset": "cub200", "backbone": "conv4", "embedding_size": 128, "verified": True}
-    rows = [
+    row: dict[str, Any] = {
+        "dataset": "cub200",
+        "backbone": "conv4",
+        "embedding_size": 128,
+        "verified": True,
+    }
+    rows: list[dict[str, Any]] = [
         {"method": "nca", "protocol": "best_on_test", "recall": {"1": 61.5}, "source": "A"},
         {"method": "nca", "protocol": "fixed_epochs", "recall": {"1": 62.5}, "source": "B"},
         {"method": "softmax", "protocol": "fixed_epochs", "recall": {"2": 63.5}, "source": "C"},
