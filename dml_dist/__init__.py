@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dml_dist.losses.proxy_nca_functions import dynamic_proxy_nca_loss, proxy_nca_loss
     from dml_dist.losses.soft_triple import soft_triple_loss
     from dml_dist.losses.softmax import arcface_loss, cosface_loss, normalized_softmax_loss
-    from dml_dist.models.build import build_model
-    from dml_dist.parallel.build import build_objective
+    from dml_dist.models.build_model import build_model
+    from dml_dist.parallel.build_objective import build_objective
     from dml_dist.parallel.comm import Comm
     from dml_dist.topology import Topology
 

@@ -195,7 +195,7 @@ def compare(
 ) -> None:
     """Compare methods over seeds at equal steps: a table, convergence curves, one page."""
     from dml_dist.config.load import load_config
-    from dml_dist.orchestration.compare import dry_run_comparison, run_comparison
+    from dml_dist.studies.compare import dry_run_comparison, run_comparison
 
     overrides = _overrides(changes, launcher, workers)
     if parallel is not None:
@@ -212,9 +212,9 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or comparison.")],
 ) -> None:
     """Write the page of a run, or of a comparison, anew."""
-    from dml_dist.config.comparison import ComparisonFolder
     from dml_dist.report import write_report
-    from dml_dist.report.compare_page import write_comparison
+    from dml_dist.report.study.compare import write_comparison
+    from dml_dist.runs.study import ComparisonFolder
 
     is_comparison = ComparisonFolder(run).config_path.is_file()
     page = write_comparison(run) if is_comparison else write_report(run)
@@ -237,7 +237,7 @@ def export(
     changes: SetOption = None,
 ) -> None:
     """Write a run's network as ONNX with a searchable gallery, one folder that stands alone."""
-    from dml_dist.orchestration.export import ExportOptions, run_export
+    from dml_dist.export.export import ExportOptions, run_export
 
     options = ExportOptions(split, checkpoint, thumbnails_mb)
     run_export(run, out, console, options, overrides=_overrides(changes, "inprocess", None))
@@ -257,7 +257,7 @@ def search(
     ] = "auto",
 ) -> None:
     """Show the images of a bundle that are nearest to given ones, as a table and a picture."""
-    from dml_dist.orchestration.search_bundle import run_search
+    from dml_dist.export.search import run_search
 
     run_search(bundle, images, console, top=top, out=out, runtime=runtime)
 

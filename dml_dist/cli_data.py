@@ -67,7 +67,7 @@ def data_import(
     allow_partial: PartialOption = False,
 ) -> None:
     """Import a data set: tar shards and one index, continued where it was interrupted."""
-    from dml_dist.orchestration.datasets import dataset_from_options, import_to
+    from dml_dist.runtime.datasets import dataset_from_options, import_to
 
     options = {
         "source": None if source is None else str(source),
@@ -112,7 +112,7 @@ def data_index(
     ] = "train",
 ) -> None:
     """Index tar shards that were made elsewhere (labels from .cls or .json)."""
-    from dml_dist.orchestration.datasets import index_folder
+    from dml_dist.runtime.datasets import index_folder
 
     index_folder(folder, split, console)
 
@@ -124,7 +124,7 @@ def data_verify(
     ],
 ) -> None:
     """Read every sample and compare it with the index."""
-    from dml_dist.orchestration.datasets import verify_folder
+    from dml_dist.runtime.datasets import verify_folder
 
     if not verify_folder(folder, console):
         sys.exit(2)
@@ -145,6 +145,6 @@ def data_show(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what is shown.")] = 0,
 ) -> None:
     """Counts, balance and mixing of a data set, and a picture with some of its images."""
-    from dml_dist.orchestration.show import show_dataset
+    from dml_dist.report.dataset import show_dataset
 
     show_dataset(folder, console, out=out, window=window, seed=seed)

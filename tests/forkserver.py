@@ -23,7 +23,7 @@ _IMPORTS = [
     "dml_dist.cli",
     "dml_dist.orchestration.train",
     "dml_dist.orchestration.evaluate",
-    "dml_dist.orchestration.rank",
+    "dml_dist.runtime.rank",
     "dml_dist.data.datasets",
     "dml_dist.data.write_shards",
     "tests.unit.test_write_shards",

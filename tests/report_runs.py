@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dml_dist.records import RecordWriter
 from dml_dist.report import GalleryClass, GalleryNeighbor, GalleryQuery, write_gallery
-from dml_dist.report.proxies import ProxyFacts, write_proxy_facts
-from dml_dist.runs import RunFolder
+from dml_dist.report.proxy_diagnostics import ProxyFacts, write_proxy_facts
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.records import RecordWriter
 
 EVIL = '<script>alert("x")</script>'
 

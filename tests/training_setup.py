@@ -17,12 +17,12 @@ from dml_dist.data.loader import Batch
 from dml_dist.data.plans import locate, rank_positions
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
-from dml_dist.records import RecordWriter
+from dml_dist.runs.records import RecordWriter
 from dml_dist.topology import Topology
 from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
 from dml_dist.train.optim_state import named_states
-from dml_dist.train.plan import RunPlan, resolve
 from dml_dist.train.projections import ProjectionMeans
+from dml_dist.train.run_plan import RunPlan, resolve
 from dml_dist.train.state import TrainState
 
 NUM_CLASSES = 7

@@ -16,7 +16,6 @@ from dml_dist.config.base import (
     Section,
     resumable,
 )
-from dml_dist.config.compare import CompareConfig
 from dml_dist.config.data import BalancedBatchesConfig, DataConfig, StandardTransformConfig
 from dml_dist.config.loggers import LoggerConfig
 from dml_dist.config.model import ModelConfig, ViTConfig
@@ -30,6 +29,7 @@ from dml_dist.config.objective import (
     ScheduleConfig,
 )
 from dml_dist.config.projections import ProjectionsConfig
+from dml_dist.config.study import CompareConfig
 
 # ---------------------------------------------------------------- validation
 

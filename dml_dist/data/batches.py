@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 from dml_dist.data.decode import decode_image
 from dml_dist.data.decoded_cache import DecodedCache
-from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.index import Index
 from dml_dist.data.plans import BatchPlan, global_batches, rank_positions
 from dml_dist.data.reader import ShardReader
 from dml_dist.data.systematic import FollowedPlan
 from dml_dist.data.transforms import StandardTransform, Transform
 from dml_dist.errors import ConfigError, DataError, DmlDistError
+from dml_dist.random_streams import Purpose, stream
 from dml_dist.topology import Topology
 
 

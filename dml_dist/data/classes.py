@@ -16,10 +16,10 @@ from dml_dist.config.schema import (
     NoValidationConfig,
     ValidationConfig,
 )
-from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.index import Index
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.partition import part_bounds
+from dml_dist.random_streams import Purpose, stream
 
 MIN_CLASSES = 2
 """Fewest classes to train or to validate on: with one class every answer is right."""

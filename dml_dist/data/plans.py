@@ -19,9 +19,9 @@ from dml_dist.config.data import (
     BatchesConfig,
     ShuffledBatchesConfig,
 )
-from dml_dist.data.draws import Purpose, stream
 from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.partition import part_bounds
+from dml_dist.random_streams import Purpose, stream
 
 
 class BatchPlan(Protocol):

@@ -10,7 +10,7 @@ import numpy as np
 
 from dml_dist.config.data import SplitConfig
 from dml_dist.data.sample import class_order
-from dml_dist.data.tables import read_table, refuse
+from dml_dist.data.table_file import read_table, refuse
 from dml_dist.errors import DataError
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dml_dist.data.draws import Purpose, stream
+from dml_dist.random_streams import Purpose, stream
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from functools import reduce
 from torch import Tensor
 
 from dml_dist.evaluation.population import Population
-from dml_dist.metrics import clustering as metrics
+from dml_dist.metrics import cluster_agreement as metrics
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.kmeans import kmeans
 from dml_dist.search.propose import Backend

@@ -32,7 +32,7 @@ from dml_dist.evaluation.structure import measure_structure
 from dml_dist.evaluation.tally import Tally
 from dml_dist.metrics import definitions as defined
 from dml_dist.metrics import per_class
-from dml_dist.metrics import retrieval as metrics
+from dml_dist.metrics import ranking as metrics
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.exact import Distance, store_rows
 from dml_dist.search.propose import resolve_backend

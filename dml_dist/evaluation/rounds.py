@@ -25,11 +25,11 @@ from torch import Tensor
 
 from dml_dist.evaluation.population import Population
 from dml_dist.evaluation.tally import Tally
-from dml_dist.metrics import retrieval as metrics
+from dml_dist.metrics import ranking as metrics
 from dml_dist.metrics.definitions import Definition
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.cross_join import CrossJoin, join_bytes
-from dml_dist.search.gallery import GalleryShard, Queries
+from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.neighbors import NO_ROW, Neighbors
 from dml_dist.search.propose import Backend
 from dml_dist.search.sharded import ShardedGallery, norm_bound, queries_per_block

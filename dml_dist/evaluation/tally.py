@@ -12,7 +12,7 @@ import torch
 
 from dml_dist.metrics import definitions as defined
 from dml_dist.metrics import per_class
-from dml_dist.metrics import retrieval as metrics
+from dml_dist.metrics import ranking as metrics
 from dml_dist.metrics.definitions import Definition, DefinitionSum
 from dml_dist.parallel.comm import Comm
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dml_dist.metrics.retrieval import (
+from dml_dist.metrics.ranking import (
     UNIT_BITS,
     first_hit,
     first_places,

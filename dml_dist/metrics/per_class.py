@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dml_dist.metrics.retrieval import UNIT_BITS, join_units, split_units, to_units
+from dml_dist.metrics.ranking import UNIT_BITS, join_units, split_units, to_units
 
 
 @dataclass(frozen=True, eq=False)

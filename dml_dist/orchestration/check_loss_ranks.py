@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dml_dist.config.objective import LossConfig
 from dml_dist.errors import ConfigError, RunError, TopologyError
-from dml_dist.parallel.build import build_objective
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init, shutdown
 from dml_dist.partition import part_sizes

@@ -15,10 +15,10 @@ from dml_dist.errors import ConfigError
 from dml_dist.files import write_json_atomic
 from dml_dist.orchestration.launch import joined, launch, on_main
 from dml_dist.orchestration.paths import with_absolute_paths
-from dml_dist.orchestration.progress import Display, discard
 from dml_dist.orchestration.tables import print_metrics
-from dml_dist.orchestration.tasks import Assignment
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runtime.progress import Display, discard
+from dml_dist.runtime.tasks import Assignment
 
 # What a run's embeddings and their ranking depend on may not be changed from the command line, but
 # for the settings of the evaluation itself.

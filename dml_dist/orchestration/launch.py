@@ -11,10 +11,10 @@ import torch
 
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import ConfigError, TopologyError
-from dml_dist.orchestration.progress import Emit
-from dml_dist.orchestration.tasks import Assignment
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init, shutdown, topology_from_environment
+from dml_dist.runtime.progress import Emit
+from dml_dist.runtime.tasks import Assignment
 
 Value = TypeVar("Value")
 
@@ -88,7 +88,7 @@ def launch(assignment: Assignment, comm: Comm, emit: Emit) -> dict[str, Any]:
         announce(settings, emit)
         use_gpu = uses_gpu(settings, settings.num_workers)
         return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit)
-    from dml_dist.orchestration.rank import run_rank
+    from dml_dist.runtime.rank import run_rank
 
     return run_rank(assignment, comm.topology, comm, emit)
 

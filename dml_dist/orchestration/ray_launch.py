@@ -20,10 +20,10 @@ from typing import Any
 
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
-from dml_dist.orchestration.progress import Emit, note
-from dml_dist.orchestration.ray_mail import Drain, Mailbox, fatal_of
+from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, fatal_of
 from dml_dist.orchestration.ray_worker import ray_rank
-from dml_dist.orchestration.tasks import Assignment, rebuild_error
+from dml_dist.runtime.progress import Emit, note
+from dml_dist.runtime.tasks import Assignment, rebuild_error
 
 # Read by Ray when it is imported or started. Values that the user has set are kept.
 _ENVIRONMENT = {

@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from dml_dist.errors import DmlDistError, LoaderLostError, PeerLostError, RunError
-from dml_dist.orchestration.progress import Event, note
-from dml_dist.orchestration.ray_mail import signs_of_life
-from dml_dist.orchestration.tasks import Assignment, fatal_event
+from dml_dist.orchestration.ray_mailbox import signs_of_life
+from dml_dist.runtime.progress import Event, note
+from dml_dist.runtime.tasks import Assignment, fatal_event
 
 # A rank that lost its peers waits this long for one of them to say that it gave up on purpose.
 _SECONDS_FOR_A_REASON = 5.0
@@ -28,8 +28,8 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
     import ray
     from ray import train
 
-    from dml_dist.orchestration.rank import run_rank
     from dml_dist.parallel.process_group import init, shutdown
+    from dml_dist.runtime.rank import run_rank
     from dml_dist.topology import Topology
 
     _quiet()

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dml_dist.report.formatting import format_seconds, result_table
 from dml_dist.report.summary import read_summary
-from dml_dist.report.tables import format_seconds, result_table
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
 
 
 def print_results(folder: RunFolder, console: Console) -> None:

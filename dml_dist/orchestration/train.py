@@ -18,27 +18,27 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.files import write_text_atomic
 from dml_dist.models.backbones import check_weights
-from dml_dist.orchestration.bench import open_bench
-from dml_dist.orchestration.datasets import (
+from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
+from dml_dist.orchestration.paths import with_absolute_paths
+from dml_dist.orchestration.ray_launch import delete_scratch
+from dml_dist.orchestration.tables import print_results
+from dml_dist.parallel.comm import Comm
+from dml_dist.report import write_report
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runtime.context import open_bench
+from dml_dist.runtime.datasets import (
     ensure_imported,
     require_index,
     require_same_dataset,
 )
-from dml_dist.orchestration.estimate import estimate_plan
-from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
-from dml_dist.orchestration.loggers import check_loggers
-from dml_dist.orchestration.paths import with_absolute_paths
-from dml_dist.orchestration.progress import Display, discard, warnings_as_notes
-from dml_dist.orchestration.ray_launch import delete_scratch
-from dml_dist.orchestration.tables import print_results
-from dml_dist.orchestration.tasks import Assignment
-from dml_dist.parallel.comm import Comm
-from dml_dist.report import write_report
-from dml_dist.runs import RunFolder
+from dml_dist.runtime.estimate import estimate_plan
+from dml_dist.runtime.loggers import check_loggers
+from dml_dist.runtime.progress import Display, discard, warnings_as_notes
+from dml_dist.runtime.tasks import Assignment
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import newest_checkpoint
-from dml_dist.train.plan import RunPlan
 from dml_dist.train.resume import check_plan, resumable_differences
+from dml_dist.train.run_plan import RunPlan
 from dml_dist.urls import local_path
 
 

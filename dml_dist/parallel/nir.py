@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dml_dist.losses.flow import ConditionalFlow
 from dml_dist.losses.nir import Link, continued_linearly, linked, negative_log_likelihood
 from dml_dist.losses.numerics import Merge, normalize_rows
+from dml_dist.parallel.class_table import fetch_rows
 from dml_dist.parallel.collectives import merge_over_ranks, times_world_size
 from dml_dist.parallel.proxies import (
     GlobalBatch,
@@ -34,7 +35,6 @@ from dml_dist.parallel.proxies import (
     OwnedRows,
     ProxyObjective,
 )
-from dml_dist.parallel.tables import fetch_rows
 
 _NOISE_STREAM = 0x4E4F4953
 """Keeps these draws apart from others with the same seed."""

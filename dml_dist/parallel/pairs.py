@@ -12,6 +12,7 @@ from dml_dist.losses.forms import PairLoss
 from dml_dist.losses.numerics import accurate_dtype
 from dml_dist.losses.pairs import MINED_MERGES, AnchorBatch, AnchorLoss, active_share
 from dml_dist.losses.pairs_margin import Margin
+from dml_dist.parallel.class_table import fetch_rows
 from dml_dist.parallel.collectives import (
     gather_rows_of_parts,
     gather_rows_of_whole,
@@ -19,7 +20,6 @@ from dml_dist.parallel.collectives import (
 )
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.proxies import EMBEDDINGS, GlobalBatch, Objective, ObjectiveOutput, OwnedRows
-from dml_dist.parallel.tables import fetch_rows
 from dml_dist.partition import part_bounds
 
 

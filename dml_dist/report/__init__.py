@@ -1,5 +1,6 @@
 """Reports: tables, figures, retrieval galleries and one page, all from a run's folder."""
 
+from dml_dist.report.formatting import ResultRow, result_table
 from dml_dist.report.gallery import (
     Gallery,
     GalleryClass,
@@ -10,7 +11,6 @@ from dml_dist.report.gallery import (
     write_gallery,
 )
 from dml_dist.report.page import write_report
-from dml_dist.report.tables import ResultRow, result_table
 
 __all__ = [
     "Gallery",

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dml_dist.errors import DataError
 from dml_dist.report.figures import Colors, Picture, draw_picture, new_axes, whole_numbers
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

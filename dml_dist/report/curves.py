@@ -16,8 +16,8 @@ from dml_dist.report.figures import (
     new_axes,
     whole_numbers,
 )
+from dml_dist.report.formatting import metric_label, recall_key
 from dml_dist.report.summary import RunSummary, Series
-from dml_dist.report.tables import metric_label, recall_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

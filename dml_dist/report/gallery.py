@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from dml_dist.data.pixels import rgb_image
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side: sharp at 80 CSS pixels on a phone
 _SMALL = 64  # up to this side an image is kept without loss

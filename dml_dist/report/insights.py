@@ -12,10 +12,10 @@ import yaml
 from dml_dist.errors import DataError
 from dml_dist.report.classes import ClassResults, draw_classes, read_class_results
 from dml_dist.report.figures import Picture
-from dml_dist.report.proxies import ProxyFacts, draw_proxies, read_proxy_facts
+from dml_dist.report.formatting import format_metric
+from dml_dist.report.proxy_diagnostics import ProxyFacts, draw_proxies, read_proxy_facts
 from dml_dist.report.space import draw_space, read_space
 from dml_dist.report.summary import RunSummary
-from dml_dist.report.tables import format_metric
 
 _Value = TypeVar("_Value")
 

@@ -14,10 +14,7 @@ from markupsafe import Markup
 from dml_dist.files import write_bytes_atomic, write_text_atomic
 from dml_dist.report.curves import draw_curves
 from dml_dist.report.figures import Picture
-from dml_dist.report.gallery import Gallery
-from dml_dist.report.insights import Insights, find_insights
-from dml_dist.report.summary import RunSummary, read_summary
-from dml_dist.report.tables import (
+from dml_dist.report.formatting import (
     format_count,
     format_metric,
     format_seconds,
@@ -26,8 +23,11 @@ from dml_dist.report.tables import (
     number,
     recall_key,
 )
+from dml_dist.report.gallery import Gallery
+from dml_dist.report.insights import Insights, find_insights
+from dml_dist.report.summary import RunSummary, read_summary
 from dml_dist.report.tiles import TileMaker
-from dml_dist.runs import Attempt, RunFolder
+from dml_dist.runs.folder import Attempt, RunFolder
 
 _FOLDER = Path(__file__).parent
 

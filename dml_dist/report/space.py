@@ -24,7 +24,7 @@ from dml_dist.report.figures import (
     new_figure,
     whole_numbers,
 )
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

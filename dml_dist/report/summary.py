@@ -13,10 +13,10 @@ import numpy as np
 
 from dml_dist.errors import DataError
 from dml_dist.files import read_json
-from dml_dist.records import read_records
+from dml_dist.report.formatting import ResultRow, group, is_metric, number, result_table
 from dml_dist.report.gallery import Gallery, read_gallery
-from dml_dist.report.tables import ResultRow, group, is_metric, number, result_table
-from dml_dist.runs import RunFolder, RunInfo
+from dml_dist.runs.folder import RunFolder, RunInfo
+from dml_dist.runs.records import read_records
 
 
 @dataclass(frozen=True)

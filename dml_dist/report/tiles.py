@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dml_dist.report.formatting import format_metric
 from dml_dist.report.gallery import Gallery, GalleryClass, GalleryNeighbor, GalleryQuery
-from dml_dist.report.tables import format_metric
 
 _PIXELATED = 48  # pixels; images up to this side are shown with their pixels, not blurred
 MOST_BYTES = 2_500_000

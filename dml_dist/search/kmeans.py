@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.exact import pair_distances
-from dml_dist.search.gallery import GalleryShard, Queries
+from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.propose import Backend
 from dml_dist.search.sharded import norm_bound, queries_per_block
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dml_dist.parallel.comm import Comm
 from dml_dist.partition import part_sizes
 from dml_dist.search.exact import pair_distances, store_rows
-from dml_dist.search.gallery import GalleryShard, Queries
+from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.propose import resolve_backend
 
 _NEIGHBORS = "nearest classes"

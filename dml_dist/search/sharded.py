@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dml_dist.parallel.comm import Comm
-from dml_dist.search.gallery import GalleryShard, Queries
+from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.neighbors import Neighbors, merge_neighbors
 
 _LARGEST_BLOCK = 4096

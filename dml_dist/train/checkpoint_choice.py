@@ -11,7 +11,7 @@ import torch
 from dml_dist.config.model import ModelConfig
 from dml_dist.errors import CheckpointError, DataError
 from dml_dist.files import read_json, write_json_atomic
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.train.checkpoint_files import (

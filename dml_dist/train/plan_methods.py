@@ -8,8 +8,8 @@ from dml_dist.config.data import BalancedBatchesConfig, DataConfig
 from dml_dist.config.projections import ProjectionsConfig
 from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.parallel.build import proxies_per_class
 from dml_dist.parallel.build_nir import flow_numbers
+from dml_dist.parallel.build_objective import proxies_per_class
 
 
 def check_methods(config: RunConfig, class_sizes: np.ndarray) -> None:

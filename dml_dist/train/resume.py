@@ -11,7 +11,7 @@ from dml_dist.config.load import Difference, differing_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import CheckpointError
 from dml_dist.train.checkpoint_files import Manifest
-from dml_dist.train.plan import RunPlan
+from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.schedule import depends_on_total_steps
 
 

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.batch_norm import synchronize_batch_norm
-from dml_dist.parallel.build import build_objective
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.proxies import Objective
 from dml_dist.train.optim import build_optimizer, parameter_groups

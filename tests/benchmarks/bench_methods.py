@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dml_dist.config.load import parse_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.parallel.build import build_objective
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.representatives import k_center, nearest_classes
 from dml_dist.train.proximal import ProximalTerm

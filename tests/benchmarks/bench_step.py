@@ -33,13 +33,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dml_dist.config.load import parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.loader import Batch
-from dml_dist.models.build import build_model
-from dml_dist.parallel.build import build_objective
+from dml_dist.models.build_model import build_model
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
-from dml_dist.records import RecordWriter
+from dml_dist.runs.records import RecordWriter
 from dml_dist.topology import Topology
 from dml_dist.train.loop import Surroundings, train
-from dml_dist.train.plan import resolve
+from dml_dist.train.run_plan import resolve
 from dml_dist.train.state import TrainState, build_state
 from dml_dist.train.step import train_step
 from tests.ranks import run_ranks

@@ -19,7 +19,7 @@ from dml_dist.data.plans import rank_positions
 from dml_dist.data.systematic import PlanState, SystematicPlan, systematic_batches
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
-from dml_dist.records import read_records
+from dml_dist.runs.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.projections import ProjectionMeans
 from tests.ranks import run_ranks

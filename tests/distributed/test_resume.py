@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import CheckpointError
 from dml_dist.parallel.comm import Comm
-from dml_dist.records import read_records
+from dml_dist.runs.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint import load_checkpoint
 from dml_dist.train.checkpoint_files import verify_checkpoint

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dml_dist.config.objective import ProxyNCAConfig
 from dml_dist.errors import TopologyError
-from dml_dist.parallel.build import build_objective, bytes_per_step
+from dml_dist.parallel.build_objective import build_objective, bytes_per_step
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init
 from dml_dist.parallel.proxies import Objective

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dml_dist.errors import DataError, RunError
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
-from dml_dist.parallel.build import build_objective
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
-from dml_dist.records import read_records
+from dml_dist.runs.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import checkpoint_folders
 from dml_dist.train.state import distribute

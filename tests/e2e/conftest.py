@@ -15,7 +15,7 @@ from dml_dist.cli import main
 from dml_dist.config.data import GlyphsConfig
 from dml_dist.data.datasets import build_importer
 from dml_dist.data.write_shards import import_dataset
-from dml_dist.orchestration.datasets import describe
+from dml_dist.runtime.datasets import describe
 
 REPOSITORY = Path(__file__).parents[2]
 

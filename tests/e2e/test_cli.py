@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dml_dist.orchestration.evaluate import evaluation_config
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
 from dml_dist.train.checkpoint_files import checkpoint_folders
 from tests.e2e.conftest import torchrun
 

@@ -14,13 +14,13 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from dml_dist.config.comparison import run_config
 from dml_dist.config.load import load_config
-from dml_dist.orchestration import rank
 from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.train import run_training
-from dml_dist.records import read_records
-from dml_dist.report.compare_read import read_comparison
+from dml_dist.report.study.read import read_comparison
+from dml_dist.runs.records import read_records
+from dml_dist.runs.study import run_config
+from dml_dist.runtime import rank
 from tests.report_runs import Page
 
 Cli = Callable[..., tuple[int, str]]

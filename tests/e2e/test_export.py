@@ -25,16 +25,17 @@ from dml_dist.config.load import load_config
 from dml_dist.data.index import read_index
 from dml_dist.data.reader import ShardReader
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.orchestration import export, search_picture
-from dml_dist.orchestration.bench import open_bench
-from dml_dist.orchestration.bundle import read_bundle
-from dml_dist.orchestration.export import ExportOptions, run_export, thumbnail, thumbnails
-from dml_dist.orchestration.progress import Event, discard
-from dml_dist.orchestration.search_bundle import embed_images, nearest
-from dml_dist.orchestration.search_picture import Tile
+from dml_dist.export import export
+from dml_dist.export.bundle import read_bundle
+from dml_dist.export.export import ExportOptions, run_export, thumbnail, thumbnails
+from dml_dist.export.search import embed_images, nearest
 from dml_dist.orchestration.train import run_training
 from dml_dist.parallel.comm import Comm
-from dml_dist.runs import RunFolder
+from dml_dist.report import search_figure as search_picture
+from dml_dist.report.search_figure import Tile
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runtime.context import open_bench
+from dml_dist.runtime.progress import Event, discard
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from tests.oracles_preprocessing import apply_steps

@@ -10,7 +10,7 @@ import yaml
 
 from dml_dist.config.data import SOPConfig, SplitConfig, TableConfig
 from dml_dist.data.index import read_index
-from dml_dist.orchestration.datasets import describe
+from dml_dist.runtime.datasets import describe
 from tests import official_layouts as layouts
 
 Cli = Callable[..., tuple[int, str]]

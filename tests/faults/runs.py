@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from dml_dist.records import read_records
+from dml_dist.runs.records import read_records
 from dml_dist.train.checkpoint_files import checkpoint_folders, is_whole
 from tests.e2e.conftest import REPOSITORY
 

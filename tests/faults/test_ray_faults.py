@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dml_dist.orchestration import ray_launch
-from dml_dist.records import read_records
+from dml_dist.runs.records import read_records
 from dml_dist.train.checkpoint_files import checkpoint_folders, is_whole
 from tests.faults.forked import command, forked
 from tests.faults.runs import (

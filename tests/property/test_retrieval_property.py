@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dml_dist.evaluation.retrieval import evaluate
-from dml_dist.metrics import retrieval as metrics
-from dml_dist.search.gallery import GalleryShard, Queries
+from dml_dist.metrics import ranking as metrics
+from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.neighbors import Neighbors, merge_neighbors
 from tests.oracles_retrieval import retrieval
 

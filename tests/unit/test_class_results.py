@@ -17,7 +17,7 @@ from dml_dist.evaluation.saved import (
     write_embeddings,
 )
 from dml_dist.parallel.comm import Comm
-from dml_dist.search import gallery
+from dml_dist.search import gallery_shard as gallery
 from tests.oracles_retrieval import retrieval
 from tests.retrieval_cases import cases
 

@@ -14,7 +14,7 @@ from sklearn.metrics import (
 )
 
 from dml_dist.evaluation.retrieval import evaluate
-from dml_dist.metrics import clustering as metrics
+from dml_dist.metrics import cluster_agreement as metrics
 from dml_dist.parallel.comm import Comm
 from dml_dist.search import kmeans as module
 from dml_dist.search.exact import store_rows

@@ -11,7 +11,11 @@ from typing import Any
 import optuna
 import pytest
 
-from dml_dist.config.comparison import (
+from dml_dist.config.load import differing_paths, parse_config
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import ConfigError, RunError
+from dml_dist.runs.records import RecordWriter
+from dml_dist.runs.study import (
     ComparisonFolder,
     axis_values,
     digest,
@@ -21,12 +25,8 @@ from dml_dist.config.comparison import (
     searched_paths,
     trial_config,
 )
-from dml_dist.config.load import differing_paths, parse_config
-from dml_dist.config.schema import RunConfig
-from dml_dist.errors import ConfigError, RunError
-from dml_dist.orchestration.compare import _check_methods
-from dml_dist.orchestration.compare_search import own_values, search_method
-from dml_dist.records import RecordWriter
+from dml_dist.studies.compare import _check_methods
+from dml_dist.studies.search import own_values, search_method
 
 SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-1}, "optim.proxy_lr": {"low": 1e-3, "high": 1.0}}
 

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dml_dist.config.comparison import ComparisonFolder
 from dml_dist.config.load import dump_config, parse_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.orchestration.compare import print_comparison
-from dml_dist.records import RecordWriter
-from dml_dist.report import compare_axis, compare_page
-from dml_dist.report.compare_page import write_comparison
-from dml_dist.report.compare_read import Comparison, MethodResult, read_comparison
-from dml_dist.runs import RunFolder
+from dml_dist.report.study import axis as compare_axis
+from dml_dist.report.study import compare as compare_page
+from dml_dist.report.study.compare import write_comparison
+from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.records import RecordWriter
+from dml_dist.runs.study import ComparisonFolder
+from dml_dist.studies.compare import print_comparison
 from tests.report_runs import Page, begin
 
 # Method and seed of each finished run -> R@1, MAP@R, step of its checkpoint, seconds of training.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dml_dist.report.compare_differences import format_gain
-from dml_dist.report.compare_stats import (
+from dml_dist.report.study.differences import format_gain
+from dml_dist.report.study.stats import (
     Curve,
     Interval,
     band_of,

@@ -11,15 +11,15 @@ from rich.console import Console
 
 import dml_dist.orchestration
 from dml_dist.cli import app
-from dml_dist.config.comparison import method_config
 from dml_dist.config.data import GlyphsConfig
 from dml_dist.config.load import load_config
 from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.errors import ConfigError
-from dml_dist.orchestration.compare import dry_run_comparison
-from dml_dist.orchestration.estimate import estimate_plan
 from dml_dist.orchestration.train import dry_run_table
-from dml_dist.report.compare_references import find_published, read_references
+from dml_dist.report.study.references import find_published, read_references
+from dml_dist.runs.study import method_config
+from dml_dist.runtime.estimate import estimate_plan
+from dml_dist.studies.compare import dry_run_comparison
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = ROOT / "configs/references.yaml"

@@ -11,8 +11,8 @@ from dml_dist.config.data import CountsConfig, FolderConfig, TableConfig
 from dml_dist.config.load import parse_config
 from dml_dist.data.datasets import build_importer
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.orchestration.datasets import describe
-from dml_dist.orchestration.estimate import estimate_plan
+from dml_dist.runtime.datasets import describe
+from dml_dist.runtime.estimate import estimate_plan
 
 EXPECTED = {
     "train": CountsConfig(classes=2, images=5),

@@ -12,9 +12,9 @@ import torch
 
 from dml_dist.config.model import BatchNormConfig, Conv4Config, ModelConfig, ResNetConfig
 from dml_dist.errors import RunError
-from dml_dist.models.build import build_model
-from dml_dist.orchestration import onnx_export
-from dml_dist.orchestration.bundle import Embedder
+from dml_dist.export import onnx as onnx_export
+from dml_dist.export.bundle import Embedder
+from dml_dist.models.build_model import build_model
 from tests.unit.test_torchvision_backbones import backbone_of
 
 SIDE = 64

@@ -17,8 +17,8 @@ from PIL import Image
 from dml_dist.config.data import CustomTransformConfig, StandardTransformConfig
 from dml_dist.data.decode import decode_image
 from dml_dist.data.transforms import build_transform
-from dml_dist.orchestration.bundle import write_gallery
-from dml_dist.orchestration.export import preprocessing
+from dml_dist.export.bundle import write_gallery
+from dml_dist.export.export import preprocessing
 from tests.oracles_preprocessing import apply_steps
 
 MEAN, STD = (0.1, 0.35, 0.6), (0.9, 0.5, 0.25)  # each number once

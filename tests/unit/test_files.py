@@ -16,7 +16,7 @@ import torch
 
 from dml_dist import files
 from dml_dist.errors import DataError
-from dml_dist.records import RecordWriter
+from dml_dist.runs.records import RecordWriter
 
 
 def test_text_bytes_and_json_come_back(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from rich.console import Console
 from dml_dist.config.load import dump_config, parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
-from dml_dist.orchestration import loggers as module
-from dml_dist.orchestration.loggers import Loggers, check_loggers, open_loggers
 from dml_dist.orchestration.train import run_training
-from dml_dist.records import RecordWriter, read_records
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.records import RecordWriter, read_records
+from dml_dist.runtime import loggers as module
+from dml_dist.runtime.loggers import Loggers, check_loggers, open_loggers
 
 
 def config_with(*loggers: Mapping[str, Any]) -> RunConfig:

@@ -21,7 +21,7 @@ from dml_dist.config.model import (
 )
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import check_weights
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import parameter_kinds
 from dml_dist.models.pooling import build_pooling
 

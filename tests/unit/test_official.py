@@ -21,7 +21,7 @@ from dml_dist.data.datasets import build_importer, official, on_disk
 from dml_dist.data.datasets.cars196 import Cars196Importer
 from dml_dist.data.datasets.official import Counts, Official
 from dml_dist.errors import DataError
-from dml_dist.orchestration.estimate import estimate_plan
+from dml_dist.runtime.estimate import estimate_plan
 from tests import official_layouts as layouts
 
 # Section, classes and images of train, of test.

@@ -19,7 +19,7 @@ from dml_dist.config.objective import (
     SGDConfig,
 )
 from dml_dist.errors import CheckpointError, ConfigError
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.train.optim import (

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dml_dist
 from dml_dist.config.objective import LossConfig
-from dml_dist.losses.build import build_loss
+from dml_dist.losses.build_loss import build_loss
 from dml_dist.losses.miners import distance_weights, draw_weighted
 from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, contrastive_loss, pair_distances
 from dml_dist.losses.pairs_margin import margin_loss

@@ -10,8 +10,8 @@ import torch
 from dml_dist.config.load import parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, DataError, TopologyError
-from dml_dist.models.build import build_model
-from dml_dist.train.plan import resolve
+from dml_dist.models.build_model import build_model
+from dml_dist.train.run_plan import resolve
 
 
 def config(**changes: Any) -> RunConfig:

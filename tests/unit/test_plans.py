@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dml_dist.config.data import BalancedBatchesConfig, BatchesConfig, ShuffledBatchesConfig
-from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.plans import BatchPlan, build_plan
 from dml_dist.errors import ConfigError, TopologyError
+from dml_dist.random_streams import Purpose, stream
 
 SHUFFLED = ShuffledBatchesConfig(window=2)
 BALANCED = BalancedBatchesConfig(classes_per_batch=4, samples_per_class=3)

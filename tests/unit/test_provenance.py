@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dml_dist import provenance
-from dml_dist.provenance import GitState, git_revision
+from dml_dist.runs import provenance
+from dml_dist.runs.provenance import GitState, git_revision
 
 
 def git(folder: Path, *arguments: str) -> str:

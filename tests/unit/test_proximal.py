@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dml_dist.config.load import parse_config
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.train.proximal import ProximalTerm, drawn_parameters
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dml_dist.config.objective import CustomLossConfig, ProxyNCAConfig
 from dml_dist.errors import ConfigError
-from dml_dist.losses.build import build_loss
+from dml_dist.losses.build_loss import build_loss
 from dml_dist.losses.chunks import chunk_rows
 from dml_dist.losses.forms import RowLoss
 from dml_dist.losses.proxy_nca import ProxyNCA
 from dml_dist.losses.proxy_nca_functions import proxy_nca_loss
-from dml_dist.parallel.build import proxies_per_class
+from dml_dist.parallel.build_objective import proxies_per_class
 from tests.oracles_losses import proxy_nca_oracle
 
 OPTIONS: list[dict[str, Any]] = [

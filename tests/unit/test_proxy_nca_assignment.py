@@ -17,7 +17,7 @@ from dml_dist.config.objective import ProxyNCAConfig
 from dml_dist.losses.class_weights import class_weights, fractional_rows
 from dml_dist.losses.numerics import merge_statistics
 from dml_dist.parallel.assignment import DynamicProxyObjective
-from dml_dist.parallel.build import build_objective, proxies_per_class, proxy_rows
+from dml_dist.parallel.build_objective import build_objective, proxies_per_class, proxy_rows
 from dml_dist.parallel.comm import Comm
 from dml_dist.train.optim_state import forget_rows
 from tests.training_setup import small_config, small_run, whole_snapshot

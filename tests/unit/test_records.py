@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dml_dist.errors import RunError
-from dml_dist.records import RecordWriter, read_records
+from dml_dist.runs.records import RecordWriter, read_records
 
 
 @pytest.fixture

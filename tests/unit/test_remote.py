@@ -31,10 +31,10 @@ from dml_dist.data.remote import RemoteFolder
 from dml_dist.data.remote_shards import open_index
 from dml_dist.data.verify import verify
 from dml_dist.errors import ConfigError, DataError, RunError
-from dml_dist.orchestration import datasets
-from dml_dist.orchestration.fetch import fetch_before_training, require_cache_room
-from dml_dist.orchestration.show import show_dataset
 from dml_dist.parallel.comm import Comm
+from dml_dist.report.dataset import show_dataset
+from dml_dist.runtime import datasets
+from dml_dist.runtime.fetch import fetch_before_training, require_cache_room
 from dml_dist.topology import Topology
 from tests.ranks import run_ranks
 from tests.unit.flaky_server import FlakyServer, flaky_server

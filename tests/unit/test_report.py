@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dml_dist import runs
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.provenance import GitState
-from dml_dist.records import RecordWriter
 from dml_dist.report import write_report
 from dml_dist.report.summary import read_summary
+from dml_dist.runs import folder as runs
+from dml_dist.runs.provenance import GitState
+from dml_dist.runs.records import RecordWriter
 from tests.report_runs import EVIL, Page, add_records, begin, make_run, new_run, picture, scores
 
 

@@ -23,7 +23,7 @@ from dml_dist.report import (
     write_gallery,
     write_report,
 )
-from dml_dist.report.tables import format_metric, format_seconds, metric_label
+from dml_dist.report.formatting import format_metric, format_seconds, metric_label
 from tests.report_runs import Page, encoded, new_run, picture, query
 
 # ---------------------------------------------------------------- tables

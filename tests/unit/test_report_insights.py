@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dml_dist.orchestration.proxies import _nearest_classes, _Table
 from dml_dist.report import write_gallery, write_report
 from dml_dist.report.classes import read_class_results
-from dml_dist.report.proxies import read_proxy_facts, write_proxy_facts
+from dml_dist.report.proxy_diagnostics import read_proxy_facts, write_proxy_facts
 from dml_dist.report.space import (
     MOST_POINTS,
     MOST_QUERIES,
@@ -26,6 +25,7 @@ from dml_dist.report.space import (
     read_space,
 )
 from dml_dist.report.tiles import MOST_BYTES
+from dml_dist.runtime.proxy_facts import _nearest_classes, _Table
 from dml_dist.train.checkpoint_files import PartFile, write_part
 from tests.report_runs import (
     EVIL,
@@ -237,8 +237,8 @@ def test_facts_about_proxies_are_kept_and_counted(tmp_path: Path) -> None:
 def test_nearest_proxies_are_those_of_loops(
     tmp_path: Path, per_class: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dml_dist.orchestration.proxies._CHUNK_ROWS", 5 * per_class)
-    monkeypatch.setattr("dml_dist.orchestration.proxies._BLOCK_FLOATS", 40 * per_class)
+    monkeypatch.setattr("dml_dist.runtime.proxy_facts._CHUNK_ROWS", 5 * per_class)
+    monkeypatch.setattr("dml_dist.runtime.proxy_facts._BLOCK_FLOATS", 40 * per_class)
     num_classes = 23
     generator = torch.Generator().manual_seed(per_class)
     values = torch.randn(num_classes * per_class, 4, generator=generator)

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from dml_dist.orchestration.tables import print_metrics, print_results
-from dml_dist.records import RecordWriter
 from dml_dist.report import write_report
+from dml_dist.report.formatting import ResultRow
 from dml_dist.report.summary import read_summary
-from dml_dist.report.tables import ResultRow
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.records import RecordWriter
 from tests.report_runs import EVIL, Page, begin, make_run, new_run, scores
 
 HEADER = ["metric", "untrained", "trained", "best validation"]

@@ -23,7 +23,7 @@ from dml_dist.config.objective import (
 )
 from dml_dist.config.objective import ProxyAnchorConfig as AnchorConfig
 from dml_dist.errors import ConfigError
-from dml_dist.losses.build import build_loss
+from dml_dist.losses.build_loss import build_loss
 from dml_dist.losses.proxy_anchor import ProxyAnchor
 from dml_dist.losses.soft_triple import SoftTriple
 from dml_dist.losses.softmax import ArcFace, CosFace, NormalizedSoftmax

@@ -11,8 +11,8 @@ import pytest
 
 import dml_dist
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.provenance import GitState
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.provenance import GitState
 
 ATTEMPT = {"world_size": 2, "launcher": "ray", "device": "2 x cpu", "command": "dml-dist train"}
 
@@ -131,6 +131,6 @@ def test_damaged_run_json_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_the_run_folder_needs_no_torch() -> None:
-    program = "import sys, dml_dist.runs; sys.exit('torch' in sys.modules)"
+    program = "import sys, dml_dist.runs.folder; sys.exit('torch' in sys.modules)"
     folder = Path(dml_dist.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0

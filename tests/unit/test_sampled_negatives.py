@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 from dml_dist.config.nir import NIRConfig
 from dml_dist.config.objective import CosFaceConfig
 from dml_dist.errors import ConfigError
-from dml_dist.parallel.build import build_objective
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.proxies import Objective
 from dml_dist.parallel.sampling import drawn_classes

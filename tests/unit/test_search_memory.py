@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dml_dist.evaluation.retrieval import evaluate
-from dml_dist.search import gallery, propose
+from dml_dist.search import gallery_shard as gallery
+from dml_dist.search import propose
 from dml_dist.search.propose import gallery_tile
 from dml_dist.search.sharded import queries_per_block
 

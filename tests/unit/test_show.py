@@ -14,9 +14,9 @@ from rich.console import Console
 
 from dml_dist.data.index import Index, build_index, read_index
 from dml_dist.data.plans import ShuffledPlan
-from dml_dist.data.show import SplitFacts, contact_sheet, split_facts, split_names
+from dml_dist.data.statistics import SplitFacts, contact_sheet, split_facts, split_names
 from dml_dist.errors import ConfigError
-from dml_dist.orchestration.show import show_dataset
+from dml_dist.report.dataset import show_dataset
 
 
 def made_index(

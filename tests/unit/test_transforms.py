@@ -12,9 +12,9 @@ from torchvision.transforms import v2
 
 from dml_dist.config.data import CustomTransformConfig, StandardTransformConfig
 from dml_dist.data import transforms
-from dml_dist.data.draws import Purpose, stream
 from dml_dist.data.transforms import StandardTransform, Transform, build_transform, draw_crop
 from dml_dist.errors import ConfigError
+from dml_dist.random_streams import Purpose, stream
 
 
 def image_of(height: int, width: int, seed: int = 0) -> torch.Tensor:

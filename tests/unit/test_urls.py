@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dml_dist.errors import ConfigError
-from dml_dist.runs import RunFolder
+from dml_dist.runs.folder import RunFolder
 from dml_dist.urls import is_url, join_url, local_path, shown_url
 
 

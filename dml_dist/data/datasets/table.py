@@ -12,7 +12,7 @@ from pathlib import Path
 from dml_dist.config.data import TableConfig
 from dml_dist.data.datasets.expected import check_expected, expected_facts
 from dml_dist.data.sample import ROLES, DatasetFacts, FileSource, Sample, facts_of, make_keys
-from dml_dist.data.tables import read_table, refuse
+from dml_dist.data.table_file import read_table, refuse
 from dml_dist.errors import DataError
 
 REQUIRED = ("path", "label", "split")

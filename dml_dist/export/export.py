@@ -1,0 +1,291 @@
+"""`dml-dist export`: a run's network and a gallery as a bundle (`export/bundle.py`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from dml_dist.config.data import StandardTransformConfig, TransformConfig
+from dml_dist.config.schema import RunConfig
+from dml_dist.data.decode import decode_image
+from dml_dist.data.pixels import rgb_image
+from dml_dist.data.reader import ShardReader
+from dml_dist.errors import DataError
+from dml_dist.export import bundle as files
+from dml_dist.export.onnx import EXTRA, export_onnx, require_extra
+from dml_dist.files import read_json, write_json_atomic
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.orchestration.evaluate import evaluation_config
+from dml_dist.orchestration.launch import uses_gpu
+from dml_dist.parallel.comm import Comm
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.provenance import git_revision, installed_versions
+from dml_dist.runtime.context import Bench, open_bench
+from dml_dist.runtime.progress import Display, Emit, note, phase
+from dml_dist.search.exact import store_rows
+from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
+from dml_dist.train.checkpoint_files import MODEL, read_manifest
+from dml_dist.train.state import resolve_precision
+
+THUMBNAIL_SIDE = 96
+"""Pixels of the longer side of a thumbnail."""
+
+_CHECKED_IMAGES = 5
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        split: `validation`, or the split of the index whose images are the gallery.
+        checkpoint: `best`, `last` or the folder of a checkpoint.
+        thumbnails_mb: Bound on the bytes of all thumbnails, MiB; 0 keeps none.
+    """
+
+    split: str = "test"
+    checkpoint: str = "best"
+    thumbnails_mb: float = 200.0
+
+
+def run_export(
+    run_dir: Path,
+    out: Path,
+    console: Console,
+    options: ExportOptions,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Write a run's bundle and return its folder.
+
+    Args:
+        run_dir: The run's folder.
+        out: The bundle's folder, which must be new.
+        console: Where progress goes.
+        options: What to export.
+        overrides: Changes to the run's configuration: evaluation, launch, paths.
+
+    Raises:
+        ConfigError: If the folder is no run, `out` is taken, or a package is missing.
+        CheckpointError: If the checkpoint is missing or damaged.
+        DataError: If the data is missing or damaged, or the split has no gallery image.
+        RunError: If torch cannot export the network, or ONNX gives other embeddings.
+    """
+    out = out.absolute()
+    files.require_new(out)
+    require_extra()
+    folder = RunFolder.open(run_dir)
+    config = evaluation_config(folder, overrides)
+    checkpoint = select_checkpoint(folder.checkpoints, options.checkpoint)
+    device = "cuda:0" if uses_gpu(config.launch, 1) else "cpu"
+    comm = Comm.single(device)
+    with Display(console) as emit:
+        bench = open_bench(config, comm.topology, comm, emit)
+        rows = _gallery_rows(bench, options.split)
+        with files.new_bundle(out) as target:
+            _write(target, bench, rows, folder, checkpoint, options, emit)
+    console.print(
+        f"bundle: {out} ({len(rows):,} images; search it with `dml-dist search {out} IMAGE...`)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return out
+
+
+def _gallery_rows(bench: Bench, split: str) -> np.ndarray:
+    rows = bench.rows_of(split)
+    rows = rows[bench.index.role[rows] != "query"]
+    if not len(rows):
+        raise DataError(
+            f"required gallery images in the split {split!r}, got queries alone in "
+            f"{bench.index.root}; give another --split"
+        )
+    return rows
+
+
+def _write(
+    target: Path,
+    bench: Bench,
+    rows: np.ndarray,
+    folder: RunFolder,
+    checkpoint: Path,
+    options: ExportOptions,
+    emit: Emit,
+) -> None:
+    """Write all files of a bundle, the manifest last."""
+    config = bench.config
+    dtype = resolve_precision(config.train.precision, bench.topology.device_type).dtype
+    model = load_model(checkpoint, config.model, seed=config.seed, dtype=dtype)
+    model = model.to(bench.topology.device)
+    reader = ShardReader(bench.index)
+    gallery = _write_gallery(target, bench, rows, model, reader, options, emit)
+    write_json_atomic(target / files.PREPROCESSING, preprocessing(config.data.transform))
+    model = model.cpu().float().to(memory_format=torch.contiguous_format).eval()
+    model.channels_last = False
+    torch.save(model.state_dict(), target / files.WEIGHTS)
+    embedder = files.Embedder(model, config.evaluation.distance == "cosine").eval()
+    images = torch.stack(
+        [
+            bench.transform.evaluation(decode_image(reader.read(row), reader.describe(row)))
+            for row in (int(rows[i % len(rows)]) for i in range(_CHECKED_IMAGES))
+        ]
+    )
+    reader.close()
+    onnx = export_onnx(embedder, images, target / files.ONNX)
+    emit(note(f"ONNX and torch differ by at most {onnx['largest_difference']:.1e}"))
+    files.write_manifest(
+        target,
+        files.Manifest(
+            name=config.name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            run=_origin(config, folder, checkpoint, options),
+            metrics=read_json(folder.metrics_path) if folder.metrics_path.is_file() else {},
+            model=config.model.model_dump(mode="json"),
+            distance=config.evaluation.distance,
+            normalized=embedder.normalized,
+            embedding_size=config.model.embedding_size,
+            onnx=onnx,
+            gallery=gallery,
+            files={},
+        ),
+    )
+
+
+def _write_gallery(
+    target: Path,
+    bench: Bench,
+    rows: np.ndarray,
+    model: EmbeddingModel,
+    reader: ShardReader,
+    options: ExportOptions,
+    emit: Emit,
+) -> dict[str, Any]:
+    """Write index, table and label map; return what the manifest says of them."""
+    index, config = bench.index, bench.config
+    embeddings, labels, _ = bench.embed(model, rows, f"embed {options.split}")
+    small = thumbnails(reader, rows, int(options.thumbnails_mb * 2**20), emit)
+    files.write_gallery(
+        target,
+        store_rows(torch.from_numpy(embeddings), config.evaluation.distance),
+        keys=index.keys[rows].tolist(),
+        labels=labels,
+        super_classes=index.super_class[rows].tolist(),
+        tar_shards=[index.tar_shards[number] for number in index.tar_shard[rows]],
+        thumbnails=small,
+    )
+    used = np.unique(labels).tolist()
+    names = {str(label): index.class_names[label] for label in used}
+    write_json_atomic(target / files.LABELS, names)
+    kept = [data for data in small if data is not None]
+    precision = resolve_precision(config.train.precision, bench.topology.device_type)
+    return {
+        "num_images": len(rows),
+        "num_classes": len(used),
+        "data": config.data.path,
+        "embedded_in": str(precision.autocast or precision.dtype).removeprefix("torch."),
+        "thumbnails": {
+            "number": len(kept),
+            "num_bytes": sum(map(len, kept)),
+            "longer_side": THUMBNAIL_SIDE,
+            "source": "the samples of `data`, made smaller; tar_shard and key name them",
+        },
+    }
+
+
+def _origin(
+    config: RunConfig, folder: RunFolder, checkpoint: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """Return where the network comes from, for the manifest."""
+    info = folder.info()
+    git = git_revision(Path(__file__).parent)
+    trained = info.attempts[-1] if info.attempts else None
+    versions = {package: metadata.version(package) for package in EXTRA}
+    return {
+        "folder": str(folder.path),
+        "seed": config.seed,
+        "checkpoint": checkpoint.name,
+        "checkpoint_file": MODEL,
+        "step": read_manifest(checkpoint).step,
+        "split": options.split,
+        "trained_with": {
+            "git_revision": trained.git.revision if trained else None,
+            "git_dirty": trained.git.dirty if trained else None,
+            "versions": dict(trained.versions) if trained else {},
+        },
+        "exported_with": {
+            "git_revision": git.revision,
+            "git_dirty": git.dirty,
+            "versions": {**installed_versions(), **versions},
+        },
+    }
+
+
+def preprocessing(config: TransformConfig) -> dict[str, Any]:
+    """Return how an image becomes an input of the network, as plain values for any program."""
+    values: dict[str, Any] = {"transform": config.model_dump(mode="json")}
+    if isinstance(config, StandardTransformConfig):
+        values["steps"] = [
+            {"decode": "RGB, 8 bits a channel; of 16 the high byte; EXIF rotation not applied"},
+            {
+                "resize": {
+                    "shorter_side": config.resize or config.size,
+                    "interpolation": "bilinear",
+                    "antialias": True,
+                }
+            },
+            {"center_crop": {"height": config.size, "width": config.size}},
+            {"scale": "value / 255"},
+            {"normalize": {"mean": list(config.mean), "std": list(config.std)}},
+        ]
+        values["input"] = {"shape": ["batch", 3, config.size, config.size], "dtype": "float32"}
+    return values
+
+
+# ---------------------------------------------------------------- thumbnails
+
+
+def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) -> list[bytes | None]:
+    """Return a thumbnail of each row, None for those beyond the bound on all bytes.
+
+    Args:
+        reader: Where the images are.
+        rows: (N,) int64 index rows.
+        bound: Bytes; the last thumbnail may go beyond it.
+        emit: Takes progress events.
+    """
+    found: list[bytes | None] = []
+    total = 0
+    for number, row in enumerate(rows):
+        if total >= bound:
+            emit(note(f"thumbnails of the first {number:,} images alone: they are {total:,} bytes"))
+            return found + [None] * (len(rows) - number)
+        data = thumbnail(reader.read(row))
+        found.append(data)
+        total += len(data)
+        if number % 100 == 0 or number + 1 == len(rows):
+            emit(phase("thumbnails", number + 1, len(rows)))
+    return found
+
+
+def thumbnail(data: bytes) -> bytes:
+    """Return an image as a JPEG of THUMBNAIL_SIDE pixels at most, without loss where it is small.
+
+    Args:
+        data: An encoded image that can be decoded.
+    """
+    with Image.open(io.BytesIO(data)) as opened:
+        picture = rgb_image(opened)
+    small = max(picture.size) <= THUMBNAIL_SIDE // 2
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG" if small else "JPEG", quality=85)
+    return file.getvalue()

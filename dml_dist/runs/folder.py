@@ -1,0 +1,369 @@
+"""A run is a folder; everything that is shown later is read from it.
+
+    config.yaml                  the resolved configuration
+    run.json                     name, seed, times, facts, and each attempt with its environment
+    records/steps.jsonl          training records, one JSON line each
+    records/evaluations.jsonl    validation and test records
+    checkpoints/                 written and read by training alone
+    metrics.json                 the result; written when the run finishes
+    embeddings.npz               embeddings of the final evaluation (evaluation/saved.py)
+    per_class.parquet            its results of each class (evaluation/per_class.py)
+    metrics-SPLIT-CHECKPOINT.json, per_class-SPLIT-CHECKPOINT.parquet
+                                 the same of `dml-dist evaluate`
+    loggers/                     what experiment trackers keep, where the configuration names any
+    report/                      the page, its figures and the retrieval gallery
+
+An attempt is one start of the training processes: the first one, and one more for each
+resumption or restart. Only rank 0 writes; all files here are replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from dml_dist.errors import ConfigError, DataError, RunError
+from dml_dist.files import hold, read_json, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.runs.provenance import GitState, git_revision, installed_versions
+from dml_dist.urls import is_url
+
+# Ranks of a killed command end within some seconds, when they meet their missing peers or Ray's
+# processes find their owner gone.
+_SECONDS_FOR_AN_EARLIER_RANK = 60.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the training processes.
+
+    Attributes:
+        attempt: Its number, from 1.
+        started: UTC time, ISO 8601.
+        world_size: Number of ranks.
+        launcher: "ray", "torchrun" or "inprocess".
+        device: What the ranks computed on, as text.
+        command: The command line.
+        changes: What differs from the configuration before, "path: old -> new" each.
+        git: The source checkout.
+        versions: Package or "python" -> version.
+        platform: Operating system and processor.
+        host: Name of rank 0's machine.
+    """
+
+    attempt: int
+    started: str
+    world_size: int
+    launcher: str
+    device: str
+    command: str
+    changes: tuple[str, ...]
+    git: GitState
+    versions: Mapping[str, str]
+    platform: str
+    host: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What run.json holds.
+
+    Attributes:
+        name: Name of the run.
+        created: UTC time, ISO 8601.
+        seed: Seed of everything that is drawn.
+        finished: UTC time of the end, ISO 8601; None while the run is unfinished.
+        facts: Label -> value, about the data and the plan.
+        attempts: In order; empty before training starts.
+    """
+
+    name: str
+    created: str
+    seed: int
+    finished: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    attempts: tuple[Attempt, ...] = ()
+
+
+class RunFolder:
+    """A run's folder: where its files are, and the only writer of run.json and metrics.json."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; `create` and `open` are the ways to get one that is a run.
+
+        Raises:
+            ConfigError: If it is a URL.
+        """
+        if is_url(path):
+            raise ConfigError(
+                f"a run folder needs a POSIX file system shared by the nodes, got the URL {path}; "
+                "give --run-dir a folder, such as one of a mounted network disk"
+            )
+        self.path = Path(path).absolute()
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def info_path(self) -> Path:
+        """The run's identity and attempts."""
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The result."""
+        return self.path / "metrics.json"
+
+    @property
+    def embeddings(self) -> Path:
+        """The file of the final evaluation's embeddings; missing when they were not kept."""
+        return self.path / "embeddings.npz"
+
+    @property
+    def per_class(self) -> Path:
+        """The file of the final evaluation's results of each class."""
+        return self.path / "per_class.parquet"
+
+    def evaluation(self, split: str, checkpoint: str) -> tuple[Path, Path]:
+        """Return the files of a later evaluation: its metrics, its results of each class.
+
+        Args:
+            split: The split.
+            checkpoint: `best`, `last` or the folder of a checkpoint.
+        """
+        name = f"{split}-{Path(checkpoint).name}"
+        return self.path / f"metrics-{name}.json", self.path / f"per_class-{name}.parquet"
+
+    @property
+    def loggers(self) -> Path:
+        """The folder of experiment trackers that write to this disk."""
+        return self.path / "loggers"
+
+    @property
+    def report_dir(self) -> Path:
+        """The folder of the page and its figures."""
+        return self.path / "report"
+
+    def records(self, kind: Literal["steps", "evaluations"]) -> Path:
+        """The file of records of a kind."""
+        return self.path / "records" / f"{kind}.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, config: str, *, name: str, seed: int) -> RunFolder:
+        """Make the folder of a new run.
+
+        Args:
+            path: Where; missing or empty.
+            config: Text of the resolved configuration, YAML.
+            name: Name of the run.
+            seed: Seed of everything that is drawn.
+
+        Raises:
+            ConfigError: If there is a run already, or anything else; nothing is written.
+        """
+        run = cls(path)
+        run.require_new()
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            # Of two commands that start at once, one makes this folder.
+            run.records("steps").parent.mkdir()
+        except FileExistsError:
+            raise ConfigError(
+                f"required a folder that no other run uses, got {run.path}, where another "
+                "command is starting a run now; give another --run-dir or name"
+            ) from None
+        run.checkpoints.mkdir()
+        write_text_atomic(run.config_path, config)
+        run._write(RunInfo(name=name, created=_now(), seed=seed))  # from here on it is a run
+        sync_folder(run.path.parent)
+        return run
+
+    def require_new(self) -> None:
+        """Check that the folder is missing or empty; `create` does so too.
+
+        Raises:
+            ConfigError: If it is not, with what it holds and what to do.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not self.info_path.is_file():
+            what = "is not empty and holds no run" if self.path.is_dir() else "is a file"
+            raise ConfigError(
+                f"required a new or empty folder for the run, got {self.path}, which {what}; "
+                "give another --run-dir or name, or remove it"
+            )
+        info = self.info()
+        step = self.last_checkpoint_step()
+        checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
+        state = f"finished {info.finished}" if info.finished else "unfinished"
+        raise ConfigError(
+            f"required a new run, got {self.path}, which holds the run {info.name!r} "
+            f"({state}, {checkpoint}); continue it with --resume, or give another --run-dir "
+            "or another name"
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Return the run in an existing folder.
+
+        Raises:
+            ConfigError: If the folder is missing or no run, with the runs beside or below it.
+        """
+        run = cls(path)
+        if run.info_path.is_file():
+            return run
+        found = "which does not exist"
+        if run.path.exists():
+            found = "which holds no run.json" if run.path.is_dir() else "which is a file"
+        places = [run.path, run.path.parent] if run.path.is_dir() else [run.path.parent]
+        runs = [str(info.parent) for place in places for info in sorted(place.glob("*/run.json"))]
+        known = f"; runs near it: {', '.join(runs[:8])}" if runs else ""
+        raise ConfigError(
+            f"required the folder of a run, got {run.path}, {found}{known}; "
+            "give the folder that `dml-dist train` named in its last line"
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands from this run; the lock ends with this process.
+
+        Raises:
+            ConfigError: If another command works on the run now.
+        """
+        with self._hold(".lock", 0.0) as owner:
+            if owner is not None:
+                raise ConfigError(
+                    f"required a run that no other command works on, got {self.path}, on which "
+                    f"one works now ({owner}); wait for it or end it, or give another --run-dir"
+                )
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one rank 0 that writes to this run; waits for one that is about to end.
+
+        A command that is killed may leave ranks on other machines, or under Ray, that go on for
+        some seconds: their records and checkpoints must not mix with those of the next attempt.
+
+        Raises:
+            RunError: If an earlier rank 0 does not end.
+        """
+        with self._hold(".writer", _SECONDS_FOR_AN_EARLIER_RANK) as owner:
+            if owner is not None:
+                raise RunError(
+                    f"required that no earlier rank 0 writes to {self.path}, got one that still "
+                    f"does after {_SECONDS_FOR_AN_EARLIER_RANK:g} s ({owner}); end that process, "
+                    "then continue with --resume"
+                )
+            yield
+
+    @contextmanager
+    def _hold(self, name: str, wait_seconds: float) -> Iterator[str | None]:
+        """Hold a lock file of this run and give None, or who else holds it."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(hold(self.path / name, wait_seconds=wait_seconds))
+                owner = None
+            except BlockingIOError as error:
+                owner = error.strerror
+            yield owner
+
+    def info(self) -> RunInfo:
+        """Read run.json.
+
+        Raises:
+            DataError: If it is damaged.
+        """
+        values = read_json(self.info_path)
+        try:
+            attempts = tuple(
+                Attempt(
+                    **{
+                        **attempt,
+                        "changes": tuple(attempt["changes"]),
+                        "git": GitState(**attempt["git"]),
+                    }
+                )
+                for attempt in values["attempts"]
+            )
+            return RunInfo(**{**values, "attempts": attempts})
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"required the identity of a run, got {self.info_path}, which another version "
+                f"wrote or which is damaged ({error!r}); restore it from a copy"
+            ) from None
+
+    def begin_attempt(
+        self,
+        *,
+        world_size: int,
+        launcher: str,
+        device: str,
+        command: str,
+        changes: Sequence[str] = (),
+    ) -> int:
+        """Note that training processes start, and return the attempt's number, from 1.
+
+        Rank 0 alone calls this. A finished run that goes on becomes unfinished; its metrics.json
+        stays until the next `finish`.
+
+        Args:
+            world_size: Number of ranks.
+            launcher: "ray", "torchrun" or "inprocess".
+            device: What the ranks compute on, such as "2 x cpu".
+            command: The command line.
+            changes: Differences to the configuration before, "path: old -> new" each.
+        """
+        info = self.info()
+        attempt = Attempt(
+            attempt=len(info.attempts) + 1,
+            started=_now(),
+            world_size=world_size,
+            launcher=launcher,
+            device=device,
+            command=command,
+            changes=tuple(changes),
+            git=git_revision(Path(__file__).parent),
+            versions=installed_versions(),
+            platform=platform.platform(),
+            host=socket.gethostname(),
+        )
+        self._write(replace(info, attempts=(*info.attempts, attempt), finished=None))
+        return attempt.attempt
+
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts about the data and the plan, label -> value, for the report."""
+        info = self.info()
+        self._write(replace(info, facts={**info.facts, **facts}))
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json and mark the run finished, in this order."""
+        write_json_atomic(self.metrics_path, metrics)
+        self._write(replace(self.info(), finished=_now()))
+
+    def last_checkpoint_step(self) -> int | None:
+        """The highest step that a folder in checkpoints/ is named after, whole or not."""
+        if not self.checkpoints.is_dir():
+            return None
+        matches = (re.match(r"step[_-]?(\d+)", path.name) for path in self.checkpoints.iterdir())
+        return max((int(match[1]) for match in matches if match), default=None)
+
+    def _write(self, info: RunInfo) -> None:
+        write_json_atomic(self.info_path, asdict(info))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""The work of one run on one rank; knows no launcher."""

@@ -1,0 +1,232 @@
+"""Data, classes and ranks of a run, opened once on each rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from dml_dist.config.schema import RunConfig
+from dml_dist.data.classes import ClassSplit, split_classes
+from dml_dist.data.index import Index
+from dml_dist.data.loader import evaluation_loader
+from dml_dist.data.plans import BatchPlan, build_plan
+from dml_dist.data.remote_shards import open_index
+from dml_dist.data.transforms import Transform, build_transform
+from dml_dist.errors import ConfigError, DataError
+from dml_dist.evaluation.embed import embed
+from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
+from dml_dist.evaluation.saved import LARGEST_BYTES, collect_embeddings, write_embeddings
+from dml_dist.parallel.comm import Comm
+from dml_dist.runtime.fetch import require_cache_room
+from dml_dist.runtime.progress import Emit, discard, note, phase
+from dml_dist.topology import Topology
+from dml_dist.train.run_plan import RunPlan, resolve
+from dml_dist.train.state import resolve_precision
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What training and evaluation need on one rank.
+
+    Attributes:
+        config: The run's configuration, paths absolute.
+        index: All images.
+        split: Training and validation classes.
+        transform: From images to tensors.
+        topology: This rank's place.
+        comm: The collectives of all ranks.
+        emit: Takes progress events.
+    """
+
+    config: RunConfig
+    index: Index
+    split: ClassSplit
+    transform: Transform
+    topology: Topology
+    comm: Comm
+    emit: Emit
+
+    def resolve(self) -> RunPlan:
+        """Return the plan of the run."""
+        return resolve(
+            self.config,
+            train_class_sizes=_class_sizes(self.index, self.split.train_rows),
+            validation_class_sizes=_class_sizes(self.index, self.split.validation_rows),
+            world_size=self.topology.world_size,
+        )
+
+    def batch_plan(self) -> BatchPlan:
+        """Return the global batches of training."""
+        rows = self.split.train_rows
+        return build_plan(
+            self.config.data.batches,
+            rows=rows,
+            labels=self.index.label[rows],
+            tar_shard=self.index.tar_shard[rows],
+            seed=self.config.seed,
+            global_batch_size=self.config.train.global_batch_size,
+            world_size=self.topology.world_size,
+        )
+
+    def check_evaluable(self) -> None:
+        """Refuse validation and test classes that cannot be evaluated, before any training.
+
+        Raises:
+            DataError: If there is no test split, or no query has another image of its class.
+        """
+        _check_evaluable(self.index, self.rows_of(self.config.data.test_split), "data.test_split")
+        if len(self.split.validation_rows):
+            _check_evaluable(self.index, self.split.validation_rows, "validation")
+
+    def check_cache(self) -> None:
+        """Refuse a cache that is too small for the remote tar shards of the training plan.
+
+        Raises:
+            DataError: If it is, with the sizes.
+        """
+        require_cache_room(self.index, self.batch_plan(), self.config)
+
+    def rows_of(self, split: str) -> np.ndarray:
+        """Return the index rows of `validation` (classes held out of training) or of a split.
+
+        Raises:
+            ConfigError: If validation is asked for and no class is held out.
+            DataError: If no image belongs to the split.
+        """
+        if split != "validation":
+            return self.index.rows(split)
+        if not len(self.split.validation_rows):
+            raise ConfigError(
+                "split validation: the run's configuration holds no class out "
+                "(validation.name: none); give --split test or train"
+            )
+        return self.split.validation_rows
+
+    def measure(
+        self,
+        model: nn.Module,
+        rows: np.ndarray,
+        title: str,
+        neighbors: int = 0,
+        *,
+        final: bool = False,
+        keep: Path | None = None,
+    ) -> RetrievalResult:
+        """Embed index rows on all ranks and rank them; every rank calls it.
+
+        Args:
+            model: The network, on this rank's device.
+            rows: (N,) int64 index rows, the same on every rank.
+            title: Name of the phase for the progress display.
+            neighbors: How many neighbours of every query are listed in the result.
+            final: Whether to measure what the configuration asks for at the end as well.
+            keep: File that the embeddings are kept in, if wanted.
+        """
+        config = self.config.evaluation
+        embeddings, labels, own_rows = self.embed(model, rows, title)
+        if keep is not None:
+            self._keep(keep, embeddings, own_rows, labels)
+        return evaluate(
+            embeddings,
+            labels,
+            recall_at=config.recall_at,
+            distance=config.distance,
+            roles=self.index.role[own_rows],
+            backend=config.backend,
+            memory_mb=config.memory_mb,
+            comm=self.comm,
+            neighbors=neighbors,
+            extra=config.metrics if final else self._watched(),
+            definitions=config.definitions if final else (),
+            super_classes=self.index.super_class[own_rows],
+            seed=self.config.seed,
+        )
+
+    def _watched(self) -> tuple[str, ...]:
+        """Return what is measured at each validation beside recall: what a regulariser acts on."""
+        return () if self.config.nir is None else ("structure",)
+
+    def embed(
+        self, model: nn.Module, rows: np.ndarray, title: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return this rank's embeddings, labels and index rows of some rows; every rank calls it.
+
+        Args:
+            model: The network, on this rank's device.
+            rows: (N,) int64 index rows, the same on every rank.
+            title: Name of the phase for the progress display.
+        """
+        batches = evaluation_loader(
+            self.index,
+            rows,
+            self.transform,
+            batch_size=self.config.evaluation.batch_size,
+            topology=self.topology,
+            workers=self.config.data.loader_workers,
+            prefetch=self.config.data.prefetch,
+        )
+        precision = resolve_precision(self.config.train.precision, self.topology.device_type)
+        num_ranks = self.topology.world_size
+
+        def show(done: int) -> None:
+            # This rank's share stands for all: ranks embed the same number of batches but for one.
+            self.emit(phase(title, min(done * num_ranks, len(rows)), len(rows)))
+
+        found = embed(
+            model,
+            batches,
+            device=self.topology.device,
+            precision=precision.autocast,
+            progress=show,
+        )
+        if not len(found[2]):
+            self.emit(phase(title, len(rows), len(rows)))  # Fewer batches than ranks.
+        return found
+
+    def _keep(
+        self, path: Path, embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray
+    ) -> None:
+        """Keep the embeddings of all ranks in a file, if they are not too many."""
+        saved = collect_embeddings(embeddings, rows, labels, self.comm)
+        if saved is not None:
+            write_embeddings(path, saved)
+        elif self.topology.is_main:
+            self.emit(
+                note(f"embeddings are not kept: more than {LARGEST_BYTES / 2**30:g} GiB of them")
+            )
+
+
+def open_bench(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> Bench:
+    """Read the index and divide its classes; `emit` is called on rank 0 only."""
+    index = open_index(config.data.path, config.data.cache)
+    return Bench(
+        config=config,
+        index=index,
+        split=split_classes(index, config.data, config.validation, config.seed),
+        transform=build_transform(config.data.transform),
+        topology=topology,
+        comm=comm,
+        emit=emit if topology.is_main else discard,
+    )
+
+
+def _check_evaluable(index: Index, rows: np.ndarray, what: str) -> None:
+    labels, roles = index.label[rows], index.role[rows]
+    is_query, in_gallery = roles != "gallery", roles != "query"
+    relevant = np.bincount(labels[in_gallery], minlength=len(index.class_names))[labels]
+    relevant = relevant - (is_query & in_gallery)  # A query never finds itself.
+    if not (relevant[is_query] > 0).any():
+        raise DataError(
+            f"{what}: retrieval needs a query with another gallery image of its class, got none "
+            f"among {len(rows)} images of {len(np.unique(labels))} classes in {index.root}; "
+            "give classes of at least two images"
+        )
+
+
+def _class_sizes(index: Index, rows: np.ndarray) -> list[int]:
+    """Return the number of images of each class of some rows, by rising label."""
+    _, counts = np.unique(index.label[rows], return_counts=True)
+    return [int(count) for count in counts]

@@ -1,0 +1,140 @@
+"""What a report shows of the proxies, found at the end of a run where checkpoint and images are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from dml_dist.parallel.build_objective import has_rows_of_classes
+from dml_dist.report.proxy_diagnostics import ProxyFacts, write_proxy_facts
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runtime.context import Bench
+from dml_dist.train.checkpoint_files import PartFile, read_manifest, read_part
+
+TABLE = "proxies"
+MOST_IMAGES = 2_000
+"""Training images that are embedded for the comparison with proxies."""
+MOST_CLASSES = 5_000
+"""Classes whose nearest other class is looked for."""
+
+_MOST_PRODUCTS = 4e11  # multiplications of that search: some seconds of a CPU
+_BLOCK_FLOATS = 1 << 24  # of a block of similarities: 64 MiB
+_CHUNK_ROWS = 1 << 16  # rows of the table that are in memory at once
+
+
+def keep_proxy_facts(bench: Bench, model: nn.Module, checkpoint: Path, folder: RunFolder) -> None:
+    """Keep what the report shows of a checkpoint's proxies; every rank calls it.
+
+    A loss without proxies leaves nothing, nor does one whose proxies are not each of one class.
+
+    Args:
+        bench: Data and ranks.
+        model: The checkpoint's network, on this rank's device.
+        checkpoint: The checkpoint's folder.
+        folder: The run.
+    """
+    files = [file for file in read_manifest(checkpoint).files if file.table == TABLE]
+    classes = bench.split.train_classes
+    if not files or not len(classes) or not has_rows_of_classes(bench.config.loss):
+        return
+    table = _Table(checkpoint, sorted(files, key=lambda file: file.low), len(classes))
+    generator = np.random.default_rng(np.random.SeedSequence([bench.config.seed, len(classes)]))
+    rows = np.sort(generator.permutation(bench.split.train_rows)[:MOST_IMAGES])
+    embeddings, labels, _ = bench.embed(model, rows, "embed training images")
+    own = bench.split.class_ids(labels) if len(labels) else labels
+    nearest = own
+    if len(own):
+        _, nearest = table.nearest(torch.from_numpy(embeddings), np.full(len(own), -1))
+    parts = bench.comm.gather_objects((own, nearest), what="nearest proxies")
+    if bench.topology.is_main:
+        norms, width = table.norms()
+        most = int(min(MOST_CLASSES, max(1, _MOST_PRODUCTS / (norms.size * width))))
+        drawn = np.sort(generator.permutation(len(classes))[:most])
+        similarity, other = _nearest_classes(table, drawn)
+        facts = ProxyFacts(
+            names=np.array([bench.index.class_names[label] for label in classes], dtype=str),
+            norms=norms,
+            drawn=drawn,
+            nearest=other,
+            similarity=similarity,
+            image_class=np.concatenate([part[0] for part in parts]),
+            image_nearest=np.concatenate([part[1] for part in parts]),
+        )
+        write_proxy_facts(folder.path, facts)
+
+
+def _nearest_classes(table: _Table, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for some classes the similarity to the nearest other class, and that class."""
+    if table.num_classes < 2:
+        return np.empty(0, np.float32), np.empty(0, np.int64)
+    per_class = table.per_class
+    rows = (drawn[:, None] * per_class + np.arange(per_class)).ravel()
+    similarity, other = table.nearest(table.rows(rows), np.repeat(drawn, per_class))
+    best = similarity.reshape(-1, per_class).argmax(axis=1)
+    at = np.arange(len(drawn)), best
+    return similarity.reshape(-1, per_class)[at], other.reshape(-1, per_class)[at]
+
+
+class _Table:
+    """The proxies of a checkpoint, read in pieces; class c has the rows cK .. cK + K - 1."""
+
+    def __init__(self, folder: Path, files: list[PartFile], num_classes: int) -> None:
+        self._folder = folder
+        self._files = files
+        self.num_classes = num_classes
+        self.per_class = max(file.high for file in files) // num_classes
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield first row and rows, (n, D) float32, of whole classes at a time."""
+        step = max(1, _CHUNK_ROWS // self.per_class) * self.per_class
+        for file in self._files:
+            values = read_part(self._folder, file.name, mmap=True)["values"]
+            for low in range(0, len(values), step):
+                yield file.low + low, values[low : low + step].float()
+
+    def norms(self) -> tuple[np.ndarray, int]:
+        """Return the (C, K) lengths and the width D."""
+        lengths, width = [], 0
+        for _, values in self.pieces():
+            lengths.append(values.norm(dim=1).numpy())
+            width = values.shape[1]
+        return np.concatenate(lengths).reshape(-1, self.per_class), width
+
+    def rows(self, rows: np.ndarray) -> Tensor:
+        """Return some rising rows, (n, D)."""
+        found = []
+        for low, values in self.pieces():
+            mine = rows[(rows >= low) & (rows < low + len(values))] - low
+            found.append(values[torch.from_numpy(mine)])
+        return torch.cat(found)
+
+    def nearest(self, queries_QD: Tensor, without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return cosine similarity and class of the proxy nearest to each query.
+
+        Args:
+            queries_QD: Vectors of any length.
+            without: (Q,) class that is not considered for each query; -1 considers all.
+        """
+        queries = normalize(queries_QD.float(), dim=1)
+        best = np.full(len(queries), -np.inf, dtype=np.float32)
+        classes = np.zeros(len(queries), dtype=np.int64)
+        for low, values in self.pieces():
+            first = low // self.per_class
+            proxies = normalize(values, dim=1)
+            for start in range(0, len(queries), max(1, _BLOCK_FLOATS // len(proxies))):
+                cut = slice(start, start + max(1, _BLOCK_FLOATS // len(proxies)))
+                similarity = queries[cut] @ proxies.T
+                by_class = similarity.view(len(similarity), -1, self.per_class).amax(dim=2)
+                skipped = without[cut] - first
+                inside = np.flatnonzero((skipped >= 0) & (skipped < by_class.shape[1]))
+                by_class[torch.from_numpy(inside), torch.from_numpy(skipped[inside])] = -torch.inf
+                top, place = (found.numpy() for found in by_class.max(dim=1))
+                better = top > best[cut]
+                best[cut] = np.where(better, top, best[cut])
+                classes[cut] = np.where(better, place + first, classes[cut])
+        return best, classes

@@ -1,0 +1,293 @@
+"""What one rank does: the whole of training and evaluation, put together from the layers below.
+
+Every launcher calls `run_rank` on every rank. It reads everything from the run folder and the
+data set, so a rank that was killed and started again continues from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.data.index import Index
+from dml_dist.data.loader import Batch, train_loader
+from dml_dist.data.systematic import FollowedPlan
+from dml_dist.evaluation.per_class import PerClass, write_per_class
+from dml_dist.models.build_model import build_model
+from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.parallel.comm import Comm
+from dml_dist.report.gallery import write_gallery
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.records import RecordWriter
+from dml_dist.runtime.context import Bench, open_bench
+from dml_dist.runtime.fetch import fetch_before_training
+from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
+from dml_dist.runtime.loggers import open_loggers
+from dml_dist.runtime.progress import Emit, discard, note, phase, warnings_as_notes
+from dml_dist.runtime.projections import projection_means
+from dml_dist.runtime.proxy_facts import keep_proxy_facts
+from dml_dist.runtime.tasks import Assignment
+from dml_dist.topology import Topology
+from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
+from dml_dist.train.checkpoint_files import read_manifest
+from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
+from dml_dist.train.projections import ProjectionMeans
+from dml_dist.train.run_plan import RunPlan
+from dml_dist.train.state import resolve_precision
+
+
+def run_rank(assignment: Assignment, topology: Topology, comm: Comm, emit: Emit) -> dict[str, Any]:
+    """Carry out this rank's share of an assignment; every rank calls it.
+
+    Args:
+        assignment: What is to be done.
+        topology: This rank's place.
+        comm: The collectives of all ranks.
+        emit: Takes progress events; rank 0's alone are passed on.
+
+    Returns:
+        The metrics, the same on every rank but for times.
+    """
+    _share_cores(assignment.config.launch, topology)
+    with warnings_as_notes(emit if topology.is_main else discard):
+        bench = open_bench(assignment.config, topology, comm, emit)
+        match assignment.kind:
+            case "train":
+                return _train(assignment, bench)
+            case "evaluate":
+                return _evaluate(assignment, bench)
+
+
+def _share_cores(launch: LaunchConfig, topology: Topology) -> None:
+    """Give this rank its share of the machine's cores; more threads than cores slow all ranks."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(launch.threads_per_rank or max(1, cores // ranks_here))
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train(assignment: Assignment, bench: Bench) -> dict[str, Any]:
+    start = time.monotonic()
+    folder = RunFolder(Path(assignment.run_dir))
+    plan = bench.resolve()
+    steps = evaluations = None
+    with ExitStack() as held:
+        if bench.topology.is_main:
+            held.enter_context(folder.writing())
+        attempt = _begin_attempt(assignment, folder, plan, bench)
+        fetch_before_training(bench.index, bench.batch_plan(), bench.comm, bench.emit)
+        if bench.topology.is_main:
+            loggers = held.enter_context(open_loggers(bench.config, folder, attempt))
+            steps = held.enter_context(
+                RecordWriter(folder.records("steps"), attempt, loggers.of("steps"))
+            )
+            evaluations = held.enter_context(
+                RecordWriter(folder.records("evaluations"), attempt, loggers.of("evaluations"))
+            )
+        around = _surroundings(folder, plan, bench, attempt, steps, evaluations)
+        result = train(bench.config, plan, bench.comm, around, resume=True)
+        return _finish(result, folder, bench, start, evaluations)
+
+
+def _begin_attempt(assignment: Assignment, folder: RunFolder, plan: RunPlan, bench: Bench) -> int:
+    """Let rank 0 note the attempt; every rank gets its number."""
+    attempt = 0
+    topology = bench.topology
+    if topology.is_main:
+        attempt = folder.begin_attempt(
+            world_size=topology.world_size,
+            launcher=bench.config.launch.launcher,
+            device=f"{topology.world_size} x {_device_name(topology)}",
+            command=assignment.command,
+            changes=assignment.changes,
+        )
+        coverage = bench.batch_plan().coverage(0)
+        facts = [*plan.describe(), ("images seen in an epoch", f"{coverage:.2%}")]
+        folder.add_facts(dict(facts))
+        if attempt > 1:
+            bench.emit(note(f"attempt {attempt} of this run"))
+    return int(bench.comm.broadcast_object(attempt, what="number of the attempt"))
+
+
+def _device_name(topology: Topology) -> str:
+    if topology.device_type == "cuda":
+        return torch.cuda.get_device_name(topology.device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _surroundings(
+    folder: RunFolder,
+    plan: RunPlan,
+    bench: Bench,
+    attempt: int,
+    steps: RecordWriter | None,
+    evaluations: RecordWriter | None,
+) -> Surroundings:
+    """Give the training loop its batches, its evaluation and its display."""
+
+    def show(event: ProgressEvent) -> None:
+        loss = "" if event.loss is None else f"loss {event.loss:.4f}, "
+        speed = f"{loss}{event.images_per_second:,.0f} images/s" if event.step else ""
+        bench.emit(phase("train", event.step, event.total_steps, speed))
+
+    def measure(model: EmbeddingModel, split: str, step: int) -> dict[str, float]:
+        name = bench.config.data.test_split if split == "test" else split
+        metrics = bench.measure(model, bench.rows_of(name), f"embed {name}").as_dict()
+        key = f"recall_at_{bench.config.evaluation.recall_at[0]}"
+        text = f"R@{key.rpartition('_')[2]} {metrics[key]:.4f}, MAP@R {metrics['map_at_r']:.4f}"
+        bench.emit(note(f"step {step:,}: {split} {text}"))
+        return metrics
+
+    means = projection_means(bench)
+    return Surroundings(
+        checkpoints=folder.checkpoints,
+        attempt=attempt,
+        batches=_batches(plan, bench, means),
+        class_ids=bench.split.class_ids,
+        evaluate=measure,
+        report=show,
+        step_records=steps,
+        evaluation_records=evaluations,
+        projections=means,
+        name_of_row=lambda row: (
+            f"{bench.index.keys[row]} of class {bench.index.class_names[bench.index.label[row]]}"
+        ),
+    )
+
+
+def _batches(
+    plan: RunPlan, bench: Bench, means: ProjectionMeans | None
+) -> Callable[[int, int], Iterable[Batch]]:
+    """Return the function from first step and step after the last to this rank's batches."""
+    data = bench.config.data
+    batches = FollowedPlan(means.plan, means.states) if means else bench.batch_plan()
+
+    def load(first: int, end: int) -> Iterable[Batch]:
+        if first:
+            bench.emit(note(f"continuing at step {first:,} of {plan.total_steps:,}"))
+        return train_loader(
+            bench.index,
+            batches,
+            bench.transform,
+            seed=bench.config.seed,
+            topology=bench.topology,
+            start_step=first,
+            end_step=end,
+            workers=data.loader_workers,
+            prefetch=data.prefetch,
+            decoded_cache_mb=data.decoded_cache_mb,
+        )
+
+    return load
+
+
+def _finish(
+    result: TrainResult,
+    folder: RunFolder,
+    bench: Bench,
+    start: float,
+    evaluations: RecordWriter | None,
+) -> dict[str, Any]:
+    """Evaluate the chosen checkpoint and the untrained network on the test classes, once."""
+    config = bench.config
+    chosen = select_checkpoint(folder.checkpoints, "best")
+    step = read_manifest(chosen).step
+    split = config.data.test_split
+    trained = measure_checkpoint(bench, chosen, split, keep=folder, per_class=folder.per_class)
+    untrained = bench.measure(
+        _untrained(config, bench.topology),
+        bench.rows_of(split),
+        f"embed {split}, untrained",
+        final=True,
+    )
+    if evaluations is not None:
+        evaluations.write(0, split=split, protocol="untrained", **untrained.as_dict())
+        evaluations.write(step, split=split, protocol="final", **trained)
+    return {
+        "untrained": untrained.as_dict(),
+        "trained": trained,
+        "checkpoint": {"folder": chosen.name, "step": step, "best": result.best is not None},
+        "seconds": {"train": result.seconds, "evaluate": time.monotonic() - start - result.seconds},
+    }
+
+
+def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:
+    """Return the network as the run's seed made it: what training is measured against."""
+    dtype = resolve_precision(config.train.precision, topology.device_type).dtype
+    model = build_model(config.model, seed=config.seed, dtype=dtype)
+    return model.to(topology.device)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def measure_checkpoint(
+    bench: Bench,
+    checkpoint: Path,
+    split: str,
+    *,
+    keep: RunFolder | None = None,
+    per_class: Path | None = None,
+) -> dict[str, float]:
+    """Embed and rank a split with a checkpoint's network; every rank calls it.
+
+    Args:
+        bench: Data and ranks.
+        checkpoint: The checkpoint's folder.
+        split: `validation`, or a split of the index.
+        keep: The run in whose folder a retrieval gallery, facts of the proxies and, as configured,
+            the embeddings are kept, if wanted.
+        per_class: The file for the results of each class, if wanted.
+    """
+    config, topology = bench.config, bench.topology
+    dtype = resolve_precision(config.train.precision, topology.device_type).dtype
+    model = load_model(checkpoint, config.model, seed=config.seed, dtype=dtype)
+    rows = bench.rows_of(split)
+    result = bench.measure(
+        model.to(topology.device),
+        rows,
+        f"embed {split}",
+        NUM_NEIGHBORS if keep else 0,
+        final=True,
+        keep=keep.embeddings if keep and config.evaluation.save_embeddings else None,
+    )
+    if keep is not None:
+        keep_proxy_facts(bench, model, checkpoint, keep)
+    if keep is not None and topology.is_main:
+        gallery = gallery_of(result, rows, bench.index, config.seed)
+        write_gallery(keep.path, gallery.queries, gallery.classes)
+    if per_class is not None and topology.is_main:
+        _write_per_class(per_class, result.per_class, rows, bench.index)
+    return result.as_dict()
+
+
+def _write_per_class(path: Path, result: PerClass, rows: np.ndarray, index: Index) -> None:
+    """Write the results of each class with names and super-classes; a class has one of each."""
+    labels, first = np.unique(index.label[rows], return_index=True)
+    assert np.array_equal(labels, result.label)
+    names = [index.class_names[label] for label in labels]
+    write_per_class(path, result, names, index.super_class[rows[first]].tolist())
+
+
+def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
+    start = time.monotonic()
+    folder = RunFolder(Path(assignment.run_dir))
+    chosen = select_checkpoint(folder.checkpoints, assignment.checkpoint)
+    _, per_class = folder.evaluation(assignment.split, assignment.checkpoint)
+    metrics = measure_checkpoint(bench, chosen, assignment.split, per_class=per_class)
+    return {
+        "trained": metrics,
+        "split": assignment.split,
+        "checkpoint": {"folder": chosen.name, "step": read_manifest(chosen).step},
+        "seconds": {"evaluate": time.monotonic() - start},
+    }

@@ -1,0 +1,1 @@
+"""Many runs as one study: the pool that executes them, search, comparison."""

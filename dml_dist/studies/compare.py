@@ -1,0 +1,357 @@
+"""`dml-dist compare`: search each method's values, make its runs, write the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dml_dist.config.load import dump_config, load_config
+from dml_dist.config.schema import RunConfig
+from dml_dist.errors import ConfigError, DmlDistError, RunError
+from dml_dist.files import hold, write_bytes_atomic, write_text_atomic
+from dml_dist.models.backbones import check_weights
+from dml_dist.orchestration.paths import with_absolute_paths
+from dml_dist.orchestration.train import foreseen_plan
+from dml_dist.parallel.build_objective import has_class_table
+from dml_dist.report.formatting import format_metric
+from dml_dist.report.study.compare import SINGLE_RUNS, TIME, comparison_rows, write_comparison
+from dml_dist.report.study.differences import difference_rows
+from dml_dist.report.study.read import read_comparison
+from dml_dist.report.study.references import read_references
+from dml_dist.runs.study import (
+    ComparisonFolder,
+    axis_values,
+    compare_section,
+    method_config,
+    refused_differences,
+    run_config,
+    searched_paths,
+    trial_config,
+)
+from dml_dist.runtime.datasets import ensure_imported
+from dml_dist.runtime.loggers import check_loggers
+from dml_dist.runtime.progress import Display, Emit, note, phase
+from dml_dist.studies.pool import Jobs
+from dml_dist.studies.search import search_method
+from dml_dist.train.run_plan import RunPlan
+from dml_dist.urls import local_path
+
+_PROXY_RATE = "optim.proxy_lr"
+
+
+def run_comparison(
+    config: RunConfig, console: Console, *, run_dir: Path | None = None, resume: bool = False
+) -> Path:
+    """Carry out a comparison, or go on with it, and return its folder.
+
+    Args:
+        config: A run's configuration with the section `compare`.
+        console: Where progress and the table go.
+        run_dir: The comparison's folder; None is runs/NAME.
+        resume: Go on with the comparison in the folder, instead of refusing one that exists.
+
+    Raises:
+        DmlDistError: Whatever is wrong with configuration or data, before anything starts; and
+            when a run has failed, after all others are made.
+    """
+    config = with_absolute_paths(config)
+    section = compare_section(config)
+    folder = ComparisonFolder((run_dir or Path("runs") / config.name).absolute())
+    _check_folder(config, folder, resume)
+    plans = _check_methods(config)
+    if local_path(config.data.path) is not None:
+        ensure_imported(config.data, console)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _check_folder(config, folder, resume)
+        _begin(config, folder)
+        _announce(config, plans, console)
+        with Jobs(config) as jobs, Display(console) as emit:
+            values = _search(config, folder, jobs, emit)
+            problems = _run(config, folder, jobs, emit, values)
+        page = write_comparison(folder.path)
+    print_comparison(folder.path, console)
+    console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+    if problems:
+        count = len(section.methods) * len(section.seeds)
+        raise RunError(
+            f"required {count} runs, got {count - len(problems)}: {'; '.join(problems)}; mend the "
+            "cause, then repeat the command with --resume"
+        )
+    console.print(f"results: {folder.path}", highlight=False, soft_wrap=True)
+    return folder.path
+
+
+def dry_run_comparison(config: RunConfig, console: Console) -> None:
+    """Print the runs of a comparison and what they will compute; nothing is written or started."""
+    config = with_absolute_paths(config)
+    section = compare_section(config)
+    plans = _check_methods(config)
+    check_loggers(config.loggers)
+    table = Table()
+    for text in ("method", "changes", "searched", "trials", "runs", "steps", "images"):
+        table.add_column(text, overflow="fold")
+    total_steps = total_images = 0
+    for method, (plan, _) in plans.items():
+        trials, trial_steps = _trials(config, method)
+        runs = len(section.seeds)
+        steps = runs * plan.total_steps + trials * trial_steps
+        images = runs * plan.samples_seen(plan.total_steps) + trials * plan.samples_seen(
+            trial_steps
+        )
+        total_steps, total_images = total_steps + steps, total_images + images
+        table.add_row(
+            method,
+            "\n".join(section.methods[method]) or "none",
+            _searched(config, method),
+            f"{trials} x {trial_steps:,} steps" if trials else "none",
+            f"{runs} x {plan.total_steps:,} steps",
+            f"{steps:,}",
+            f"{images:,}",
+        )
+    table.add_section()
+    table.add_row("all", "", "", "", "", f"{total_steps:,}", f"{total_images:,}")
+    console.print(table)
+    plan, source = next(iter(plans.values()))
+    _say(console, f"data: {source}")
+    for label, value in plan.describe()[:2]:
+        _say(console, f"{label}: {value}")
+    for method in plans:
+        names = [f"{method}-seed-{seed}" for seed in section.seeds]
+        _say(console, f"runs: {', '.join(names)}")
+    mark = section.mark
+    _say(
+        console,
+        f"{total_images:,} training images in all, evaluations not counted; "
+        f"{_at_a_time(config)}; "
+        + (f"the mark is the best R@1 of {mark}" if mark else "no method is the mark"),
+    )
+
+
+def print_comparison(path: Path, console: Console) -> None:
+    """Print the tables of a comparison."""
+    comparison = read_comparison(path)
+    header, rows = comparison_rows(comparison)
+    # Numbers stay whole where a terminal has 80 columns; the page has all columns.
+    kept = [place for place, text in enumerate(header) if text not in (SINGLE_RUNS, TIME)]
+    _print(console, [header[place] for place in kept], [[row[at] for at in kept] for row in rows])
+    header, rows = difference_rows(comparison)
+    if rows:
+        _print(console, header, rows)
+
+
+def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for place, text in enumerate(header):
+        name = text.replace(" to ", " to\n")
+        if place:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold", min_width=12)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+# ---------------------------------------------------------------- before
+
+
+def _check_folder(config: RunConfig, folder: ComparisonFolder, resume: bool) -> None:
+    """Refuse a folder of something else, or of another comparison."""
+    if not folder.config_path.is_file():
+        taken = folder.path.exists() and (
+            not folder.path.is_dir() or any(one.name != ".lock" for one in folder.path.iterdir())
+        )
+        if taken or resume:
+            what = "is not empty and holds no comparison" if taken else "holds none"
+            raise ConfigError(
+                f"required {'a comparison' if resume else 'a new or empty folder'}, got "
+                f"{folder.path}, which {what}; give another --run-dir"
+                + (", or leave out --resume" if resume else "")
+            )
+        return
+    if not resume:
+        raise ConfigError(
+            f"required a new comparison, got {folder.path}, which holds one; continue it with "
+            "--resume, or give another --run-dir or another name"
+        )
+    differences = refused_differences(load_config(folder.config_path), config)
+    if differences:
+        raise ConfigError(
+            f"--resume goes on with the configuration of {folder.path}, got another one in "
+            f"(comparison -> given): {'; '.join(map(str, differences))}; take these back, or give "
+            "another --run-dir or name"
+        )
+
+
+def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
+    """Check every method, and both ends of all ranges; give plan and origin of its numbers."""
+    section = compare_section(config)
+    if config.launch.launcher == "torchrun":
+        raise ConfigError(
+            "required launch.launcher inprocess or ray for a comparison, which starts the ranks of "
+            "its runs itself, got torchrun"
+        )
+    plans = {}
+    for method in section.methods:
+        own = method_config(config, method)
+        check_weights(own.model.backbone)
+        _check_search(config, method, own)
+        try:
+            plans[method] = foreseen_plan(own)
+        except DmlDistError as error:
+            raise type(error)(f"method {method}: {error}") from None
+    axis_values(config)
+    return plans
+
+
+def _check_search(config: RunConfig, method: str, own: RunConfig) -> None:
+    section = compare_section(config)
+    paths = searched_paths(config, method)
+    if _PROXY_RATE in paths and not has_class_table(own.loss):
+        raise ConfigError(
+            f"compare.search.space: {_PROXY_RATE} does nothing for {method}, whose loss "
+            f"{own.loss.name} has no proxies; name it in compare.search.without.{method}"
+        )
+    for path in paths:
+        assert section.search is not None
+        bounds = section.search.space[path]
+        for value in (bounds.low, bounds.high):
+            try:
+                trial_config(config, method, 0, {path: value})
+            except ConfigError as error:
+                raise ConfigError(
+                    f"compare.search.space: {method} cannot take {path} from {bounds.low:g} to "
+                    f"{bounds.high:g}; change the range, or name the path in "
+                    f"compare.search.without.{method}:\n{error}"
+                ) from None
+
+
+@contextmanager
+def _locked(folder: ComparisonFolder) -> Iterator[None]:
+    try:
+        with hold(folder.path / ".lock"):
+            yield
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"required a comparison that no other command works on, got {folder.path} "
+            f"({error.strerror}); wait for it or end it, or give another --run-dir"
+        ) from None
+
+
+def _begin(config: RunConfig, folder: ComparisonFolder) -> None:
+    """Keep the configuration, and the published rows as they are now."""
+    source = Path(compare_section(config).references)
+    if source.is_file() and not folder.references_path.exists():
+        read_references(source)  # Refused now, not after hours.
+        write_bytes_atomic(folder.references_path, source.read_bytes())
+    write_text_atomic(folder.config_path, dump_config(config))
+
+
+def _announce(
+    config: RunConfig, plans: Mapping[str, tuple[RunPlan, str]], console: Console
+) -> None:
+    section = compare_section(config)
+    plan = next(iter(plans.values()))[0]
+    trials = sum(_trials(config, method)[0] for method in plans)
+    first = f"{trials} trials of {section.search.steps:,} steps, then " if section.search else ""
+    _say(
+        console,
+        f"{config.name}: {first}{len(plans)} methods x {len(section.seeds)} seeds, "
+        f"{plan.total_steps:,} steps of {plan.global_batch_size} each, {_at_a_time(config)}",
+    )
+
+
+def _trials(config: RunConfig, method: str) -> tuple[int, int]:
+    """Return number and steps of a method's trials."""
+    search = compare_section(config).search
+    if search is None or not searched_paths(config, method):
+        return 0, 0
+    return search.trials, search.steps
+
+
+def _searched(config: RunConfig, method: str) -> str:
+    search = compare_section(config).search
+    if search is None:
+        return "nothing"
+    missing = search.without.get(method, ())
+    lines = searched_paths(config, method) or ["nothing"]
+    return "\n".join([*lines, *(f"without {path}" for path in missing)])
+
+
+def _at_a_time(config: RunConfig) -> str:
+    parallel = compare_section(config).parallel
+    if parallel > 1:
+        return f"{parallel} runs at a time as Ray tasks"
+    ranks = config.launch.num_workers if config.launch.launcher == "ray" else 1
+    return f"one run at a time on {ranks} {'rank' if ranks == 1 else 'ranks'}"
+
+
+# ---------------------------------------------------------------- the work
+
+
+def _search(
+    config: RunConfig, folder: ComparisonFolder, jobs: Jobs, emit: Emit
+) -> dict[str, dict[str, float]]:
+    """Return the values found for each method; methods are searched side by side."""
+    section = compare_section(config)
+    methods = list(section.methods)
+
+    def told(method: str, number: int, outcome: Mapping[str, Any]) -> None:
+        values = ", ".join(f"{path} {value:.3g}" for path, value in outcome["values"].items())
+        score = outcome["map_at_r"]
+        result = "loss not finite" if score is None else f"MAP@R {format_metric('map_at_r', score)}"
+        emit(note(f"{method}, trial {number + 1}: {values}: validation {result}"))
+
+    tasks = [
+        partial(search_method, config, method, folder, jobs.execute, told) for method in methods
+    ]
+    return {methods[number]: future.result() for number, future in jobs.each(tasks)}
+
+
+def _run(
+    config: RunConfig,
+    folder: ComparisonFolder,
+    jobs: Jobs,
+    emit: Emit,
+    values: Mapping[str, Mapping[str, float]],
+) -> list[str]:
+    """Make all runs, a seed of every method after the other; return what failed, in words."""
+    section = compare_section(config)
+    configs = [
+        (run_config(config, method, seed, values[method]), folder.run(method, seed))
+        for seed in section.seeds
+        for method in section.methods
+    ]
+    problems = []
+    tasks = [partial(jobs.execute, *one) for one in configs]
+    for done, (number, future) in enumerate(jobs.each(tasks), start=1):
+        name = configs[number][0].name
+        error = future.exception()
+        if isinstance(error, RunError):  # The others are made all the same.
+            problems.append(f"{name}: {error}")
+            emit(note(f"{name}: {error}"))
+        else:
+            emit(note(f"{name}: {_score(config, future.result())}"))
+        emit(phase("runs", done, len(configs)))
+    return problems
+
+
+def _score(config: RunConfig, metrics: Mapping[str, Any]) -> str:
+    key = f"recall_at_{config.evaluation.recall_at[0]}"
+    trained = metrics["trained"]
+    return (
+        f"R@{config.evaluation.recall_at[0]} {format_metric(key, trained[key])}, "
+        f"MAP@R {format_metric('map_at_r', trained['map_at_r'])}"
+    )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

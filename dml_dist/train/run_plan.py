@@ -1,0 +1,281 @@
+"""What a run will do, in numbers, from its configuration and the sizes of its classes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dml_dist.config.objective import (
+    AdamConfig,
+    AdamWConfig,
+    CosineScheduleConfig,
+    CustomOptimizerConfig,
+    OptimizerConfig,
+    RMSpropConfig,
+    SGDConfig,
+)
+from dml_dist.config.schema import RunConfig
+from dml_dist.data.plans import build_plan
+from dml_dist.errors import ConfigError, DataError, TopologyError
+from dml_dist.models.build_model import build_model
+from dml_dist.models.describe import batch_norm_channels, describe_network
+from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
+from dml_dist.parallel.batch_norm import batch_norm_bytes
+from dml_dist.parallel.build_objective import bytes_per_step, has_class_table, proxy_rows
+from dml_dist.partition import part_sizes
+from dml_dist.train.plan_methods import check_methods, describe_methods
+from dml_dist.train.state import resolve_precision
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The resolved course of a run.
+
+    Attributes:
+        world_size: W, number of ranks.
+        num_images: Training images.
+        num_classes: C, training classes.
+        class_sizes: Images of each training class, by class id.
+        num_validation_images: Images of the classes held out.
+        num_validation_classes: Classes held out; 0 without validation.
+        global_batch_size: B, images of a full batch over all ranks.
+        steps_per_epoch: Updates of one epoch.
+        total_steps: Updates of the run.
+        proxy_rows: Rows of proxies of each rank; zeros for a loss without proxies.
+        proxy_bytes: Bytes of each rank's proxies with their optimiser state; None when a custom
+            optimiser keeps an unknown state.
+        objective_bytes: Bytes each rank sends for the objective in a step with a full batch.
+        ddp_bytes: Bytes each rank sends for the gradients of the network in a step.
+        num_backbone_parameters: Numbers in the backbone.
+        num_head_parameters: Numbers in pooling and head.
+        network: Label and value of what else there is to know of the network.
+        methods: Label and value of regularisation and alternating projections.
+    """
+
+    world_size: int
+    num_images: int
+    num_classes: int
+    class_sizes: tuple[int, ...] = field(repr=False)
+    num_validation_images: int
+    num_validation_classes: int
+    global_batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    proxy_rows: tuple[int, ...]
+    proxy_bytes: tuple[int, ...] | None
+    objective_bytes: int
+    ddp_bytes: int
+    num_backbone_parameters: int
+    num_head_parameters: int
+    network: tuple[tuple[str, str], ...]
+    methods: tuple[tuple[str, str], ...]
+
+    def batch_sizes(self, step: int) -> list[int]:
+        """Return the number of images of every rank at a global step, from 0.
+
+        Only the last batch of an epoch may be smaller than the others.
+        """
+        done = step % self.steps_per_epoch * self.global_batch_size
+        size = min(self.global_batch_size, self.num_images - done)
+        return part_sizes(size, self.world_size)
+
+    def samples_seen(self, step: int) -> int:
+        """Return the number of images trained on after `step` updates."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        of_epoch = min(self.num_images, self.steps_per_epoch * self.global_batch_size)
+        return epochs * of_epoch + rest * self.global_batch_size
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return the plan as rows of label and value, for people."""
+        proxies = "none"
+        if any(self.proxy_rows):
+            proxies = ", ".join(f"{rows:,}" for rows in self.proxy_rows)
+        memory = "not known for a custom optimiser"
+        if self.proxy_bytes is not None:
+            memory = ", ".join(f"{size / 2**20:,.2f} MiB" for size in self.proxy_bytes)
+        return [
+            ("training", f"{self.num_images:,} images of {self.num_classes:,} classes"),
+            ("validation", self._validation()),
+            ("ranks", f"{self.world_size}"),
+            ("global batch", f"{self.global_batch_size:,} images"),
+            ("parts of the batch", ", ".join(str(size) for size in self.batch_sizes(0))),
+            ("steps per epoch", f"{self.steps_per_epoch:,}"),
+            ("steps in all", f"{self.total_steps:,} ({self._num_epochs():g} epochs)"),
+            ("parameters of the backbone", f"{self.num_backbone_parameters:,}"),
+            ("parameters of the head", f"{self.num_head_parameters:,}"),
+            *self.network,
+            *self.methods,
+            ("rows of proxies per rank", proxies),
+            ("with their optimiser state", memory),
+            ("sent per rank and step, objective", _readable(self.objective_bytes)),
+            ("sent per rank and step, gradients of the network", _readable(self.ddp_bytes)),
+        ]
+
+    def _validation(self) -> str:
+        if not self.num_validation_classes:
+            return "none"
+        return f"{self.num_validation_images:,} images of {self.num_validation_classes:,} classes"
+
+    def _num_epochs(self) -> float:
+        return round(self.total_steps / self.steps_per_epoch, 2)
+
+
+def resolve(
+    config: RunConfig,
+    *,
+    train_class_sizes: Sequence[int],
+    validation_class_sizes: Sequence[int] = (),
+    world_size: int,
+) -> RunPlan:
+    """Return the plan of a run, or say in numbers why there is none; reads no data.
+
+    Args:
+        config: The run's configuration.
+        train_class_sizes: Images of each training class, by class id.
+        validation_class_sizes: Images of each class held out; empty without validation.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: If batch, classes, schedule or model do not fit each other.
+        DataError: If a class has no image.
+        TopologyError: If there are more ranks than classes or images of a batch.
+    """
+    sizes = np.asarray(train_class_sizes, dtype=np.int64)
+    _check_classes(sizes, world_size if has_class_table(config.loss) else 1)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    batches = build_plan(
+        config.data.batches,
+        rows=np.arange(len(labels)),
+        labels=labels,
+        tar_shard=np.zeros(len(labels), dtype=np.int32),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        world_size=world_size,
+    )
+    check_methods(config, sizes)
+    total_steps = config.train.steps or (config.train.epochs or 0) * batches.steps_per_epoch
+    _check_course(config, total_steps, batches.steps_per_epoch)
+    model = _model_without_memory(config)
+    backbone, head = _count_parameters(model)
+    dtype = resolve_precision(config.train.precision, "cpu").dtype
+    rows = proxy_rows(config.loss, class_sizes=sizes.tolist(), world_size=world_size)
+    batch_size = config.train.global_batch_size
+    return RunPlan(
+        world_size=world_size,
+        num_images=len(labels),
+        num_classes=len(sizes),
+        class_sizes=tuple(sizes.tolist()),
+        num_validation_images=sum(validation_class_sizes),
+        num_validation_classes=len(validation_class_sizes),
+        global_batch_size=batch_size,
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=total_steps,
+        proxy_rows=rows,
+        proxy_bytes=_proxy_bytes(config, rows, dtype),
+        objective_bytes=bytes_per_step(
+            config.loss,
+            embedding_size=config.model.embedding_size,
+            batch_sizes=part_sizes(batch_size, world_size),
+            dtype=dtype,
+            nir=config.nir,
+        ),
+        ddp_bytes=2 * (world_size - 1) * dtype.itemsize * (backbone + head) // world_size,
+        num_backbone_parameters=backbone,
+        num_head_parameters=head,
+        network=_describe(model, world_size, dtype),
+        methods=tuple(describe_methods(config, sizes)),
+    )
+
+
+def _check_classes(sizes: np.ndarray, world_size: int) -> None:
+    if len(sizes) < 2:
+        raise DataError(
+            f"required at least 2 training classes, got {len(sizes)}; hold out fewer classes for "
+            "validation or add images of other classes"
+        )
+    if (empty := np.flatnonzero(sizes < 1)).size:
+        raise DataError(
+            f"required an image of every training class, got none of {len(empty)} of "
+            f"{len(sizes)} classes, the first is class {empty[0]}; leave empty classes out of the "
+            "data set"
+        )
+    if world_size > len(sizes):
+        raise TopologyError(
+            f"required at most as many ranks as training classes ({len(sizes)}), because each "
+            f"rank owns the proxies of some classes, got {world_size} ranks; "
+            f"use at most {len(sizes)}"
+        )
+
+
+def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> None:
+    warmup = config.schedule.warmup_steps
+    if isinstance(config.schedule, CosineScheduleConfig) and warmup >= total_steps:
+        raise ConfigError(
+            f"schedule.warmup_steps: required fewer than the {total_steps} steps of the run, "
+            f"got {warmup}; the cosine begins after warm-up"
+        )
+    frozen = config.train.backbone_warmup_epochs
+    if frozen and frozen * steps_per_epoch >= total_steps:
+        raise ConfigError(
+            f"train.backbone_warmup_epochs: required fewer epochs than the run has "
+            f"({total_steps} steps of {steps_per_epoch} an epoch), got {frozen}; "
+            "the backbone would never be trained"
+        )
+
+
+def _model_without_memory(config: RunConfig) -> EmbeddingModel:
+    """Return the network for its shapes alone; no memory is taken for its parameters."""
+    # A custom backbone may read files or compute in its constructor: it is made as it is.
+    device = "cpu" if config.model.backbone.name == "custom" else "meta"
+    with torch.device(device):
+        return build_model(config.model, seed=config.seed, pretrained=False)
+
+
+def _count_parameters(model: EmbeddingModel) -> tuple[int, int]:
+    """Return the numbers of parameters of backbone and head."""
+    kinds = parameter_kinds(model)
+    counts = {"backbone": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        counts[kinds[name].part] += parameter.numel()
+    return counts["backbone"], counts["head"]
+
+
+def _describe(
+    model: EmbeddingModel, world_size: int, dtype: torch.dtype
+) -> tuple[tuple[str, str], ...]:
+    rows = describe_network(model)
+    if model.batch_norm == "synchronized" and (channels := batch_norm_channels(model)):
+        sent = sum(batch_norm_bytes(size, world_size, dtype) for size in channels)
+        rows += (("sent per rank and step, batch normalisation", _readable(sent)),)
+    return rows
+
+
+def _proxy_bytes(
+    config: RunConfig, rows: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, ...] | None:
+    """Return the bytes of each rank's proxies with their optimiser state, if that is known."""
+    slots = _state_slots(config.optim)
+    if slots is None:
+        return None
+    row_bytes = config.model.embedding_size * dtype.itemsize
+    return tuple(size * row_bytes * (1 + slots) for size in rows)
+
+
+def _state_slots(config: OptimizerConfig) -> int | None:
+    """Return how many numbers the optimiser keeps for each number of a parameter."""
+    match config:
+        case AdamConfig() | AdamWConfig():
+            return 2
+        case SGDConfig():
+            return 1 if config.momentum else 0
+        case RMSpropConfig():
+            return 2 if config.momentum else 1
+        case CustomOptimizerConfig():
+            return None
+
+
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes:,} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:,.2f} MiB"
