@@ -120,7 +120,7 @@ def quickstart(
     changes: SetOption = None,
 ) -> None:
     """Glyphs, shards, two Ray Train workers, distributed evaluation, report: in some minutes."""
-    from dml_dist.orchestration.quickstart import run_quickstart
+    from dml_dist.orchestration.train import run_quickstart
 
     run_quickstart(console, run_dir=run_dir, overrides=_overrides(changes, None, workers))
 

@@ -17,9 +17,9 @@ from dml_dist.config.overrides import Override, apply_overrides, parse_override
 from dml_dist.config.plain import to_plain
 from dml_dist.config.problems import config_error, from_pydantic
 from dml_dist.config.schema import RunConfig
-from dml_dist.config.source import read_text
-from dml_dist.config.yaml_text import KeyPath, dump_yaml, read_yaml
+from dml_dist.config.yaml_text import KeyPath, dump_yaml, read_text, read_yaml
 from dml_dist.errors import ConfigError
+from dml_dist.urls import local_path
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -232,3 +232,30 @@ class _Origins:
             if path[:length] in self._lines:
                 return self._lines[path[:length]]
         return 1 << 60
+
+
+# ---------------- paths
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration with the paths of data, data set and weights made absolute."""
+    cache = config.data.cache
+    data: dict[str, Any] = {
+        "path": _absolute(config.data.path),
+        "cache": cache.model_copy(update={"folder": _absolute(cache.folder)}),
+    }
+    if (source := getattr(config.data.dataset, "source", None)) is not None:
+        assert config.data.dataset is not None
+        data["dataset"] = config.data.dataset.model_copy(update={"source": _absolute(source)})
+    model = config.model
+    weights = getattr(model.backbone, "weights", "none")
+    if Path(weights).expanduser().is_file():  # Otherwise the name of weights of torchvision.
+        backbone = model.backbone.model_copy(update={"weights": _absolute(weights)})
+        model = model.model_copy(update={"backbone": backbone})
+    return config.model_copy(update={"data": config.data.model_copy(update=data), "model": model})
+
+
+def _absolute(path: str) -> str:
+    """Return an absolute path; a URL stays as it is, unless it is that of a local path."""
+    local = local_path(path)
+    return path if local is None else str(local.absolute())

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dml_dist.errors import ConfigError, DmlDistError
-from dml_dist.evaluation.clustering import CLUSTERING_METRICS, measure_clusters
-from dml_dist.evaluation.per_class import PerClass
+from dml_dist.evaluation.clustering import CLUSTERING_METRICS, measure_clusters, measure_structure
 from dml_dist.evaluation.population import (
     Array,
     Population,
@@ -28,12 +27,12 @@ from dml_dist.evaluation.population import (
     gather_super_classes,
 )
 from dml_dist.evaluation.rounds import Outcome, Rounds
-from dml_dist.evaluation.structure import measure_structure
 from dml_dist.evaluation.tally import Tally
 from dml_dist.metrics import definitions as defined
 from dml_dist.metrics import per_class
 from dml_dist.metrics import ranking as metrics
 from dml_dist.parallel.comm import Comm
+from dml_dist.runs.artifacts import PerClass
 from dml_dist.search.exact import Distance, store_rows
 from dml_dist.search.propose import resolve_backend
 

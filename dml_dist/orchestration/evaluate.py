@@ -9,12 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from dml_dist.config.load import differing_paths, load_config
+from dml_dist.config.load import differing_paths, load_config, with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
 from dml_dist.files import write_json_atomic
 from dml_dist.orchestration.launch import joined, launch, on_main
-from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.tables import print_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.progress import Display, discard

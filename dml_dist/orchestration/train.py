@@ -6,20 +6,21 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dml_dist.config.load import dump_config, load_config
+from dml_dist.config.load import dump_config, load_config, with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.files import write_text_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
-from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.ray_launch import delete_scratch
 from dml_dist.orchestration.tables import print_results
 from dml_dist.parallel.comm import Comm
@@ -182,3 +183,27 @@ def _announce(plan: RunPlan, config: RunConfig, console: Console) -> None:
 def _conclude(folder: RunFolder, metrics: Mapping[str, Any], report: bool) -> Path | None:
     folder.finish(metrics)
     return write_report(folder.path) if report else None
+
+
+# ---------------- quickstart
+
+RECIPE = "quickstart.yaml"
+
+
+def run_quickstart(
+    console: Console, *, run_dir: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Draw glyphs, write shards, train on Ray Train workers, evaluate, and write the report.
+
+    Everything is written below the current directory: the run folder `runs/quickstart-TIME`, and
+    the tar shards, which later quickstarts use again.
+
+    Args:
+        console: Where progress and the table of results go.
+        run_dir: The run's folder.
+        overrides: Changes to the recipe.
+    """
+    name = f"name=quickstart-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    with resources.as_file(resources.files("dml_dist.orchestration") / RECIPE) as recipe:
+        config = load_config(recipe, [name, *overrides])
+    return run_training(config, console, run_dir=run_dir)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.decode import rgb_image
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
 from dml_dist.runs.folder import RunFolder

@@ -6,8 +6,8 @@
     records/evaluations.jsonl    validation and test records
     checkpoints/                 written and read by training alone
     metrics.json                 the result; written when the run finishes
-    embeddings.npz               embeddings of the final evaluation (evaluation/saved.py)
-    per_class.parquet            its results of each class (evaluation/per_class.py)
+    embeddings.npz               embeddings of the final evaluation (runs/artifacts.py)
+    per_class.parquet            its results of each class (runs/artifacts.py)
     metrics-SPLIT-CHECKPOINT.json, per_class-SPLIT-CHECKPOINT.parquet
                                  the same of `dml-dist evaluate`
     loggers/                     what experiment trackers keep, where the configuration names any

@@ -18,8 +18,8 @@ from dml_dist.data.transforms import Transform, build_transform
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.embed import embed
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
-from dml_dist.evaluation.saved import LARGEST_BYTES, collect_embeddings, write_embeddings
 from dml_dist.parallel.comm import Comm
+from dml_dist.runs.artifacts import LARGEST_BYTES, collect_embeddings, write_embeddings
 from dml_dist.runtime.fetch import require_cache_room
 from dml_dist.runtime.progress import Emit, discard, note, phase
 from dml_dist.topology import Topology

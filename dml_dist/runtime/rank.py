@@ -15,16 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dml_dist.config.data import BalancedBatchesConfig
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
-from dml_dist.data.systematic import FollowedPlan
-from dml_dist.evaluation.per_class import PerClass, write_per_class
+from dml_dist.data.systematic import FollowedPlan, SystematicPlan
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.report.gallery import write_gallery
+from dml_dist.runs.artifacts import PerClass, write_per_class
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter
 from dml_dist.runtime.context import Bench, open_bench
@@ -32,7 +34,6 @@ from dml_dist.runtime.fetch import fetch_before_training
 from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
 from dml_dist.runtime.loggers import open_loggers
 from dml_dist.runtime.progress import Emit, discard, note, phase, warnings_as_notes
-from dml_dist.runtime.projections import projection_means
 from dml_dist.runtime.proxy_facts import keep_proxy_facts
 from dml_dist.runtime.tasks import Assignment
 from dml_dist.topology import Topology
@@ -291,3 +292,35 @@ def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
         "checkpoint": {"folder": chosen.name, "step": read_manifest(chosen).step},
         "seconds": {"evaluate": time.monotonic() - start},
     }
+
+
+# ---------------- alternating projections
+
+
+def projection_means(bench: Bench) -> ProjectionMeans | None:
+    """Return the means of a run's alternating projections, or None when it has none."""
+    config = bench.config
+    if config.projections is None:
+        return None
+    batches = config.data.batches
+    assert isinstance(batches, BalancedBatchesConfig), "the plan of the run has looked at it"
+    rows = bench.split.train_rows
+    plan = SystematicPlan(
+        rows,
+        bench.index.label[rows],
+        config.seed,
+        batches.classes_per_batch,
+        batches.samples_per_class,
+    )
+
+    def embed(model: EmbeddingModel, rows: np.ndarray) -> Tensor:
+        found, _, _ = bench.embed(model, rows, "embed representatives")
+        comm = bench.comm
+        sizes = comm.gather_objects(len(found), what="numbers of representatives")
+        if not len(found):
+            found = np.zeros((0, config.model.embedding_size), dtype=np.float32)
+        own = torch.from_numpy(found).to(comm.device)
+        # Ranks embed contiguous parts, so rank order is the order of the rows.
+        return comm.all_gather_rows(own, sizes, what="embeddings of representatives")
+
+    return ProjectionMeans(plan, embed)

@@ -12,12 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dml_dist.config.load import dump_config, load_config
+from dml_dist.config.load import dump_config, load_config, with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, DmlDistError, RunError
 from dml_dist.files import hold, write_bytes_atomic, write_text_atomic
 from dml_dist.models.backbones import check_weights
-from dml_dist.orchestration.paths import with_absolute_paths
 from dml_dist.orchestration.train import foreseen_plan
 from dml_dist.parallel.build_objective import has_class_table
 from dml_dist.report.formatting import format_metric

@@ -23,14 +23,13 @@ from dml_dist.train.checkpoint import delete_interrupted, load_checkpoint, save_
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
 from dml_dist.train.hooks import ProgressEvent, Surroundings, TrainResult
-from dml_dist.train.meter import Meter, Reading
+from dml_dist.train.meter import EmbeddingNorms, Meter, Reading
+from dml_dist.train.optim import learning_rate_factor
 from dml_dist.train.projections import Projections
 from dml_dist.train.resume import check_plan, check_resume
 from dml_dist.train.run_plan import RunPlan
-from dml_dist.train.schedule import learning_rate_factor
 from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
 from dml_dist.train.step import train_step
-from dml_dist.train.worst_sample import EmbeddingNorms
 
 # Keeps the stream of what a network draws (dropout) apart from other streams of the same seed.
 _STREAM = 0x44524F50

@@ -7,6 +7,7 @@ parameters) beside torch's own keys; `base_lr` times the schedule's factor is it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, assert_never
@@ -20,10 +21,14 @@ from dml_dist.config.custom import load_target
 from dml_dist.config.objective import (
     AdamConfig,
     AdamWConfig,
+    ConstantScheduleConfig,
+    CosineScheduleConfig,
     CustomOptimizerConfig,
     OptimizerConfig,
     RMSpropConfig,
+    ScheduleConfig,
     SGDConfig,
+    StepScheduleConfig,
 )
 from dml_dist.errors import ConfigError
 from dml_dist.models.embedding import EmbeddingModel, ParameterKind, parameter_kinds
@@ -188,3 +193,43 @@ def _build_custom(config: CustomOptimizerConfig, groups: list[dict[str, Any]]) -
             "let it return the optimiser"
         )
     return optimizer
+
+
+# ---------------- learning rate schedules
+
+
+def learning_rate_factor(
+    config: ScheduleConfig, step: int, *, total_steps: int, steps_per_epoch: int
+) -> float:
+    """Return what every group's learning rate is multiplied by for one update.
+
+    Warm-up: step s of the first `warmup_steps` has (s + 1) / warmup_steps, times the rest.
+    Cosine: from 1 at the first step after warm-up to `final` at the last step of the run.
+    Step: gamma to the number of milestones (epochs) that have begun.
+
+    Args:
+        config: The schedule section.
+        step: Number of updates already made, 0 .. total_steps - 1.
+        total_steps: Updates of the whole run; only the cosine depends on it.
+        steps_per_epoch: Updates of one epoch; only milestones depend on it.
+    """
+    warmup = config.warmup_steps
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    match config:
+        case ConstantScheduleConfig():
+            return rising
+        case StepScheduleConfig():
+            passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
+            return rising * config.gamma**passed
+        case CosineScheduleConfig():
+            if step < warmup:
+                return rising
+            done = (step - warmup) / max(1, total_steps - warmup - 1)
+            return config.final + (1.0 - config.final) * 0.5 * (1.0 + math.cos(math.pi * done))
+        case _:
+            assert_never(config)
+
+
+def depends_on_total_steps(config: ScheduleConfig) -> bool:
+    """Whether a longer run would have had other learning rates from the start."""
+    return isinstance(config, CosineScheduleConfig)

@@ -11,8 +11,8 @@ from dml_dist.config.load import Difference, differing_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import CheckpointError
 from dml_dist.train.checkpoint_files import Manifest
+from dml_dist.train.optim import depends_on_total_steps
 from dml_dist.train.run_plan import RunPlan
-from dml_dist.train.schedule import depends_on_total_steps
 
 
 def check_resume(folder: Path, manifest: Manifest, config: RunConfig) -> list[Difference]:

@@ -14,8 +14,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from dml_dist.config.load import load_config
-from dml_dist.orchestration.paths import with_absolute_paths
+from dml_dist.config.load import load_config, with_absolute_paths
 from dml_dist.orchestration.train import run_training
 from dml_dist.report.study.read import read_comparison
 from dml_dist.runs.records import read_records

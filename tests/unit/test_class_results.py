@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.evaluation.per_class import read_per_class, write_per_class
 from dml_dist.evaluation.retrieval import evaluate
-from dml_dist.evaluation.saved import (
+from dml_dist.parallel.comm import Comm
+from dml_dist.runs.artifacts import (
     SavedEmbeddings,
     collect_embeddings,
     read_embeddings,
+    read_per_class,
     write_embeddings,
+    write_per_class,
 )
-from dml_dist.parallel.comm import Comm
 from dml_dist.search import gallery_shard as gallery
 from tests.oracles_retrieval import retrieval
 from tests.retrieval_cases import cases
@@ -176,6 +177,6 @@ def test_the_file_of_embeddings_holds_what_was_written(tmp_path: Path) -> None:
 
 
 def test_too_many_embeddings_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dml_dist.evaluation.saved.LARGEST_BYTES", 59)
+    monkeypatch.setattr("dml_dist.runs.artifacts.LARGEST_BYTES", 59)
     x, rows = np.zeros((5, 3), dtype=np.float32), np.arange(5)
     assert collect_embeddings(x, rows, rows, Comm.single()) is None

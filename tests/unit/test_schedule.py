@@ -13,7 +13,7 @@ from dml_dist.config.objective import (
     ScheduleConfig,
     StepScheduleConfig,
 )
-from dml_dist.train.schedule import depends_on_total_steps, learning_rate_factor
+from dml_dist.train.optim import depends_on_total_steps, learning_rate_factor
 
 
 def factors(config: ScheduleConfig, total_steps: int, steps_per_epoch: int = 4) -> list[float]:

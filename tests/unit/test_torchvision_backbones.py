@@ -21,8 +21,7 @@ from dml_dist.config.model import (
 from dml_dist.errors import ConfigError
 from dml_dist.models import backbones
 from dml_dist.models.backbones import check_weights
-from dml_dist.models.build_model import build_model
-from dml_dist.models.describe import describe_network
+from dml_dist.models.build_model import build_model, describe_network
 
 FAMILIES = ("resnet", "googlenet", "convnext", "vit", "efficientnet", "swin")
 NAMES = list(shape.tagged(TorchvisionConfig))

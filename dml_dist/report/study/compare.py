@@ -17,13 +17,12 @@ from markupsafe import Markup, escape
 from dml_dist.config.study import SearchConfig
 from dml_dist.files import write_bytes_atomic, write_text_atomic
 from dml_dist.report.formatting import MISSING, format_metric, format_seconds, metric_label
-from dml_dist.report.study.axis import draw_axis
 from dml_dist.report.study.differences import (
     difference_notes,
     difference_rows,
     plain_differences,
 )
-from dml_dist.report.study.figures import draw_convergence
+from dml_dist.report.study.figures import draw_axis, draw_convergence
 from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
 from dml_dist.report.study.references import ReferenceRow, own_protocols
 from dml_dist.report.study.stats import LEVEL, format_interval

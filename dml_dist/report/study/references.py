@@ -12,8 +12,7 @@ from pydantic import Field, ValidationError
 from dml_dist.config.base import Section
 from dml_dist.config.data import OfficialSection
 from dml_dist.config.schema import NoValidationConfig, RunConfig
-from dml_dist.config.source import read_text
-from dml_dist.config.yaml_text import read_yaml
+from dml_dist.config.yaml_text import read_text, read_yaml
 from dml_dist.errors import ConfigError
 
 Protocol = Literal["paper", "best_on_test", "fixed_epochs", "mlrc_128", "mlrc_512"]
