@@ -19,9 +19,9 @@ from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.records import RecordWriter
 from dml_dist.topology import Topology
-from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
+from dml_dist.train.loop import ProgressEvent, TrainHooks, TrainResult, train
 from dml_dist.train.optim_state import named_states
-from dml_dist.train.projections import ProjectionMeans
+from dml_dist.train.projections import ProjectionInputs
 from dml_dist.train.run_plan import RunPlan, resolve
 from dml_dist.train.state import TrainState
 
@@ -124,14 +124,14 @@ class SmallRun:
         self.evaluated.append((split, step))
         return {"map_at_r": self.scores.get(step, step / 100)}
 
-    def means(self) -> ProjectionMeans | None:
+    def means(self) -> ProjectionInputs | None:
         """Return what alternating projections need; each attempt has its own."""
         return None
 
     def train(self, *, resume: bool = False) -> TrainResult:
         main = self.topology.is_main
         self.folder.mkdir(parents=True, exist_ok=True)
-        around = Surroundings(
+        hooks = TrainHooks(
             checkpoints=self.folder / "checkpoints",
             attempt=self.attempt,
             batches=self.batches,
@@ -145,9 +145,9 @@ class SmallRun:
             projections=self.means(),
         )
         try:
-            return train(self.config, self.plan, self.comm, around, resume=resume)
+            return train(self.config, self.plan, self.comm, hooks, resume=resume)
         finally:
-            for writer in (around.step_records, around.evaluation_records):
+            for writer in (hooks.step_records, hooks.evaluation_records):
                 if writer is not None:
                     writer.close()
 

@@ -16,7 +16,7 @@ from dml_dist.data.decoded_cache import DecodedCache
 from dml_dist.data.index import Index
 from dml_dist.data.plans import BatchPlan, global_batches, rank_positions
 from dml_dist.data.reader import ShardReader
-from dml_dist.data.systematic import FollowedPlan
+from dml_dist.data.systematic import StatefulPlan
 from dml_dist.data.transforms import StandardTransform, Transform
 from dml_dist.errors import ConfigError, DataError, DmlDistError
 from dml_dist.random_streams import Purpose, stream
@@ -72,7 +72,7 @@ class PlanSampler(Sampler[BatchRequest]):
     """
 
     def __init__(
-        self, plan: BatchPlan | FollowedPlan, topology: Topology, *, start_step: int, end_step: int
+        self, plan: BatchPlan | StatefulPlan, topology: Topology, *, start_step: int, end_step: int
     ) -> None:
         self.plan = plan
         self.topology = topology
@@ -88,7 +88,7 @@ class PlanSampler(Sampler[BatchRequest]):
             yield BatchRequest(step, low, rows[low:high])
 
     def _global_batches(self) -> Iterator[tuple[int, np.ndarray]]:
-        if isinstance(self.plan, FollowedPlan):
+        if isinstance(self.plan, StatefulPlan):
             return self.plan.global_batches(self.start_step, self.end_step)
         return global_batches(self.plan, self.start_step, self.end_step)
 

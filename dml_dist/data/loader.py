@@ -27,7 +27,7 @@ from dml_dist.data.decoded_cache import DecodedCache
 from dml_dist.data.index import Index
 from dml_dist.data.plans import BalancedPlan, BatchPlan, ShuffledPlan, evaluation_batches
 from dml_dist.data.staging import StagedRequests
-from dml_dist.data.systematic import FollowedPlan
+from dml_dist.data.systematic import StatefulPlan
 from dml_dist.data.transforms import Transform
 from dml_dist.errors import DmlDistError, LoaderLostError, RunError
 from dml_dist.partition import part_bounds
@@ -177,7 +177,7 @@ def worker_death(error: Exception) -> LoaderLostError | None:
 
 def train_loader(
     index: Index,
-    plan: BatchPlan | FollowedPlan,
+    plan: BatchPlan | StatefulPlan,
     transform: Transform,
     *,
     seed: int,
@@ -219,14 +219,14 @@ def train_loader(
     )
 
 
-def plan_tar_shards(index: Index, plan: BatchPlan | FollowedPlan) -> np.ndarray:
+def plan_tar_shards(index: Index, plan: BatchPlan | StatefulPlan) -> np.ndarray:
     """Return the tar shards that batches of a plan are read from, rising."""
     return np.unique(index.tar_shard[_plan_rows(plan)])
 
 
-def _plan_rows(plan: BatchPlan | FollowedPlan) -> np.ndarray:
+def _plan_rows(plan: BatchPlan | StatefulPlan) -> np.ndarray:
     """Return the rows that any batch of a plan may hold."""
-    if isinstance(plan, ShuffledPlan | BalancedPlan | FollowedPlan):
+    if isinstance(plan, ShuffledPlan | BalancedPlan | StatefulPlan):
         return plan.rows
     return np.unique(np.concatenate(plan.epoch(0)))
 

@@ -188,7 +188,7 @@ def systematic_batches(
 
 
 @dataclass(frozen=True, eq=False)
-class FollowedPlan:
+class StatefulPlan:
     """A systematic plan with the states that it follows, for a sampler.
 
     Attributes:

@@ -29,7 +29,7 @@ from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.provenance import git_revision, installed_versions
-from dml_dist.runtime.context import Bench, open_bench
+from dml_dist.runtime.context import RunContext, open_context
 from dml_dist.runtime.progress import Display, Emit, note, phase
 from dml_dist.search.exact import store_rows
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
@@ -88,10 +88,10 @@ def run_export(
     device = "cuda:0" if uses_gpu(config.launch, 1) else "cpu"
     comm = Comm.single(device)
     with Display(console) as emit:
-        bench = open_bench(config, comm.topology, comm, emit)
-        rows = _gallery_rows(bench, options.split)
+        context = open_context(config, comm.topology, comm, emit)
+        rows = _gallery_rows(context, options.split)
         with files.new_bundle(out) as target:
-            _write(target, bench, rows, folder, checkpoint, options, emit)
+            _write(target, context, rows, folder, checkpoint, options, emit)
     console.print(
         f"bundle: {out} ({len(rows):,} images; search it with `dml-dist search {out} IMAGE...`)",
         highlight=False,
@@ -100,20 +100,20 @@ def run_export(
     return out
 
 
-def _gallery_rows(bench: Bench, split: str) -> np.ndarray:
-    rows = bench.rows_of(split)
-    rows = rows[bench.index.role[rows] != "query"]
+def _gallery_rows(context: RunContext, split: str) -> np.ndarray:
+    rows = context.rows_of(split)
+    rows = rows[context.index.role[rows] != "query"]
     if not len(rows):
         raise DataError(
             f"required gallery images in the split {split!r}, got queries alone in "
-            f"{bench.index.root}; give another --split"
+            f"{context.index.root}; give another --split"
         )
     return rows
 
 
 def _write(
     target: Path,
-    bench: Bench,
+    context: RunContext,
     rows: np.ndarray,
     folder: RunFolder,
     checkpoint: Path,
@@ -121,12 +121,12 @@ def _write(
     emit: Emit,
 ) -> None:
     """Write all files of a bundle, the manifest last."""
-    config = bench.config
-    dtype = resolve_precision(config.train.precision, bench.topology.device_type).dtype
+    config = context.config
+    dtype = resolve_precision(config.train.precision, context.topology.device_type).dtype
     model = load_model(checkpoint, config.model, seed=config.seed, dtype=dtype)
-    model = model.to(bench.topology.device)
-    reader = ShardReader(bench.index)
-    gallery = _write_gallery(target, bench, rows, model, reader, options, emit)
+    model = model.to(context.topology.device)
+    reader = ShardReader(context.index)
+    gallery = _write_gallery(target, context, rows, model, reader, options, emit)
     write_json_atomic(target / files.PREPROCESSING, preprocessing(config.data.transform))
     model = model.cpu().float().to(memory_format=torch.contiguous_format).eval()
     model.channels_last = False
@@ -134,7 +134,7 @@ def _write(
     embedder = files.Embedder(model, config.evaluation.distance == "cosine").eval()
     images = torch.stack(
         [
-            bench.transform.evaluation(decode_image(reader.read(row), reader.describe(row)))
+            context.transform.evaluation(decode_image(reader.read(row), reader.describe(row)))
             for row in (int(rows[i % len(rows)]) for i in range(_CHECKED_IMAGES))
         ]
     )
@@ -161,7 +161,7 @@ def _write(
 
 def _write_gallery(
     target: Path,
-    bench: Bench,
+    context: RunContext,
     rows: np.ndarray,
     model: EmbeddingModel,
     reader: ShardReader,
@@ -169,8 +169,8 @@ def _write_gallery(
     emit: Emit,
 ) -> dict[str, Any]:
     """Write index, table and label map; return what the manifest says of them."""
-    index, config = bench.index, bench.config
-    embeddings, labels, _ = bench.embed(model, rows, f"embed {options.split}")
+    index, config = context.index, context.config
+    embeddings, labels, _ = context.embed(model, rows, f"embed {options.split}")
     small = thumbnails(reader, rows, int(options.thumbnails_mb * 2**20), emit)
     files.write_gallery(
         target,
@@ -185,7 +185,7 @@ def _write_gallery(
     names = {str(label): index.class_names[label] for label in used}
     write_json_atomic(target / files.LABELS, names)
     kept = [data for data in small if data is not None]
-    precision = resolve_precision(config.train.precision, bench.topology.device_type)
+    precision = resolve_precision(config.train.precision, context.topology.device_type)
     return {
         "num_images": len(rows),
         "num_classes": len(used),

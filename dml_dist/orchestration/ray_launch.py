@@ -73,7 +73,7 @@ def _fit(
     from ray.train.torch import TorchConfig
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    way_on = _way_on(assignment)
+    recovery_hint = _recovery_hint(assignment)
     # A fresh name each time: Ray's own state of an earlier attempt, whole or torn, must not come
     # back.
     name = f"{assignment.kind}-{uuid.uuid4().hex[:12]}"
@@ -101,11 +101,11 @@ def _fit(
     )
     try:
         with Drain(mailbox, emit) as drain:
-            result = _result_of(trainer, drain, emit, way_on)
+            result = _result_of(trainer, drain, emit, recovery_hint)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         if (fatal := fatal_of(mailbox)) is not None:
             raise rebuild_error(fatal) from error
-        raise RunError(_describe(error, launch, way_on)) from error
+        raise RunError(_describe(error, launch, recovery_hint)) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
         with contextlib.suppress(OSError):  # Another command of this run may use it.
@@ -140,12 +140,12 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _way_on(assignment: Assignment) -> str:
+def _recovery_hint(assignment: Assignment) -> str:
     """Return what a user does after a fault: a training continues, an evaluation begins anew."""
     return "continue with --resume" if assignment.kind == "train" else "run the command again"
 
 
-def _result_of(trainer: Any, drain: Drain, emit: Emit, way_on: str) -> Any:
+def _result_of(trainer: Any, drain: Drain, emit: Emit, recovery_hint: str) -> Any:
     """Return what `fit` returns, or end it after a silence.
 
     Ray Train waits without a limit for its processes to start: on a machine with other work they
@@ -165,7 +165,7 @@ def _result_of(trainer: Any, drain: Drain, emit: Emit, way_on: str) -> Any:
         while not done.wait(_SECONDS_BETWEEN_LOOKS):
             if not dead and (dead := _dead_daemons()):
                 words = f"Ray's {dead} has died, and Ray will end without it"
-                emit(note(f"{words}; the last checkpoint is kept: {way_on}"))
+                emit(note(f"{words}; the last checkpoint is kept: {recovery_hint}"))
             silence = drain.silence_seconds
             if silence > _SECONDS_OF_SILENCE and trainer.controller is not None:
                 silent.set()
@@ -186,7 +186,7 @@ def _result_of(trainer: Any, drain: Drain, emit: Emit, way_on: str) -> Any:
         raise RunError(
             f"required a sign of life of a rank within {_SECONDS_OF_SILENCE:g} s, got none: "
             f"Ray did not start the ranks, or they stand still ({busy()}); see whether the "
-            f"cluster lives and has room, then {way_on}"
+            f"cluster lives and has room, then {recovery_hint}"
         ) from error
     finally:
         done.set()
@@ -205,18 +205,18 @@ def _dead_daemons() -> str:
     return " and ".join(sorted(dead & {"raylet", "gcs_server"}))
 
 
-def _describe(error: Exception, launch: LaunchConfig, way_on: str) -> str:
+def _describe(error: Exception, launch: LaunchConfig, recovery_hint: str) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())]
     if not causes:
         return (
             f"Ray Train could not run {launch.num_workers} ranks: {_last_line(error)}; see whether "
-            f"the cluster lives and has the CPUs (and GPUs) they need, then {way_on}"
+            f"the cluster lives and has the CPUs (and GPUs) they need, then {recovery_hint}"
         )
     return (
         f"the ranks failed {launch.max_failures + 1} times (launch.max_failures: "
         f"{launch.max_failures} restarts): {'; '.join(causes)}; the last checkpoint is kept: "
-        f"mend the cause and {way_on}"
+        f"mend the cause and {recovery_hint}"
     )
 
 

@@ -52,7 +52,7 @@ def fatal_of(mailbox: Any) -> Event | None:
 
 
 @contextmanager
-def signs_of_life(mailbox: Any) -> Iterator[None]:
+def heartbeat(mailbox: Any) -> Iterator[None]:
     """Tell the driver every few seconds that this rank lives, whatever its thread does."""
     stop = threading.Event()
 

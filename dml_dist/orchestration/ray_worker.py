@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from dml_dist.errors import DmlDistError, LoaderLostError, PeerLostError, RunError
-from dml_dist.orchestration.ray_mailbox import signs_of_life
+from dml_dist.orchestration.ray_mailbox import heartbeat
 from dml_dist.runtime.progress import Event, note
 from dml_dist.runtime.tasks import Assignment, fatal_event
 
@@ -52,7 +52,7 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         assignment = Assignment.from_json(settings["assignment"])
         timeout = assignment.config.launch.timeout_seconds
         comm = init(topology, timeout_seconds=timeout)
-        with signs_of_life(mailbox):
+        with heartbeat(mailbox):
             return run_rank(assignment, topology, comm, emit)
     except PeerLostError as error:
         if ray.get(mailbox.fatal.remote()) is None:

@@ -26,7 +26,7 @@ from dml_dist.orchestration.tables import print_results
 from dml_dist.parallel.comm import Comm
 from dml_dist.report import write_report
 from dml_dist.runs.folder import RunFolder
-from dml_dist.runtime.context import open_bench
+from dml_dist.runtime.context import open_context
 from dml_dist.runtime.datasets import (
     ensure_imported,
     require_index,
@@ -95,14 +95,14 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     """Print the resolved plan of a run; nothing is written or started."""
     config = with_absolute_paths(config)
     check_loggers(config.loggers)
-    plan, source = foreseen_plan(config)
+    plan, source = plan_without_data(config)
     table = Table("plan", config.name, title_justify="left")
     for label, value in [("data", source), *plan.describe()]:
         table.add_row(label, value)
     console.print(table)
 
 
-def foreseen_plan(config: RunConfig) -> tuple[RunPlan, str]:
+def plan_without_data(config: RunConfig) -> tuple[RunPlan, str]:
     """Return a run's plan and where its numbers come from; nothing is written or started.
 
     Args:
@@ -160,10 +160,10 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
 
 def _plan(config: RunConfig, world_size: int) -> RunPlan:
     # One rank's view is every rank's: the plan depends on their number alone.
-    bench = open_bench(config, Topology(world_size=world_size), Comm.single(), discard)
-    bench.check_evaluable()
-    plan = bench.resolve()
-    bench.check_cache()
+    context = open_context(config, Topology(world_size=world_size), Comm.single(), discard)
+    context.check_evaluable()
+    plan = context.resolve()
+    context.check_cache()
     return plan
 
 

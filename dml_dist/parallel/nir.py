@@ -126,7 +126,7 @@ class NIRObjective(Objective):
         loss = self.flow_weight * total["nir"] + self.loss_weight * beneath.loss
         recorded = {name: value.detach() for name, value in total.items()}
         return ObjectiveOutput(
-            loss, {**beneath.statistics, "loss_beneath": beneath.loss.detach(), **recorded}
+            loss, {**beneath.statistics, "base_loss": beneath.loss.detach(), **recorded}
         )
 
     def _conditions(self, labels_G: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from dml_dist.train.state import resolve_precision
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class RunContext:
     """What training and evaluation need on one rank.
 
     Attributes:
@@ -199,10 +199,10 @@ class Bench:
             )
 
 
-def open_bench(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> Bench:
+def open_context(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> RunContext:
     """Read the index and divide its classes; `emit` is called on rank 0 only."""
     index = open_index(config.data.path, config.data.cache)
-    return Bench(
+    return RunContext(
         config=config,
         index=index,
         split=split_classes(index, config.data, config.validation, config.seed),

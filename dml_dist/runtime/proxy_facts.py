@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from dml_dist.parallel.build_objective import has_rows_of_classes
 from dml_dist.report.proxy_diagnostics import ProxyFacts, write_proxy_facts
 from dml_dist.runs.folder import RunFolder
-from dml_dist.runtime.context import Bench
+from dml_dist.runtime.context import RunContext
 from dml_dist.train.checkpoint_files import PartFile, read_manifest, read_part
 
 TABLE = "proxies"
@@ -27,37 +27,39 @@ _BLOCK_FLOATS = 1 << 24  # of a block of similarities: 64 MiB
 _CHUNK_ROWS = 1 << 16  # rows of the table that are in memory at once
 
 
-def keep_proxy_facts(bench: Bench, model: nn.Module, checkpoint: Path, folder: RunFolder) -> None:
+def keep_proxy_facts(
+    context: RunContext, model: nn.Module, checkpoint: Path, folder: RunFolder
+) -> None:
     """Keep what the report shows of a checkpoint's proxies; every rank calls it.
 
     A loss without proxies leaves nothing, nor does one whose proxies are not each of one class.
 
     Args:
-        bench: Data and ranks.
+        context: Data and ranks.
         model: The checkpoint's network, on this rank's device.
         checkpoint: The checkpoint's folder.
         folder: The run.
     """
     files = [file for file in read_manifest(checkpoint).files if file.table == TABLE]
-    classes = bench.split.train_classes
-    if not files or not len(classes) or not has_rows_of_classes(bench.config.loss):
+    classes = context.split.train_classes
+    if not files or not len(classes) or not has_rows_of_classes(context.config.loss):
         return
     table = _Table(checkpoint, sorted(files, key=lambda file: file.low), len(classes))
-    generator = np.random.default_rng(np.random.SeedSequence([bench.config.seed, len(classes)]))
-    rows = np.sort(generator.permutation(bench.split.train_rows)[:MOST_IMAGES])
-    embeddings, labels, _ = bench.embed(model, rows, "embed training images")
-    own = bench.split.class_ids(labels) if len(labels) else labels
+    generator = np.random.default_rng(np.random.SeedSequence([context.config.seed, len(classes)]))
+    rows = np.sort(generator.permutation(context.split.train_rows)[:MOST_IMAGES])
+    embeddings, labels, _ = context.embed(model, rows, "embed training images")
+    own = context.split.class_ids(labels) if len(labels) else labels
     nearest = own
     if len(own):
         _, nearest = table.nearest(torch.from_numpy(embeddings), np.full(len(own), -1))
-    parts = bench.comm.gather_objects((own, nearest), what="nearest proxies")
-    if bench.topology.is_main:
+    parts = context.comm.gather_objects((own, nearest), what="nearest proxies")
+    if context.topology.is_main:
         norms, width = table.norms()
         most = int(min(MOST_CLASSES, max(1, _MOST_PRODUCTS / (norms.size * width))))
         drawn = np.sort(generator.permutation(len(classes))[:most])
         similarity, other = _nearest_classes(table, drawn)
         facts = ProxyFacts(
-            names=np.array([bench.index.class_names[label] for label in classes], dtype=str),
+            names=np.array([context.index.class_names[label] for label in classes], dtype=str),
             norms=norms,
             drawn=drawn,
             nearest=other,

@@ -21,7 +21,7 @@ from dml_dist.config.data import BalancedBatchesConfig
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
-from dml_dist.data.systematic import FollowedPlan, SystematicPlan
+from dml_dist.data.systematic import StatefulPlan, SystematicPlan
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
@@ -29,7 +29,7 @@ from dml_dist.report.gallery import write_gallery
 from dml_dist.runs.artifacts import PerClass, write_per_class
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter
-from dml_dist.runtime.context import Bench, open_bench
+from dml_dist.runtime.context import RunContext, open_context
 from dml_dist.runtime.fetch import fetch_before_training
 from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
 from dml_dist.runtime.loggers import open_loggers
@@ -39,8 +39,8 @@ from dml_dist.runtime.tasks import Assignment
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from dml_dist.train.checkpoint_files import read_manifest
-from dml_dist.train.loop import ProgressEvent, Surroundings, TrainResult, train
-from dml_dist.train.projections import ProjectionMeans
+from dml_dist.train.loop import ProgressEvent, TrainHooks, TrainResult, train
+from dml_dist.train.projections import ProjectionInputs
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.state import resolve_precision
 
@@ -59,12 +59,12 @@ def run_rank(assignment: Assignment, topology: Topology, comm: Comm, emit: Emit)
     """
     _share_cores(assignment.config.launch, topology)
     with warnings_as_notes(emit if topology.is_main else discard):
-        bench = open_bench(assignment.config, topology, comm, emit)
+        context = open_context(assignment.config, topology, comm, emit)
         match assignment.kind:
             case "train":
-                return _train(assignment, bench)
+                return _train(assignment, context)
             case "evaluate":
-                return _evaluate(assignment, bench)
+                return _evaluate(assignment, context)
 
 
 def _share_cores(launch: LaunchConfig, topology: Topology) -> None:
@@ -77,47 +77,49 @@ def _share_cores(launch: LaunchConfig, topology: Topology) -> None:
 # ---------------------------------------------------------------- training
 
 
-def _train(assignment: Assignment, bench: Bench) -> dict[str, Any]:
+def _train(assignment: Assignment, context: RunContext) -> dict[str, Any]:
     start = time.monotonic()
     folder = RunFolder(Path(assignment.run_dir))
-    plan = bench.resolve()
+    plan = context.resolve()
     steps = evaluations = None
     with ExitStack() as held:
-        if bench.topology.is_main:
+        if context.topology.is_main:
             held.enter_context(folder.writing())
-        attempt = _begin_attempt(assignment, folder, plan, bench)
-        fetch_before_training(bench.index, bench.batch_plan(), bench.comm, bench.emit)
-        if bench.topology.is_main:
-            loggers = held.enter_context(open_loggers(bench.config, folder, attempt))
+        attempt = _begin_attempt(assignment, folder, plan, context)
+        fetch_before_training(context.index, context.batch_plan(), context.comm, context.emit)
+        if context.topology.is_main:
+            loggers = held.enter_context(open_loggers(context.config, folder, attempt))
             steps = held.enter_context(
                 RecordWriter(folder.records("steps"), attempt, loggers.of("steps"))
             )
             evaluations = held.enter_context(
                 RecordWriter(folder.records("evaluations"), attempt, loggers.of("evaluations"))
             )
-        around = _surroundings(folder, plan, bench, attempt, steps, evaluations)
-        result = train(bench.config, plan, bench.comm, around, resume=True)
-        return _finish(result, folder, bench, start, evaluations)
+        hooks = _hooks(folder, plan, context, attempt, steps, evaluations)
+        result = train(context.config, plan, context.comm, hooks, resume=True)
+        return _finish(result, folder, context, start, evaluations)
 
 
-def _begin_attempt(assignment: Assignment, folder: RunFolder, plan: RunPlan, bench: Bench) -> int:
+def _begin_attempt(
+    assignment: Assignment, folder: RunFolder, plan: RunPlan, context: RunContext
+) -> int:
     """Let rank 0 note the attempt; every rank gets its number."""
     attempt = 0
-    topology = bench.topology
+    topology = context.topology
     if topology.is_main:
         attempt = folder.begin_attempt(
             world_size=topology.world_size,
-            launcher=bench.config.launch.launcher,
+            launcher=context.config.launch.launcher,
             device=f"{topology.world_size} x {_device_name(topology)}",
             command=assignment.command,
             changes=assignment.changes,
         )
-        coverage = bench.batch_plan().coverage(0)
+        coverage = context.batch_plan().coverage(0)
         facts = [*plan.describe(), ("images seen in an epoch", f"{coverage:.2%}")]
         folder.add_facts(dict(facts))
         if attempt > 1:
-            bench.emit(note(f"attempt {attempt} of this run"))
-    return int(bench.comm.broadcast_object(attempt, what="number of the attempt"))
+            context.emit(note(f"attempt {attempt} of this run"))
+    return int(context.comm.broadcast_object(attempt, what="number of the attempt"))
 
 
 def _device_name(topology: Topology) -> str:
@@ -126,62 +128,62 @@ def _device_name(topology: Topology) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _surroundings(
+def _hooks(
     folder: RunFolder,
     plan: RunPlan,
-    bench: Bench,
+    context: RunContext,
     attempt: int,
     steps: RecordWriter | None,
     evaluations: RecordWriter | None,
-) -> Surroundings:
+) -> TrainHooks:
     """Give the training loop its batches, its evaluation and its display."""
 
     def show(event: ProgressEvent) -> None:
         loss = "" if event.loss is None else f"loss {event.loss:.4f}, "
         speed = f"{loss}{event.images_per_second:,.0f} images/s" if event.step else ""
-        bench.emit(phase("train", event.step, event.total_steps, speed))
+        context.emit(phase("train", event.step, event.total_steps, speed))
 
     def measure(model: EmbeddingModel, split: str, step: int) -> dict[str, float]:
-        name = bench.config.data.test_split if split == "test" else split
-        metrics = bench.measure(model, bench.rows_of(name), f"embed {name}").as_dict()
-        key = f"recall_at_{bench.config.evaluation.recall_at[0]}"
+        name = context.config.data.test_split if split == "test" else split
+        metrics = context.measure(model, context.rows_of(name), f"embed {name}").as_dict()
+        key = f"recall_at_{context.config.evaluation.recall_at[0]}"
         text = f"R@{key.rpartition('_')[2]} {metrics[key]:.4f}, MAP@R {metrics['map_at_r']:.4f}"
-        bench.emit(note(f"step {step:,}: {split} {text}"))
+        context.emit(note(f"step {step:,}: {split} {text}"))
         return metrics
 
-    means = projection_means(bench)
-    return Surroundings(
+    inputs = projection_inputs(context)
+    return TrainHooks(
         checkpoints=folder.checkpoints,
         attempt=attempt,
-        batches=_batches(plan, bench, means),
-        class_ids=bench.split.class_ids,
+        batches=_batches(plan, context, inputs),
+        class_ids=context.split.class_ids,
         evaluate=measure,
         report=show,
         step_records=steps,
         evaluation_records=evaluations,
-        projections=means,
+        projections=inputs,
         name_of_row=lambda row: (
-            f"{bench.index.keys[row]} of class {bench.index.class_names[bench.index.label[row]]}"
+            f"{context.index.keys[row]} of class {context.index.class_names[context.index.label[row]]}"
         ),
     )
 
 
 def _batches(
-    plan: RunPlan, bench: Bench, means: ProjectionMeans | None
+    plan: RunPlan, context: RunContext, inputs: ProjectionInputs | None
 ) -> Callable[[int, int], Iterable[Batch]]:
     """Return the function from first step and step after the last to this rank's batches."""
-    data = bench.config.data
-    batches = FollowedPlan(means.plan, means.states) if means else bench.batch_plan()
+    data = context.config.data
+    batches = StatefulPlan(inputs.plan, inputs.states) if inputs else context.batch_plan()
 
     def load(first: int, end: int) -> Iterable[Batch]:
         if first:
-            bench.emit(note(f"continuing at step {first:,} of {plan.total_steps:,}"))
+            context.emit(note(f"continuing at step {first:,} of {plan.total_steps:,}"))
         return train_loader(
-            bench.index,
+            context.index,
             batches,
-            bench.transform,
-            seed=bench.config.seed,
-            topology=bench.topology,
+            context.transform,
+            seed=context.config.seed,
+            topology=context.topology,
             start_step=first,
             end_step=end,
             workers=data.loader_workers,
@@ -195,19 +197,19 @@ def _batches(
 def _finish(
     result: TrainResult,
     folder: RunFolder,
-    bench: Bench,
+    context: RunContext,
     start: float,
     evaluations: RecordWriter | None,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoint and the untrained network on the test classes, once."""
-    config = bench.config
+    config = context.config
     chosen = select_checkpoint(folder.checkpoints, "best")
     step = read_manifest(chosen).step
     split = config.data.test_split
-    trained = measure_checkpoint(bench, chosen, split, keep=folder, per_class=folder.per_class)
-    untrained = bench.measure(
-        _untrained(config, bench.topology),
-        bench.rows_of(split),
+    trained = measure_checkpoint(context, chosen, split, keep=folder, per_class=folder.per_class)
+    untrained = context.measure(
+        _untrained(config, context.topology),
+        context.rows_of(split),
         f"embed {split}, untrained",
         final=True,
     )
@@ -233,7 +235,7 @@ def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:
 
 
 def measure_checkpoint(
-    bench: Bench,
+    context: RunContext,
     checkpoint: Path,
     split: str,
     *,
@@ -243,18 +245,18 @@ def measure_checkpoint(
     """Embed and rank a split with a checkpoint's network; every rank calls it.
 
     Args:
-        bench: Data and ranks.
+        context: Data and ranks.
         checkpoint: The checkpoint's folder.
         split: `validation`, or a split of the index.
         keep: The run in whose folder a retrieval gallery, facts of the proxies and, as configured,
             the embeddings are kept, if wanted.
         per_class: The file for the results of each class, if wanted.
     """
-    config, topology = bench.config, bench.topology
+    config, topology = context.config, context.topology
     dtype = resolve_precision(config.train.precision, topology.device_type).dtype
     model = load_model(checkpoint, config.model, seed=config.seed, dtype=dtype)
-    rows = bench.rows_of(split)
-    result = bench.measure(
+    rows = context.rows_of(split)
+    result = context.measure(
         model.to(topology.device),
         rows,
         f"embed {split}",
@@ -263,12 +265,12 @@ def measure_checkpoint(
         keep=keep.embeddings if keep and config.evaluation.save_embeddings else None,
     )
     if keep is not None:
-        keep_proxy_facts(bench, model, checkpoint, keep)
+        keep_proxy_facts(context, model, checkpoint, keep)
     if keep is not None and topology.is_main:
-        gallery = gallery_of(result, rows, bench.index, config.seed)
+        gallery = gallery_of(result, rows, context.index, config.seed)
         write_gallery(keep.path, gallery.queries, gallery.classes)
     if per_class is not None and topology.is_main:
-        _write_per_class(per_class, result.per_class, rows, bench.index)
+        _write_per_class(per_class, result.per_class, rows, context.index)
     return result.as_dict()
 
 
@@ -280,12 +282,12 @@ def _write_per_class(path: Path, result: PerClass, rows: np.ndarray, index: Inde
     write_per_class(path, result, names, index.super_class[rows[first]].tolist())
 
 
-def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
+def _evaluate(assignment: Assignment, context: RunContext) -> dict[str, Any]:
     start = time.monotonic()
     folder = RunFolder(Path(assignment.run_dir))
     chosen = select_checkpoint(folder.checkpoints, assignment.checkpoint)
     _, per_class = folder.evaluation(assignment.split, assignment.checkpoint)
-    metrics = measure_checkpoint(bench, chosen, assignment.split, per_class=per_class)
+    metrics = measure_checkpoint(context, chosen, assignment.split, per_class=per_class)
     return {
         "trained": metrics,
         "split": assignment.split,
@@ -297,25 +299,25 @@ def _evaluate(assignment: Assignment, bench: Bench) -> dict[str, Any]:
 # ---------------- alternating projections
 
 
-def projection_means(bench: Bench) -> ProjectionMeans | None:
+def projection_inputs(context: RunContext) -> ProjectionInputs | None:
     """Return the means of a run's alternating projections, or None when it has none."""
-    config = bench.config
+    config = context.config
     if config.projections is None:
         return None
     batches = config.data.batches
     assert isinstance(batches, BalancedBatchesConfig), "the plan of the run has looked at it"
-    rows = bench.split.train_rows
+    rows = context.split.train_rows
     plan = SystematicPlan(
         rows,
-        bench.index.label[rows],
+        context.index.label[rows],
         config.seed,
         batches.classes_per_batch,
         batches.samples_per_class,
     )
 
     def embed(model: EmbeddingModel, rows: np.ndarray) -> Tensor:
-        found, _, _ = bench.embed(model, rows, "embed representatives")
-        comm = bench.comm
+        found, _, _ = context.embed(model, rows, "embed representatives")
+        comm = context.comm
         sizes = comm.gather_objects(len(found), what="numbers of representatives")
         if not len(found):
             found = np.zeros((0, config.model.embedding_size), dtype=np.float32)
@@ -323,4 +325,4 @@ def projection_means(bench: Bench) -> ProjectionMeans | None:
         # Ranks embed contiguous parts, so rank order is the order of the rows.
         return comm.all_gather_rows(own, sizes, what="embeddings of representatives")
 
-    return ProjectionMeans(plan, embed)
+    return ProjectionInputs(plan, embed)

@@ -17,7 +17,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, DmlDistError, RunError
 from dml_dist.files import hold, write_bytes_atomic, write_text_atomic
 from dml_dist.models.backbones import check_weights
-from dml_dist.orchestration.train import foreseen_plan
+from dml_dist.orchestration.train import plan_without_data
 from dml_dist.parallel.build_objective import has_class_table
 from dml_dist.report.formatting import format_metric
 from dml_dist.report.study.compare import SINGLE_RUNS, TIME, comparison_rows, write_comparison
@@ -204,7 +204,7 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
         check_weights(own.model.backbone)
         _check_search(config, method, own)
         try:
-            plans[method] = foreseen_plan(own)
+            plans[method] = plan_without_data(own)
         except DmlDistError as error:
             raise type(error)(f"method {method}: {error}") from None
     axis_values(config)
@@ -303,14 +303,14 @@ def _search(
     section = compare_section(config)
     methods = list(section.methods)
 
-    def told(method: str, number: int, outcome: Mapping[str, Any]) -> None:
+    def callback(method: str, number: int, outcome: Mapping[str, Any]) -> None:
         values = ", ".join(f"{path} {value:.3g}" for path, value in outcome["values"].items())
         score = outcome["map_at_r"]
         result = "loss not finite" if score is None else f"MAP@R {format_metric('map_at_r', score)}"
         emit(note(f"{method}, trial {number + 1}: {values}: validation {result}"))
 
     tasks = [
-        partial(search_method, config, method, folder, jobs.execute, told) for method in methods
+        partial(search_method, config, method, folder, jobs.execute, callback) for method in methods
     ]
     return {methods[number]: future.result() for number, future in jobs.each(tasks)}
 

@@ -61,9 +61,9 @@ def is_diverged(folder: Path) -> bool:
     return bool(records) and not math.isfinite(records[-1].get("loss", math.nan))
 
 
-def carry_out(config: RunConfig, folder: Path) -> Metrics:
+def execute_run(config: RunConfig, folder: Path) -> Metrics:
     """Make a run, or go on with it; what it says goes to FOLDER.log."""
-    _clear_torn(folder)
+    _remove_partial_run(folder)
     started = RunFolder(folder).info_path.is_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as file:
@@ -106,7 +106,7 @@ class Jobs:
         launch = config.launch.model_copy(update={"threads_per_rank": self._threads()})
         config = config.model_copy(update={"launch": launch})
         if self._remote is None:
-            return carry_out(config, folder)
+            return execute_run(config, folder)
         return self._in_ray(config, folder)
 
     def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterator[tuple[int, Future[Value]]]:
@@ -155,7 +155,7 @@ def _task(text: str, folder: str, command: list[str], place: str) -> dict[str, A
     os.chdir(place)
     sys.argv = command  # What the run's record names as its command.
     try:
-        return carry_out(RunConfig.model_validate_json(text), Path(folder))
+        return execute_run(RunConfig.model_validate_json(text), Path(folder))
     except DmlDistError as error:
         return fatal_event(error, 0)
 
@@ -180,7 +180,7 @@ def _gpus(launch: LaunchConfig) -> float:
     return float(ray.cluster_resources().get("GPU", 0.0))
 
 
-def _clear_torn(folder: Path) -> None:
+def _remove_partial_run(folder: Path) -> None:
     """Remove what a command left that was killed while it made the folder: no run as yet."""
     if RunFolder(folder).info_path.is_file() or not folder.is_dir():
         return

@@ -32,12 +32,16 @@ if TYPE_CHECKING:
 MOST_STARTUP_TRIALS = 10
 """Trials, of many, whose values are drawn at random before the sampler learns from them."""
 
-Told = Callable[[str, int, Mapping[str, Any]], None]
+TrialCallback = Callable[[str, int, Mapping[str, Any]], None]
 """Takes method, number of the trial and its outcome."""
 
 
 def search_method(
-    config: RunConfig, method: str, folder: ComparisonFolder, execute: Execute, told: Told
+    config: RunConfig,
+    method: str,
+    folder: ComparisonFolder,
+    execute: Execute,
+    callback: TrialCallback,
 ) -> dict[str, float]:
     """Return the best values of a method among its trials; empty when none are searched.
 
@@ -46,7 +50,7 @@ def search_method(
         method: One of its methods.
         folder: Where the comparison is.
         execute: Carries out a run.
-        told: Called after every trial.
+        callback: Called after every trial.
 
     Raises:
         RunError: If no trial of the method had a finite loss.
@@ -69,7 +73,7 @@ def search_method(
     for number in range(section.trials):
         trial = study.ask(space)
         outcome = _outcome(config, method, number, trial.params, folder, execute)
-        told(method, number, outcome)
+        callback(method, number, outcome)
         if outcome["map_at_r"] is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:

@@ -14,7 +14,7 @@ from dml_dist.data.loader import Batch
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.runs.records import RecordWriter
 from dml_dist.train.checkpoint_files import Best
-from dml_dist.train.projections import ProjectionMeans
+from dml_dist.train.projections import ProjectionInputs
 from dml_dist.train.state import TrainState
 
 
@@ -36,7 +36,7 @@ class ProgressEvent:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class TrainHooks:
     """Where a run writes and whom it asks; the same on every rank but for the writers.
 
     Attributes:
@@ -60,7 +60,7 @@ class Surroundings:
     report: Callable[[ProgressEvent], None]
     step_records: RecordWriter | None = None
     evaluation_records: RecordWriter | None = None
-    projections: ProjectionMeans | None = None
+    projections: ProjectionInputs | None = None
     name_of_row: Callable[[int], str] = "row {}".format
 
 

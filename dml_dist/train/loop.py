@@ -22,7 +22,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.train.checkpoint import delete_interrupted, load_checkpoint, save_checkpoint
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
-from dml_dist.train.hooks import ProgressEvent, Surroundings, TrainResult
+from dml_dist.train.hooks import ProgressEvent, TrainHooks, TrainResult
 from dml_dist.train.meter import EmbeddingNorms, Meter, Reading
 from dml_dist.train.optim import learning_rate_factor
 from dml_dist.train.projections import Projections
@@ -36,7 +36,7 @@ _STREAM = 0x44524F50
 
 
 def train(
-    config: RunConfig, plan: RunPlan, comm: Comm, around: Surroundings, *, resume: bool = False
+    config: RunConfig, plan: RunPlan, comm: Comm, hooks: TrainHooks, *, resume: bool = False
 ) -> TrainResult:
     """Train until the plan's last step; every rank calls this.
 
@@ -44,7 +44,7 @@ def train(
         config: The run's configuration.
         plan: Its resolved course.
         comm: The ranks.
-        around: Where to write and whom to ask.
+        hooks: Where to write and whom to ask.
         resume: Go on from the newest whole checkpoint, if there is any.
 
     Raises:
@@ -52,7 +52,7 @@ def train(
         RunError: If the loss is not finite, or a rank or loader worker was lost.
     """
     start = time.monotonic()
-    found = find_checkpoint(around.checkpoints, comm) if resume else None
+    found = find_checkpoint(hooks.checkpoints, comm) if resume else None
     changes = check_resume(*found, config) if found else []
     if found:
         check_plan(*found, config, plan)
@@ -64,11 +64,11 @@ def train(
         class_sizes=plan.class_sizes,
     )
     if config.projections is not None:
-        assert around.projections is not None
-        state.projections = Projections(config.projections, around.projections, comm)
-    loop = _Loop(config, plan, state, around)
+        assert hooks.projections is not None
+        state.projections = Projections(config.projections, hooks.projections, comm)
+    loop = _Loop(config, plan, state, hooks)
     if found:
-        loop.go_on_from(*found)
+        loop.resume_from(*found)
     elif state.projections is not None:
         state.projections.begin(state.model)
     start_step = state.step
@@ -88,12 +88,12 @@ class _Loop:
     """The state of the loop beside the TrainState: what was best, what was saved, what to log."""
 
     def __init__(
-        self, config: RunConfig, plan: RunPlan, state: TrainState, around: Surroundings
+        self, config: RunConfig, plan: RunPlan, state: TrainState, hooks: TrainHooks
     ) -> None:
         self.config = config
         self.plan = plan
         self.state = state
-        self.around = around
+        self.hooks = hooks
         self.best: Best | None = None
         self.last: Path | None = None
         self.meter = Meter()
@@ -101,13 +101,13 @@ class _Loop:
         words = np.random.SeedSequence([config.seed, _STREAM, state.comm.rank])
         self.stream = int(words.generate_state(1, np.uint64)[0])
 
-    def go_on_from(self, folder: Path, manifest: Manifest) -> None:
+    def resume_from(self, folder: Path, manifest: Manifest) -> None:
         """Load a checkpoint."""
         load_checkpoint(folder, manifest, self.state)
-        self.best = restore_best(self.around.checkpoints, manifest.best, self.state.comm)
+        self.best = restore_best(self.hooks.checkpoints, manifest.best, self.state.comm)
         self.last = folder
         if self.state.comm.topology.is_main:  # A run that is at its end saves no more.
-            delete_interrupted(self.around.checkpoints)
+            delete_interrupted(self.hooks.checkpoints)
 
     def run(self) -> None:
         """Make all steps that are left."""
@@ -130,7 +130,7 @@ class _Loop:
 
     def _batches(self) -> Iterator[Batch]:
         if self.state.step < self.plan.total_steps:
-            yield from self.around.batches(self.state.step, self.plan.total_steps)
+            yield from self.hooks.batches(self.state.step, self.plan.total_steps)
 
     def _step(self, batch: Batch, data_seconds: float) -> None:
         state, config = self.state, self.config
@@ -146,7 +146,7 @@ class _Loop:
             projections.before_step(state.model, step)
         self._seed(step)
         device = state.comm.device
-        labels = torch.from_numpy(self.around.class_ids(batch.labels.numpy()))
+        labels = torch.from_numpy(self.hooks.class_ids(batch.labels.numpy()))
         output = train_step(
             state,
             batch.images.to(device, state.precision.dtype, non_blocking=True),
@@ -241,9 +241,9 @@ class _Loop:
         values = reading.values
         if self.state.projections is not None:
             values |= self.state.projections.record(self.state.model)
-        if self.around.step_records is not None:
+        if self.hooks.step_records is not None:
             lr = self.config.optim.lr * self._factor(step - 1)
-            self.around.step_records.write(
+            self.hooks.step_records.write(
                 step,
                 epoch=step / self.plan.steps_per_epoch,
                 samples_seen=self.plan.samples_seen(step),
@@ -263,7 +263,7 @@ class _Loop:
         kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
         return RunError(
             f"required a finite loss, got a non-finite one at step {first + reading.first_bad} "
-            f"(seen at step {step}): {parts}; the worst sample is {self.around.name_of_row(row)}, "
+            f"(seen at step {step}): {parts}; the worst sample is {self.hooks.name_of_row(row)}, "
             f"whose embedding has norm {norm:.6g}; {kept}; lower the learning rate or set "
             "train.max_grad_norm"
         )
@@ -271,7 +271,7 @@ class _Loop:
     def _report(self, loss: float | None, images_per_second: float) -> None:
         if self.state.comm.topology.is_main:
             event = ProgressEvent(self.state.step, self.plan.total_steps, loss, images_per_second)
-            self.around.report(event)
+            self.hooks.report(event)
 
     def _validate(self, step: int) -> float:
         """Measure the classes held out; return their MAP@R."""
@@ -289,19 +289,19 @@ class _Loop:
     def _measure(self, split: Literal["validation", "test"], step: int) -> dict[str, float]:
         model = self.state.model.eval()
         try:
-            return self.around.evaluate(model, split, step)
+            return self.hooks.evaluate(model, split, step)
         finally:
             model.train()
 
     def _write_evaluation(
         self, step: int, split: str, metrics: dict[str, float], *, protocol: str
     ) -> None:
-        if self.around.evaluation_records is not None:
-            self.around.evaluation_records.write(step, split=split, protocol=protocol, **metrics)
+        if self.hooks.evaluation_records is not None:
+            self.hooks.evaluation_records.write(step, split=split, protocol=protocol, **metrics)
 
     def _save(self) -> None:
         self.last = save_checkpoint(
-            self.around.checkpoints,
+            self.hooks.checkpoints,
             self.state,
             self._manifest(),
             keep=self.config.checkpoint.keep,
@@ -314,7 +314,7 @@ class _Loop:
             epoch=step // plan.steps_per_epoch,
             samples_seen=plan.samples_seen(step),
             total_steps=plan.total_steps,
-            attempt=self.around.attempt,
+            attempt=self.hooks.attempt,
             world_size=plan.world_size,
             num_classes=plan.num_classes,
             num_images=plan.num_images,

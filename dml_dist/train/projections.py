@@ -33,7 +33,7 @@ EmbedRows = Callable[[EmbeddingModel, np.ndarray], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectionMeans:
+class ProjectionInputs:
     """What alternating projections are given by their surroundings.
 
     Attributes:
@@ -55,11 +55,11 @@ class Projections:
         term: Draws the weights to the last solution; None in the first problem.
     """
 
-    def __init__(self, config: ProjectionsConfig, means: ProjectionMeans, comm: Comm) -> None:
+    def __init__(self, config: ProjectionsConfig, inputs: ProjectionInputs, comm: Comm) -> None:
         self.config = config
-        self.means = means
+        self.inputs = inputs
         self.comm = comm
-        self.states = means.states
+        self.states = inputs.states
         self.term: ProximalTerm | None = None
         self._held: tuple[PlanState, Tensor] | None = None
         # The problem that is trained on, its first step, and how its validations went.
@@ -168,20 +168,20 @@ class Projections:
     # ------------------------------------------------------------ preparation
 
     def _prepare(self, model: EmbeddingModel, *, problem: int, first_step: int) -> PlanState:
-        config, plan = self.config, self.means.plan
+        config, plan = self.config, self.inputs.plan
         number = config.representatives_per_class
         if config.selection == "random":
             drawn = self._draw(problem, number)
         else:
             pool = self._draw(problem, config.pool_per_class)
-            embeddings = self.means.embed(model, pool.reshape(-1))
+            embeddings = self.inputs.embed(model, pool.reshape(-1))
             picked = k_center(embeddings.reshape(*pool.shape, -1), number)
             drawn = np.take_along_axis(pool, picked.cpu().numpy(), axis=1)
         assert len(drawn) == plan.num_classes
         return PlanState(problem, first_step, drawn, self._neighbors(model, drawn))
 
     def _draw(self, problem: int, number: int) -> np.ndarray:
-        plan = self.means.plan
+        plan = self.inputs.plan
         return draw_representatives(
             plan.rows, plan.labels, seed=plan.seed, problem=problem, number=number
         )
@@ -190,7 +190,7 @@ class Projections:
         mining = self.config.mining
         if mining is None:
             return None
-        embeddings = self.means.embed(model, representatives.reshape(-1))
+        embeddings = self.inputs.embed(model, representatives.reshape(-1))
         found = nearest_classes(
             embeddings.reshape(*representatives.shape, -1), mining.neighbors_per_class, self.comm
         )

@@ -38,7 +38,7 @@ from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.records import RecordWriter
 from dml_dist.topology import Topology
-from dml_dist.train.loop import Surroundings, train
+from dml_dist.train.loop import TrainHooks, train
 from dml_dist.train.run_plan import resolve
 from dml_dist.train.state import TrainState, build_state
 from dml_dist.train.step import train_step
@@ -127,7 +127,7 @@ def against_plain_loop(setting: Setting) -> dict[str, list[float]]:
                 seconds[name].append(clock() - began)
 
     with tempfile.TemporaryDirectory() as folder:
-        around = Surroundings(
+        hooks = TrainHooks(
             checkpoints=Path(folder) / "checkpoints",
             attempt=1,
             batches=batches,
@@ -136,7 +136,7 @@ def against_plain_loop(setting: Setting) -> dict[str, list[float]]:
             report=lambda event: None,
             step_records=RecordWriter(Path(folder) / "steps.jsonl", 1),
         )
-        train(config, plan, Comm.single(), around)
+        train(config, plan, Comm.single(), hooks)
     return seconds
 
 

@@ -21,7 +21,7 @@ from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.records import read_records
 from dml_dist.topology import Topology
-from dml_dist.train.projections import ProjectionMeans
+from dml_dist.train.projections import ProjectionInputs
 from tests.ranks import run_ranks
 from tests.training_setup import (
     IMAGES_PER_CLASS,
@@ -40,10 +40,10 @@ AHEAD = 2
 class ProjectedRun(SmallRun):
     """A small run whose batches follow the problems, read ahead as a loader does."""
 
-    def means(self) -> ProjectionMeans:
+    def means(self) -> ProjectionInputs:
         labels = 100 + np.arange(NUM_IMAGES) // IMAGES_PER_CLASS
         plan = SystematicPlan(np.arange(NUM_IMAGES), labels, self.config.seed, 5, 2)
-        self.followed = ProjectionMeans(plan, self.embed)
+        self.followed = ProjectionInputs(plan, self.embed)
         self.problems: list[tuple[int, int]] = []
         return self.followed
 

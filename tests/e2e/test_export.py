@@ -34,7 +34,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.report import search_figure as search_picture
 from dml_dist.report.search_figure import Tile
 from dml_dist.runs.folder import RunFolder
-from dml_dist.runtime.context import open_bench
+from dml_dist.runtime.context import open_context
 from dml_dist.runtime.progress import Event, discard
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
@@ -90,17 +90,17 @@ def images(glyphs: Path, tmp_path: Path) -> list[Path]:
 def test_a_bundle_finds_what_an_evaluation_finds(run: Path, bundle: Path) -> None:
     """Given an evaluation's embeddings: the same rows in the same order, at the same distances."""
     config = load_config(RunFolder(run).config_path)
-    bench = open_bench(config, Topology(), Comm.single(), discard)
-    rows = bench.rows_of("test")
+    context = open_context(config, Topology(), Comm.single(), discard)
+    rows = context.rows_of("test")
     checkpoint = select_checkpoint(RunFolder(run).checkpoints, "best")
     model = load_model(checkpoint, config.model, seed=config.seed)
-    expected = bench.measure(model, rows, "embed", neighbors=7)
-    embeddings, labels, _ = bench.embed(model, rows, "embed")
+    expected = context.measure(model, rows, "embed", neighbors=7)
+    embeddings, labels, _ = context.embed(model, rows, "embed")
     read = read_bundle(bundle)
-    assert read.keys == bench.index.keys[rows].tolist()
+    assert read.keys == context.index.keys[rows].tolist()
     assert read.labels.tolist() == labels.tolist()
     assert {read.class_names[label] for label in labels} == {
-        bench.index.class_names[label] for label in labels
+        context.index.class_names[label] for label in labels
     }
     found = nearest(read, torch.from_numpy(embeddings), 8)
     assert expected.neighbors is not None
@@ -119,10 +119,12 @@ def test_images_are_embedded_as_in_an_evaluation(
     """From the file to the embedding, with onnxruntime and with torch."""
     read = read_bundle(bundle)
     config = load_config(RunFolder(run).config_path)
-    bench = open_bench(config, Topology(), Comm.single(), discard)
-    rows = bench.rows_of("test")[:5]
+    context = open_context(config, Topology(), Comm.single(), discard)
+    rows = context.rows_of("test")[:5]
     batches = [
-        bench.transform.evaluation(torch.from_numpy(_pixels(ShardReader(bench.index).read(row))))
+        context.transform.evaluation(
+            torch.from_numpy(_pixels(ShardReader(context.index).read(row)))
+        )
         for row in rows.tolist()
     ]
     for runtime in ("onnxruntime", "torch"):
