@@ -30,13 +30,18 @@ def world_size_of(launch: LaunchConfig) -> int:
             return 1
 
 
+def available_gpus() -> int:
+    """Return the number of GPUs of this machine."""
+    return torch.cuda.device_count()
+
+
 def uses_gpu(launch: LaunchConfig, ranks_here: int) -> bool:
     """Tell whether ranks compute on GPUs.
 
     Raises:
         TopologyError: If GPUs are asked for and this machine has too few.
     """
-    available = torch.cuda.device_count()
+    available = available_gpus()
     if launch.use_gpu == "yes" and launch.address is None and available < ranks_here:
         raise TopologyError(
             f"launch.use_gpu: yes needs {ranks_here} GPUs on this machine, it has {available}; "

@@ -1,4 +1,4 @@
-"""Results of each class, kept in a run's folder for whoever looks for weak classes.
+"""Arrays that a run keeps of its final evaluation: results of each class, and embeddings.
 
 per_class.parquet, one row a class of the evaluated images, in rising order of labels:
 
@@ -22,11 +22,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from dml_dist.errors import DataError
 from dml_dist.files import open_atomic
-from dml_dist.parallel.comm import Comm
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +109,6 @@ def read_per_class(path: Path) -> tuple[PerClass, list[str], list[str | None]]:
 
 # ---------------- embeddings
 
-LARGEST_BYTES = 1 << 30
-"""Embeddings of more bytes than this are not kept: one rank has to hold them all."""
-
 
 @dataclass(frozen=True, eq=False)
 class SavedEmbeddings:
@@ -128,39 +123,6 @@ class SavedEmbeddings:
     embeddings: np.ndarray
     rows: np.ndarray
     labels: np.ndarray
-
-
-def collect_embeddings(
-    embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray, comm: Comm
-) -> SavedEmbeddings | None:
-    """Return the embeddings of all ranks in rank order on rank 0; every rank calls this.
-
-    Args:
-        embeddings: This rank's part, (n, D) float32; n may be 0, D is then not looked at.
-        rows: Its index rows, (n,) int64.
-        labels: Its labels, (n,) int64.
-        comm: The ranks.
-
-    Returns:
-        None on the other ranks, and on all ranks when they exceed `LARGEST_BYTES`.
-    """
-    shapes = comm.gather_objects(embeddings.shape, what="gather shapes of embeddings")
-    width = max((shape[1] for shape in shapes if shape[0]), default=0)
-    if sum(shape[0] for shape in shapes) * width * 4 > LARGEST_BYTES:
-        return None
-    kept: list[list[np.ndarray]] = [[], [], []]
-    for source, (count, _) in enumerate(shapes):
-        # One rank's part at a time: the others forget it at once.
-        own = (embeddings.reshape(count, width), rows, labels) if source == comm.rank else None
-        empty = (np.empty((count, width), np.float32), *np.empty((2, count), np.int64))
-        for parts, values in zip(kept, own or empty, strict=True):
-            tensor = torch.from_numpy(np.ascontiguousarray(values)).to(comm.device)
-            got = comm.broadcast(tensor, source, what="collect embeddings")
-            if comm.rank == 0:
-                parts.append(got.cpu().numpy())
-    if comm.rank != 0:
-        return None
-    return SavedEmbeddings(*(np.concatenate(parts) for parts in kept))
 
 
 def write_embeddings(path: Path, saved: SavedEmbeddings) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from dml_dist.config.schema import RunConfig
@@ -19,12 +20,15 @@ from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.embed import embed
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
 from dml_dist.parallel.comm import Comm
-from dml_dist.runs.artifacts import LARGEST_BYTES, collect_embeddings, write_embeddings
+from dml_dist.runs.artifacts import SavedEmbeddings, write_embeddings
 from dml_dist.runtime.fetch import require_cache_room
 from dml_dist.runtime.progress import Emit, discard, note, phase
 from dml_dist.topology import Topology
 from dml_dist.train.run_plan import RunPlan, resolve
 from dml_dist.train.state import resolve_precision
+
+LARGEST_BYTES = 1 << 30
+"""Embeddings of more bytes than this are not kept: one rank has to hold them all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,10 @@ class RunContext:
             DataError: If it is, with the sizes.
         """
         require_cache_room(self.index, self.batch_plan(), self.config)
+
+    def name_of_row(self, row: int) -> str:
+        """Return the name of an index row's sample in messages."""
+        return f"{self.index.keys[row]} of class {self.index.class_names[self.index.label[row]]}"
 
     def rows_of(self, split: str) -> np.ndarray:
         """Return the index rows of `validation` (classes held out of training) or of a split.
@@ -211,6 +219,39 @@ def open_context(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) 
         comm=comm,
         emit=emit if topology.is_main else discard,
     )
+
+
+def collect_embeddings(
+    embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray, comm: Comm
+) -> SavedEmbeddings | None:
+    """Return the embeddings of all ranks in rank order on rank 0; every rank calls this.
+
+    Args:
+        embeddings: This rank's part, (n, D) float32; n may be 0, D is then not looked at.
+        rows: Its index rows, (n,) int64.
+        labels: Its labels, (n,) int64.
+        comm: The ranks.
+
+    Returns:
+        None on the other ranks, and on all ranks when they exceed `LARGEST_BYTES`.
+    """
+    shapes = comm.gather_objects(embeddings.shape, what="gather shapes of embeddings")
+    width = max((shape[1] for shape in shapes if shape[0]), default=0)
+    if sum(shape[0] for shape in shapes) * width * 4 > LARGEST_BYTES:
+        return None
+    kept: list[list[np.ndarray]] = [[], [], []]
+    for source, (count, _) in enumerate(shapes):
+        # One rank's part at a time: the others forget it at once.
+        own = (embeddings.reshape(count, width), rows, labels) if source == comm.rank else None
+        empty = (np.empty((count, width), np.float32), *np.empty((2, count), np.int64))
+        for parts, values in zip(kept, own or empty, strict=True):
+            tensor = torch.from_numpy(np.ascontiguousarray(values)).to(comm.device)
+            got = comm.broadcast(tensor, source, what="collect embeddings")
+            if comm.rank == 0:
+                parts.append(got.cpu().numpy())
+    if comm.rank != 0:
+        return None
+    return SavedEmbeddings(*(np.concatenate(parts) for parts in kept))
 
 
 def _check_evaluable(index: Index, rows: np.ndarray, what: str) -> None:

@@ -162,9 +162,7 @@ def _hooks(
         step_records=steps,
         evaluation_records=evaluations,
         projections=inputs,
-        name_of_row=lambda row: (
-            f"{context.index.keys[row]} of class {context.index.class_names[context.index.label[row]]}"
-        ),
+        name_of_row=context.name_of_row,
     )
 
 

@@ -37,7 +37,7 @@ from dml_dist.runs.study import (
 from dml_dist.runtime.datasets import ensure_imported
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, Emit, note, phase
-from dml_dist.studies.pool import Jobs
+from dml_dist.studies.pool import Pool
 from dml_dist.studies.search import search_method
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.urls import local_path
@@ -72,9 +72,9 @@ def run_comparison(
         _check_folder(config, folder, resume)
         _begin(config, folder)
         _announce(config, plans, console)
-        with Jobs(config) as jobs, Display(console) as emit:
-            values = _search(config, folder, jobs, emit)
-            problems = _run(config, folder, jobs, emit, values)
+        with Pool(config.launch, section.parallel) as pool, Display(console) as emit:
+            values = _search(config, folder, pool, emit)
+            problems = _run(config, folder, pool, emit, values)
         page = write_comparison(folder.path)
     print_comparison(folder.path, console)
     console.print(f"report:  {page}", highlight=False, soft_wrap=True)
@@ -297,7 +297,7 @@ def _at_a_time(config: RunConfig) -> str:
 
 
 def _search(
-    config: RunConfig, folder: ComparisonFolder, jobs: Jobs, emit: Emit
+    config: RunConfig, folder: ComparisonFolder, pool: Pool, emit: Emit
 ) -> dict[str, dict[str, float]]:
     """Return the values found for each method; methods are searched side by side."""
     section = compare_section(config)
@@ -310,15 +310,15 @@ def _search(
         emit(note(f"{method}, trial {number + 1}: {values}: validation {result}"))
 
     tasks = [
-        partial(search_method, config, method, folder, jobs.execute, callback) for method in methods
+        partial(search_method, config, method, folder, pool.execute, callback) for method in methods
     ]
-    return {methods[number]: future.result() for number, future in jobs.each(tasks)}
+    return {methods[number]: future.result() for number, future in pool.each(tasks)}
 
 
 def _run(
     config: RunConfig,
     folder: ComparisonFolder,
-    jobs: Jobs,
+    pool: Pool,
     emit: Emit,
     values: Mapping[str, Mapping[str, float]],
 ) -> list[str]:
@@ -330,8 +330,8 @@ def _run(
         for method in section.methods
     ]
     problems = []
-    tasks = [partial(jobs.execute, *one) for one in configs]
-    for done, (number, future) in enumerate(jobs.each(tasks), start=1):
+    tasks = [partial(pool.execute, *one) for one in configs]
+    for done, (number, future) in enumerate(pool.each(tasks), start=1):
         name = configs[number][0].name
         error = future.exception()
         if isinstance(error, RunError):  # The others are made all the same.

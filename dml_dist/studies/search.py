@@ -14,6 +14,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.study import SearchConfig
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.files import read_json, write_json_atomic
+from dml_dist.orchestration.ray_tasks import Execute
 from dml_dist.runs.study import (
     ComparisonFolder,
     compare_section,
@@ -23,7 +24,7 @@ from dml_dist.runs.study import (
     trial_config,
     value_at,
 )
-from dml_dist.studies.pool import Execute, is_diverged
+from dml_dist.studies.pool import is_diverged
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -10,7 +10,8 @@ import pytest
 from dml_dist.errors import DataError
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
 from dml_dist.parallel.comm import Comm
-from dml_dist.runs.artifacts import SavedEmbeddings, collect_embeddings
+from dml_dist.runs.artifacts import SavedEmbeddings
+from dml_dist.runtime.context import collect_embeddings
 from dml_dist.search import cross_join, self_join
 from dml_dist.topology import Topology
 from tests.ranks import run_ranks

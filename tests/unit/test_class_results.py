@@ -12,12 +12,12 @@ from dml_dist.evaluation.retrieval import evaluate
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.artifacts import (
     SavedEmbeddings,
-    collect_embeddings,
     read_embeddings,
     read_per_class,
     write_embeddings,
     write_per_class,
 )
+from dml_dist.runtime.context import collect_embeddings
 from dml_dist.search import gallery_shard as gallery
 from tests.oracles_retrieval import retrieval
 from tests.retrieval_cases import cases
@@ -177,6 +177,6 @@ def test_the_file_of_embeddings_holds_what_was_written(tmp_path: Path) -> None:
 
 
 def test_too_many_embeddings_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dml_dist.runs.artifacts.LARGEST_BYTES", 59)
+    monkeypatch.setattr("dml_dist.runtime.context.LARGEST_BYTES", 59)
     x, rows = np.zeros((5, 3), dtype=np.float32), np.arange(5)
     assert collect_embeddings(x, rows, rows, Comm.single()) is None

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from dml_dist.config.load import dump_config, parse_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.report.study import axis as compare_axis
 from dml_dist.report.study import compare as compare_page
+from dml_dist.report.study import figures
 from dml_dist.report.study.compare import write_comparison
 from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
 from dml_dist.runs.folder import RunFolder
@@ -247,13 +247,13 @@ def test_the_table_of_results_for_people(folder: Path, page: Page) -> None:
 def test_points_of_the_figure_against_a_field(comparison: Comparison) -> None:
     """Value of the field, mean and half of the interval, in percent; by rising value."""
     half = 100 * math.sqrt(0.0283) * T_2 / math.sqrt(3)
-    lines = compare_axis._lines(comparison, "recall_at_1")
+    lines = figures._lines(comparison, "recall_at_1")
     assert list(lines) == ["rates", "all"]
     np.testing.assert_allclose(
         lines["rates"], [[0.02, 0.03], [70.0, 66.0], [half, math.nan]], rtol=1e-6
     )
     np.testing.assert_allclose(lines["all"][:2], [[0.01, 0.03], [55.0, 66.0]], rtol=1e-6)
-    lines = compare_axis._lines(comparison, "map_at_r")
+    lines = figures._lines(comparison, "map_at_r")
     np.testing.assert_allclose(lines["rates"][1], [43.0, 40.0], rtol=1e-6)
 
 

@@ -28,7 +28,7 @@ from dml_dist.report.study.references import ReferenceRow, own_protocols
 from dml_dist.report.study.stats import LEVEL, format_interval
 from dml_dist.runs.study import ComparisonFolder, compare_section
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent.parent
 SINGLE_RUNS = "of single runs"
 """Head of the column with the steps of the single runs."""
 TIME = "time to it"
@@ -97,7 +97,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template("compare.html")
+    return environment.get_template("study/compare.html")
 
 
 def _breakable(path: str) -> Markup:
