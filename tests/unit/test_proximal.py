@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from dml_dist.config.load import parse_config
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.parallel.comm import Comm
 from dml_dist.train.proximal import ProximalTerm, drawn_parameters
+from dml_dist.train.state import build_state
+from dml_dist.train.step import train_step
+from tests.training_setup import IMAGES_PER_CLASS, NUM_CLASSES, images_of, small_config
 
 
 def make_model(seed: int = 0) -> EmbeddingModel:
@@ -68,3 +73,42 @@ def test_parameters_without_a_gradient_get_none() -> None:
     term.add_gradients(model)
     assert all(p.grad is None for p in model.backbone.parameters())
     assert model.head.weight.grad is not None
+
+
+def test_the_term_is_added_after_clipping() -> None:
+    """A step of gradient descent by lr (g min(1, c / |g|) + lambda (theta - theta_0)).
+
+    Gradients are clipped from a norm above 0.05 to 0.05; the term alone is larger than that.
+    """
+    config = small_config(
+        optim="{name: sgd, lr: 0.5, proxy_lr: 0.5, momentum: 0.0}", train__precision="float64"
+    )
+    rows = np.arange(0, NUM_CLASSES * IMAGES_PER_CLASS, 4)
+    images, labels = images_of(rows).double(), torch.from_numpy(rows // IMAGES_PER_CLASS)
+    state = build_state(config, num_classes=NUM_CLASSES, comm=Comm.single())
+    state.objective(state.model(images), labels, [len(rows)], step=0).loss.backward()
+    parameters = dict(state.model.named_parameters())
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    proxies = state.owned["proxies"]
+    assert proxies.grad is not None
+    squares = [g.square().sum() for g in (*gradients.values(), proxies.grad)]
+    norm = float(torch.stack(squares).sum().sqrt())
+    assert norm > 0.05
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    drawn = {name: p.dim() > 1 for name, p in parameters.items()}
+    term = ProximalTerm({name: p + 1.0 for name, p in before.items() if drawn[name]}, weight=0.3)
+    output = train_step(
+        state,
+        images,
+        labels,
+        [len(rows)],
+        learning_rate_factor=1.0,
+        max_grad_norm=0.05,
+        proximal=term,
+    )
+    assert output.gradient_norm is not None
+    assert abs(float(output.gradient_norm) - norm) < 1e-9
+    for name, gradient in gradients.items():
+        whole = gradient * 0.05 / norm + (-0.3 if drawn[name] else 0.0)
+        expected = before[name] - 0.5 * whole
+        torch.testing.assert_close(parameters[name].detach(), expected, rtol=0, atol=1e-7)
