@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ from torch import Tensor
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.loader import Batch
 from dml_dist.data.plans import rank_positions
-from dml_dist.data.systematic import PlanState, SystematicPlan, systematic_batches
+from dml_dist.data.systematic import (
+    PlanState,
+    SystematicPlan,
+    draw_representatives,
+    systematic_batches,
+)
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.projections import ProjectionInputs
+from dml_dist.train.state import TrainState
 from tests.ranks import run_ranks
 from tests.training_setup import (
     IMAGES_PER_CLASS,
@@ -78,11 +85,34 @@ SETTINGS = {
     "mined": (
         "{steps_per_problem: 6, lead_steps: 3, proximal_weight: 0.1, proximal_decay: 0.5, "
         "selection: k_center, pool_per_class: 4, representatives_per_class: 2, "
-        "mining: {neighbors_per_class: 2, refresh_every: 3}}"
+        "mining: {neighbors_per_class: 2, refresh_every: 4}}"
     ),
     "patient": (
-        "{steps_per_problem: 20, lead_steps: 3, proximal_weight: 0.1, patience: 1, min_steps: 2}"
+        "{steps_per_problem: 20, lead_steps: 3, proximal_weight: 0.1, patience: 2, min_steps: 2}"
     ),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The course of 14 steps under falling validations, worked by hand.
+
+    Attributes:
+        begins: First steps of problems 1, 2, ...
+        states: Problem and first step of what is prepared at the end.
+        weight: Of the proximal term at the end.
+    """
+
+    begins: list[int]
+    states: list[tuple[int, int]]
+    weight: float
+
+
+EXPECTED = {
+    "random": Expected([4, 8, 12], [(3, 12), (4, 16)], 0.1),
+    "mined": Expected([6, 12], [(2, 12), (2, 16)], 0.05),
+    # Worse at 4 and 6: a problem from 9 on; better at 10, worse at 12 and 14: one from 17 on.
+    "patient": Expected([9], [(1, 9), (2, 17)], 0.1),
 }
 
 
@@ -107,6 +137,26 @@ def described(states: list[PlanState]) -> list[Any]:
     ]
 
 
+def unexpected(setting: str, run: ProjectedRun, state: TrainState) -> list[str]:
+    """Return what differs from the course that was worked by hand, on this rank."""
+    expected, projections = EXPECTED[setting], state.projections
+    assert projections is not None
+    assert projections.term is not None
+    found = {
+        "states": [(s.problem, s.first_step) for s in projections.states] == expected.states,
+        "weight": projections.term.weight == pytest.approx(expected.weight),
+        "validations": run.evaluated == [("validation", step) for step in range(2, 15, 2)],
+    }
+    if run.topology.is_main:
+        problems = [int(record["problem"]) for record in read_records(run.folder / "steps.jsonl")]
+        begins = [step for step in range(1, 14) if problems[step] != problems[step - 1]]
+        found["problems"] = begins == expected.begins
+        found["records"] = len(problems) == 14
+    return [
+        f"{setting}: {name} are not as worked by hand" for name, fits in found.items() if not fits
+    ]
+
+
 def repeat_exactly(topology: Topology, root: str) -> list[str]:
     """Interrupt runs at every place of a problem; return what differs from uninterrupted ones."""
     comm = Comm.from_default_group()
@@ -117,7 +167,9 @@ def repeat_exactly(topology: Topology, root: str) -> list[str]:
         config = projected_config(setting)
         folder = Path(root) / f"{setting}-{topology.world_size}"
         whole = ProjectedRun(topology, comm, config, folder / "whole", scores=scores)
-        expected = snapshot(whole.train().state)
+        state = whole.train().state
+        expected = snapshot(state)
+        problems += unexpected(setting, whole, state)
         for fail_at in (5, 9):
             run = ProjectedRun(topology, comm, config, folder / f"cut-{fail_at}", scores=scores)
             run.fail_at = fail_at
@@ -185,6 +237,8 @@ def go_on(topology: Topology, root: str, saved_by: int) -> dict[str, Any]:
 
 def test_the_number_of_ranks_does_not_matter(tmp_path: Path) -> None:
     one = train_whole(Topology(), str(tmp_path))
+    # A search at step 7 for step 10, inside problem 1; problem 2 is prepared, but not begun.
+    assert [state[:2] for state in one["states"]] == [(1, 6), (1, 10), (2, 12)]
     two = run_ranks(train_whole, 2, str(tmp_path))[0]
     three = run_ranks(go_on, 3, str(tmp_path), 2)[0]
     for other, first in ((two, 0), (three, 8)):
@@ -206,19 +260,18 @@ def test_the_course_of_problems(tmp_path: Path) -> None:
     distances = [record.get("distance_to_last_solution") for record in records]
     assert distances[:4] == [None] * 4
     assert all(later > 0 for later in distances[4:])
-    drawn = [set(state.representatives.ravel().tolist()) for state in run.followed.states]
+    plan = run.followed.plan
     for step, rows in enumerate(run.seen):
-        held = [
-            own
-            for state, own in zip(run.followed.states, drawn, strict=True)
-            if state.problem == step // 4
-        ]
-        if held:
-            assert len(set(rows.tolist()) & held[0]) == 5
+        drawn = draw_representatives(
+            plan.rows, plan.labels, seed=config.seed, problem=step // 4, number=1
+        )
+        # 5 classes with one representative each and one other image.
+        assert np.isin(rows, drawn).tolist() == [True, False] * 5
+        assert (rows[::2] // IMAGES_PER_CLASS == rows[1::2] // IMAGES_PER_CLASS).all()
 
 
 def test_validation_without_progress_ends_a_problem(tmp_path: Path) -> None:
-    config = projected_config("patient", train__steps=12)
+    config = projected_config("patient", train__steps=12, projections__patience=1)
     # Better at 4, worse at 6: a problem from step 9 on; better at 10, worse at 12.
     scores = {2: 0.1, 4: 0.2, 6: 0.15, 8: 0.3, 10: 0.4, 12: 0.3}
     run = ProjectedRun(Topology(), Comm.single(), config, tmp_path, scores=scores)
