@@ -17,7 +17,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.runs.records import read_records
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint import load_checkpoint
-from dml_dist.train.checkpoint_files import verify_checkpoint
+from dml_dist.train.checkpoint_files import checkpoint_folders, verify_checkpoint
 from dml_dist.train.state import build_state
 from tests.ranks import run_ranks
 from tests.training_setup import SmallRun, small_config, snapshot, whole_snapshot
@@ -62,6 +62,23 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(r["step"], r["loss"], r["lr"]) for r in read_records(folder / "steps.jsonl")]
 
 
+def unexpected(run: SmallRun) -> list[str]:
+    """Return what differs from steps and learning rates worked by hand, on the main rank.
+
+    8 steps, validated and saved every 3 and at the end; logged every 2 and at each pause; 3 steps
+    of warm-up, whose factors are 1/3, 2/3 and 1.
+    """
+    lr = run.config.optim.lr
+    records = [(step, rate / lr) for step, _, rate in losses(run.folder)]
+    saved = {path.name[:13] for path in checkpoint_folders(run.folder / "checkpoints")}
+    found = {
+        "validations": run.evaluated == [("validation", step) for step in (3, 6, 8)],
+        "records": np.allclose(records, [(2, 2 / 3), (3, 1), (4, 1), (6, 1), (8, 1)]),
+        "checkpoints": saved == {"step_00000003", "step_00000006", "step_00000008"},
+    }
+    return [f"{name} are not as worked by hand" for name, fits in found.items() if not fits]
+
+
 def repeat_exactly(topology: Topology, root: str) -> list[str]:
     """Compare an interrupted run with an uninterrupted one; return what differs on this rank."""
     comm = Comm.from_default_group()
@@ -77,7 +94,10 @@ def repeat_exactly(topology: Topology, root: str) -> list[str]:
     }.items():
         config = small_config(train__steps=8, **changes)
         folder = Path(root) / f"{name}-{topology.world_size}"
-        whole = SmallRun(topology, comm, config, folder / "whole").train()
+        run = SmallRun(topology, comm, config, folder / "whole")
+        whole = run.train()
+        if topology.is_main:
+            problems += [f"{name}: {text}" for text in unexpected(run)]
         cut = interrupted(SmallRun(topology, comm, config, folder / "cut"))
         problems += [f"{name}: {tensor}" for tensor in same(snapshot(whole.state), cut)]
         if topology.is_main and losses(folder / "whole") != losses(folder / "cut"):

@@ -150,7 +150,13 @@ def test_the_best_validation_is_that_of_the_checkpoint_resumed_from(tmp_path: Pa
     small_run(tmp_path, small_config(), scores={3: 0.4, 6: 0.9}).train()
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "step_00000006-a1" / "optim.pt").write_bytes(b"")
-    for attempt, score, best in ((2, 0.3, "step_00000003-a1"), (3, 0.45, "step_00000006-a3")):
+    cut = small_run(tmp_path, small_config(), attempt=2, fail_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train(resume=True)
+    best_before = best_checkpoint(checkpoints)
+    assert best_before is not None
+    assert (best_before.folder, best_before.map_at_r) == ("step_00000003-a1", 0.4)
+    for attempt, score, best in ((3, 0.3, "step_00000003-a1"), (4, 0.45, "step_00000006-a4")):
         again = small_run(tmp_path, small_config(), attempt=attempt, scores={6: score})
         result = again.train(resume=True)
         assert result.start_step == 3
@@ -158,6 +164,44 @@ def test_the_best_validation_is_that_of_the_checkpoint_resumed_from(tmp_path: Pa
         assert (result.best.folder, result.best.map_at_r) == (best, max(score, 0.4))
         assert best_checkpoint(checkpoints) == result.best
         (result.last / "optim.pt").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("every", "save_every", "test_every", "validated", "tested", "saved"),
+    [
+        ("null", "null", "null", [4, 8, 10], [], [4, 8, 10]),
+        (3, "null", "null", [3, 6, 9, 10], [], [3, 6, 9, 10]),
+        (3, 4, "null", [3, 6, 9, 10], [], [3, 4, 8, 10]),
+        ("null", 100, 5, [4, 8, 10], [5, 10], [4, 10]),
+        (5, 10, "null", [5, 10], [], [5, 10]),
+    ],
+)
+def test_when_a_run_validates_tests_and_saves(
+    tmp_path: Path,
+    every: int | str,
+    save_every: int | str,
+    test_every: int | str,
+    validated: list[int],
+    tested: list[int],
+    saved: list[int],
+) -> None:
+    """10 steps of 4 an epoch; the first validation is the best, and is saved for that."""
+    config = small_config(
+        train__steps=10,
+        evaluation__every_steps=every,
+        evaluation__evaluate_test_every=test_every,
+        checkpoint__every_steps=save_every,
+        checkpoint__keep=10,
+    )
+    run = small_run(tmp_path, config, scores={step: 1 - step / 100 for step in range(11)})
+    result = run.train()
+    splits = {
+        split: [s for name, s in run.evaluated if name == split] for split, _ in run.evaluated
+    }
+    assert splits == {"validation": validated} | ({"test": tested} if tested else {})
+    assert names(tmp_path) == [f"step_{step:08d}-a1" for step in reversed(saved)]
+    assert result.best is not None
+    assert result.best.step == validated[0]
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
