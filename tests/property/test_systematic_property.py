@@ -139,6 +139,23 @@ def test_resumed_at_any_step(
         assert np.array_equal(one.rows, two.rows)
 
 
+def test_orders_of_classes_and_rows_differ_between_states_and_seeds() -> None:
+    """Even where the representatives are the same, as after a search for near classes."""
+    labels = np.repeat(np.arange(12), 8)
+    classes: list[list[int]] = []
+    others: list[list[list[int]]] = []
+    for seed, first in ((3, 0), (3, 7), (4, 0)):
+        plan = SystematicPlan(np.arange(96), labels, seed, 6, 2)
+        state = PlanState(0, first, np.arange(0, 96, 8)[:, None])
+        rows = np.concatenate([batch.rows for batch in islice(plan.batches(state), 20)])
+        classes.append((rows[::2] // 8).tolist())
+        others.append([[row for row in rows[1::2] if row // 8 == c][:7] for c in range(12)])
+    for other in (1, 2):
+        assert classes[0] != classes[other]
+        # Of 7! orders, two of 12 classes would hardly be equal by chance.
+        assert sum(a != b for a, b in zip(others[0], others[other], strict=True)) >= 11
+
+
 def test_a_state_that_is_appended_is_taken_up() -> None:
     labels = np.repeat(np.arange(8), 6)
     plan = SystematicPlan(np.arange(48), labels, 3, 4, 3)
