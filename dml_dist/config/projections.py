@@ -60,14 +60,15 @@ class ProjectionsConfig(Section):
     lead_steps: PositiveInt = 32
     """Steps between the moment at which a problem is prepared and its first step.
 
-    The loader reads ahead, so it must be at least the batches that are prefetched.
+    The loader reads ahead, so it must be at least the batches that are prefetched. It must be less
+    than `steps_per_problem` and `mining.refresh_every`.
     """
 
     @model_validator(mode="after")
     def _check(self) -> ProjectionsConfig:
-        if self.lead_steps > self.steps_per_problem:
+        if self.lead_steps >= self.steps_per_problem:
             raise ValueError(
-                f"lead_steps {self.lead_steps} must be at most steps_per_problem "
+                f"lead_steps {self.lead_steps} must be less than steps_per_problem "
                 f"{self.steps_per_problem}: a problem is prepared inside the one before"
             )
         if self.min_steps > self.steps_per_problem:
@@ -81,10 +82,11 @@ class ProjectionsConfig(Section):
                 f"mining.refresh_every {every} must be at most steps_per_problem "
                 f"{self.steps_per_problem}: a longer interval never comes"
             )
-        if every is not None and every < self.lead_steps:
+        if every is not None and every <= self.lead_steps:
             raise ValueError(
-                f"mining.refresh_every {every} must be at least lead_steps {self.lead_steps}: "
-                "a search takes effect before the next one begins"
+                f"mining.refresh_every {every} must be more than lead_steps {self.lead_steps}: "
+                "a search begins inside the problem that it is for, and takes effect before the "
+                "next one begins"
             )
         if self.selection == "k_center" and self.pool_per_class < self.representatives_per_class:
             raise ValueError(

@@ -15,7 +15,7 @@ from tests.report_runs import Page
 Cli = Callable[..., tuple[int, str]]
 
 BALANCED = "data.batches={name: balanced, classes_per_batch: 13, samples_per_class: 2}"
-PROJECTIONS = "projections={steps_per_problem: 4, lead_steps: 4, mining: {neighbors_per_class: 2}}"
+PROJECTIONS = "projections={steps_per_problem: 4, lead_steps: 3, mining: {neighbors_per_class: 2}}"
 METHODS = {
     "proxy_nca": ("loss={name: proxy_nca, proxies_per_class: 2}",),
     "margin surrogate": ("loss={name: proxy_nca, surrogate: margin}",),

@@ -209,3 +209,25 @@ def test_which_rows_count_as_representatives() -> None:
         assert found.sum() == CLASSES
     everything = Course(config_of(pairs="all")).projections
     assert everything.is_representative(ROWS, 0) is None
+
+
+def test_the_next_problem_or_search_is_prepared_inside_a_problem() -> None:
+    """3 steps ahead of step 3 or of a search at step 3 is step 0, after which nothing is prepared.
+
+    One step more is enough for both: a problem every 4 steps, a search 4 steps into one of 8.
+    """
+    for values, words in (
+        ({"steps_per_problem": 3}, "lead_steps 3 must be less than steps_per_problem 3"),
+        (
+            {"steps_per_problem": 8, "mining": {"refresh_every": 3}},
+            "refresh_every 3 must be more than lead_steps 3",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config_of(**values)
+    course = Course(config_of(steps_per_problem=4))
+    follow(course, 6)
+    assert first_steps(course) == [(0, 0), (1, 4), (2, 8)]
+    course = Course(config_of(steps_per_problem=8, mining={"refresh_every": 4}))
+    follow(course, 10)
+    assert first_steps(course) == [(0, 0), (0, 4), (1, 8), (1, 12)]
