@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dml_dist.config.projections import ProjectionsConfig
 from dml_dist.data.systematic import PlanState, SystematicPlan, draw_representatives
-from dml_dist.models.build import build_model
+from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
-from dml_dist.train.projections import ProjectionMeans, Projections
+from dml_dist.train.projections import ProjectionInputs, Projections
 from tests.training_setup import small_config
 from tests.unit.test_representatives import k_center_loop, nearest_loop
 
@@ -49,7 +49,7 @@ class Course:
         self.prepared += self.projections.states
 
     def fresh(self) -> Projections:
-        return Projections(self.config, ProjectionMeans(PLAN, self.embed), Comm.single())
+        return Projections(self.config, ProjectionInputs(PLAN, self.embed), Comm.single())
 
     def embeddings(self, step: int) -> np.ndarray:
         drawn = np.random.default_rng(step).standard_normal((len(ROWS), 4))
