@@ -15,10 +15,11 @@ from torch import Tensor
 from dml_dist.losses.numerics import Statistics, normalize_rows
 from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA, nearest_rows
 from dml_dist.parallel.proxies import PROXIES, OwnedBuffer, ProxyObjective
+from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds
 
-NUM_COUNTS = 3
-"""Numbers that are added up over ranks in a step."""
+_COUNTS = "counts of assignments"
+_NUM_COUNTS = 3
 
 _STREAM = 0x72657669
 """Keeps the draws of revived proxies apart from others with the same seed."""
@@ -96,6 +97,12 @@ class DynamicProxyObjective(ProxyObjective):
         self.idle_steps_L[rows] = 0
         return {PROXIES: rows}
 
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        """Return what the loss and the counts send."""
+        counts = _NUM_COUNTS * torch.float64.itemsize
+        sent = super()._loss_traffic(num_rows, mined=mined)
+        return sent + Traffic.of("all_reduce", _COUNTS, counts, self.comm.world_size)
+
     def _observe(
         self, embeddings_GD: Tensor, labels_G: Tensor, total: Statistics
     ) -> dict[str, Tensor]:
@@ -109,7 +116,7 @@ class DynamicProxyObjective(ProxyObjective):
                 self._last_batch_GD = embeddings_GD.detach()
         dead = (idle_L >= self.dead_after_steps).sum()
         counts = torch.stack([dead, changed_G.sum(), known_G.sum()]).double()
-        dead, changed, known = self.comm.all_reduce_sum(counts, what="counts of assignments")
+        dead, changed, known = self.comm.all_reduce_sum(counts, what=_COUNTS)
         return {
             "dead_proxies": dead,
             "proxy_occupancy": 1 - dead / self.shard.num_rows,

@@ -31,6 +31,10 @@ from dml_dist.errors import ConfigError
 from dml_dist.losses.numerics import accurate_dtype
 from dml_dist.models.batch_moments import Moments, finish, merge, pack, partial, unpack
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.traffic import Traffic
+
+_MOMENTS = "moments of batch normalisation"
+_GRADIENT = "gradient of batch normalisation"
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -120,7 +124,7 @@ class _Normalize(Function):
         sums_2C = torch.stack([grad_NCP.sum(dim=(0, 2)), (grad_NCP * centered_NCP).sum(dim=(0, 2))])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            totals_2C = ctx.comm.all_reduce_sum(sums_2C, what="gradient of batch normalisation")
+            totals_2C = ctx.comm.all_reduce_sum(sums_2C, what=_GRADIENT)
             mean_grad_C, mean_product_C = totals_2C / ctx.count
             slope_C = mean_product_C * scale_C.square()
             grad_NCP = grad_NCP - mean_grad_C[:, None] - centered_NCP * slope_C[:, None]
@@ -134,7 +138,7 @@ class _Normalize(Function):
 def _over_ranks(own: Moments, comm: Comm) -> Moments:
     """Return the moments of all ranks together, the same bits on every rank."""
     sizes = [1] * comm.world_size
-    rows = comm.all_gather_rows(pack(own), sizes, what="moments of batch normalisation")
+    rows = comm.all_gather_rows(pack(own), sizes, what=_MOMENTS)
     return reduce(merge, map(unpack, rows))
 
 
@@ -166,16 +170,18 @@ def synchronize_batch_norm(module: nn.Module, comm: Comm) -> nn.Module:
     return _replace(module, comm)
 
 
-def batch_norm_bytes(num_channels: int, world_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes that each rank sends for one layer in a step, as `Comm` counts them.
+def batch_norm_traffic(num_channels: int, world_size: int, dtype: torch.dtype) -> Traffic:
+    """Return what each rank sends for one layer in a step.
 
     Args:
         num_channels: C.
         world_size: W.
         dtype: Of the sums in the backward pass, float32 or float64.
     """
-    moments = (world_size - 1) * (1 + 2 * num_channels) * torch.float64.itemsize
-    return moments + 2 * (world_size - 1) * 2 * num_channels * dtype.itemsize // world_size
+    moments = (1 + 2 * num_channels) * torch.float64.itemsize
+    sums = 2 * num_channels * dtype.itemsize
+    gathered = Traffic.of("all_gather", _MOMENTS, moments, world_size)
+    return gathered + Traffic.of("all_reduce", _GRADIENT, sums, world_size)
 
 
 def _replace(module: nn.Module, comm: Comm) -> nn.Module:

@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.traffic import Traffic
 
 Use = Literal["parts", "whole"]
 """What each rank computes from fetched rows: one part of the loss, or the whole of it."""
@@ -60,6 +61,32 @@ def fetch_rows(
         )
     rows: Tensor = _FetchRows.apply(table_rows_LD, ids_G, row_low, comm, use == "parts", what)
     return rows
+
+
+def fetch_traffic(
+    num_ids: int,
+    width: int,
+    dtype: torch.dtype,
+    world_size: int,
+    *,
+    what: str,
+    sums_gradients: bool = True,
+) -> Traffic:
+    """Return what `fetch_rows` sends.
+
+    Args:
+        num_ids: G.
+        width: D.
+        dtype: Of the table.
+        world_size: W.
+        what: Name of the collective.
+        sums_gradients: Whether gradients flow back, and ranks compute parts.
+    """
+    num_bytes = num_ids * width * dtype.itemsize
+    sent = Traffic.of("all_reduce", what, num_bytes, world_size)
+    if sums_gradients:
+        sent += Traffic.of("all_reduce", f"gradient of {what}", num_bytes, world_size)
+    return sent
 
 
 class _FetchRows(Function):

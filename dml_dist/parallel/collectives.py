@@ -12,6 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from dml_dist.losses.numerics import Merge, Statistics, safe_exp_difference
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.traffic import Traffic
+
+_NEAREST = "nearest proxies"
+_NEAREST_ROWS = "rows of nearest proxies"
+_MAXIMA = "maxima of loss statistics"
+_OWNERS = "owners of maxima"
+_SUMS = "sums of loss statistics"
+_GRADIENTS = "gradients of replicated parameters"
 
 
 def gather_rows_of_parts(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: str) -> Tensor:
@@ -44,6 +52,27 @@ def gather_rows_of_whole(x: Tensor, sizes: Sequence[int], comm: Comm, *, what: s
     if comm.world_size == 1:
         return x
     return _GatherRowsOfWhole.apply(x, tuple(sizes), comm, what)
+
+
+def gather_traffic(
+    sizes: Sequence[int], width: int, dtype: torch.dtype, *, what: str, sums_gradients: bool
+) -> Traffic:
+    """Return what `gather_rows_of_parts` (which sums gradients) or `..._of_whole` sends.
+
+    Args:
+        sizes: Rows of each rank.
+        width: Columns of a row.
+        dtype: Of the rows.
+        what: Name of the collective.
+        sums_gradients: Whether the ranks' gradients are summed in the backward pass.
+    """
+    world_size = len(sizes)
+    num_bytes = max(sizes) * width * dtype.itemsize
+    sent = Traffic.of("all_gather", what, num_bytes, world_size)
+    if sums_gradients:
+        name = f"gradient of {what}"
+        sent += Traffic.of("reduce_scatter", name, world_size * num_bytes, world_size)
+    return sent
 
 
 def times_world_size(x: Tensor, comm: Comm) -> Tensor:
@@ -90,7 +119,7 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
                 raise AssertionError("merged above")
             case _:
                 assert_never(how)
-    packed = _SumOverRanks.apply(_pack(addends), comm, "sums of loss statistics")
+    packed = _SumOverRanks.apply(_pack(addends), comm, _SUMS)
     total = _unpack(packed, addends)
     for name, how in merges.items():
         if how == "logsumexp":
@@ -98,6 +127,35 @@ def merge_over_ranks(partial: Statistics, merges: Mapping[str, Merge], comm: Com
             positive = total[name].clamp_min(torch.finfo(total[name].dtype).tiny)
             total[name] = peaks[name] + positive.log()
     return {**nearest, **total}
+
+
+def merge_traffic(
+    merges: Mapping[str, Merge], numels: Mapping[str, int], dtype: torch.dtype, world_size: int
+) -> Traffic:
+    """Return what `merge_over_ranks` sends.
+
+    Args:
+        merges: The merge of each statistic.
+        numels: Elements of each statistic (`argmax`: of its values alone).
+        dtype: Of statistics that are not merged by `argmax`.
+        world_size: W.
+    """
+
+    def reduced(what: str, names: list[str], dtype: torch.dtype) -> Traffic:
+        if not names:
+            return Traffic()
+        num_bytes = sum(numels[name] for name in names) * dtype.itemsize
+        return Traffic.of("all_reduce", what, num_bytes, world_size)
+
+    nearest = [name for name, how in merges.items() if how == "argmax"]
+    peaks = [name for name, how in merges.items() if how in ("logsumexp", "max")]
+    return (
+        reduced(_NEAREST, nearest, torch.float64)
+        + reduced(_NEAREST_ROWS, nearest, torch.float64)
+        + reduced(_MAXIMA, peaks, dtype)
+        + reduced(_OWNERS, [name for name in peaks if merges[name] == "max"], torch.int32)
+        + reduced(_SUMS, [name for name in merges if name not in nearest], dtype)
+    )
 
 
 @torch.no_grad()
@@ -116,10 +174,18 @@ def sum_gradients(parameters: Sequence[nn.Parameter], comm: Comm) -> None:
     if comm.world_size == 1:
         return
     parts = [parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None]
-    total = comm.all_reduce_sum(torch.cat(parts), what="gradients of replicated parameters")
+    total = comm.all_reduce_sum(torch.cat(parts), what=_GRADIENTS)
     sizes = [part.numel() for part in parts]
     for parameter, part in zip(parameters, total.split(sizes), strict=True):
         parameter.grad = part.view_as(parameter).clone()
+
+
+def sum_gradients_traffic(parameters: Sequence[nn.Parameter], comm: Comm) -> Traffic:
+    """Return what `sum_gradients` sends."""
+    if not parameters:
+        return Traffic()
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return Traffic.of("all_reduce", _GRADIENTS, num_bytes, comm.world_size)
 
 
 @torch.no_grad()
@@ -128,13 +194,13 @@ def _argmax_over_ranks(values: Statistics, comm: Comm) -> Statistics:
     if not values:
         return {}
     own = {name: value[0] for name, value in values.items()}
-    best = _unpack(comm.all_reduce_max(_pack(own), what="nearest proxies"), own)
+    best = _unpack(comm.all_reduce_max(_pack(own), what=_NEAREST), own)
     # Minus the row, so that the lowest one is the largest bid.
     bids = {
         name: torch.where(value[0] == best[name], -value[1], -torch.inf)
         for name, value in values.items()
     }
-    rows = _unpack(comm.all_reduce_max(_pack(bids), what="rows of nearest proxies"), bids)
+    rows = _unpack(comm.all_reduce_max(_pack(bids), what=_NEAREST_ROWS), bids)
     return {name: torch.stack([best[name], -rows[name]]) for name in values}
 
 
@@ -144,7 +210,7 @@ def _peaks_over_ranks(partial: Statistics, names: list[str], comm: Comm) -> Stat
     if not names:
         return {}
     chosen = {name: partial[name] for name in names}
-    return _unpack(comm.all_reduce_max(_pack(chosen), what="maxima of loss statistics"), chosen)
+    return _unpack(comm.all_reduce_max(_pack(chosen), what=_MAXIMA), chosen)
 
 
 @torch.no_grad()
@@ -156,7 +222,7 @@ def _winners(partial: Statistics, peaks: Statistics, names: list[str], comm: Com
         name: (partial[name] == peaks[name]).to(torch.int32) * (comm.world_size - comm.rank)
         for name in names
     }
-    best = _unpack(comm.all_reduce_max(_pack(bids), what="owners of maxima"), bids)
+    best = _unpack(comm.all_reduce_max(_pack(bids), what=_OWNERS), bids)
     return {name: best[name] == comm.world_size - comm.rank for name in names}
 
 

@@ -1,4 +1,4 @@
-"""The only door to torch.distributed: named collectives that return new tensors.
+"""All use of torch.distributed's collectives: named methods that return new tensors.
 
 `Comm.single()` is one process without a process group. It runs through the same methods, so that
 callers have one code path for any number of ranks.
@@ -8,17 +8,15 @@ a rank dies, lags behind or calls something else, the others raise a RunError wi
 group's timeout that says which collective waited. (NCCL instead ends the process through its
 watchdog after the same timeout.)
 
-Bytes: `bytes_sent` counts what this rank sends when collectives are carried out as rings, which is
-the least that is possible for large tensors. W ranks, n bytes of input on this rank:
-
-    all-gather (W - 1) n      all-reduce 2 (W - 1) n / W      reduce-scatter (W - 1) n / W
-    broadcast  (W - 1) n on the source, 0 elsewhere
+`traffic` counts the bytes that this rank sends, by kind of collective and name, as
+`parallel/traffic.py` defines them.
 """
 
 from __future__ import annotations
 
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dml_dist.errors import DmlDistError, PeerLostError, RunError
+from dml_dist.parallel.traffic import Kind, Traffic, sent_bytes
 from dml_dist.topology import Topology
 
 # torch 2.14 gave both collectives these names, and warns where the older ones are called.
@@ -48,8 +47,7 @@ class Comm:
         topology: This rank's place.
         group: The process group, or None in one process.
         timeout_seconds: How long a collective waits for the others.
-        bytes_sent: Bytes this rank sent so far (see the head of this file).
-        num_collectives: Collectives carried out so far.
+        num_collectives: Number of collectives so far.
     """
 
     def __init__(
@@ -69,13 +67,24 @@ class Comm:
             )
         self.group = group
         self.timeout_seconds = timeout_seconds
-        self.bytes_sent = 0
         self.num_collectives = 0
+        self._sent: Counter[tuple[Kind, str]] = Counter()
 
     @classmethod
     def single(cls, device: str = "cpu") -> Comm:
         """Return the Comm of one process."""
         return cls(None, Topology(device=device))
+
+    @classmethod
+    def planned(cls, world_size: int) -> Comm:
+        """Return the Comm of rank 0 of ranks that do not run yet, on the meta device.
+
+        For what follows from shapes alone: an objective built on it takes no memory for its
+        parameters and tells its traffic. Its collectives raise AssertionError.
+        """
+        comm = cls.single("meta")
+        comm.topology = Topology(world_size=world_size, device="meta")
+        return comm
 
     @classmethod
     def from_default_group(
@@ -112,6 +121,11 @@ class Comm:
         """This rank's device."""
         return torch.device(self.topology.device)
 
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank sent so far; subtract an earlier value for a part of it."""
+        return Traffic(dict(self._sent))
+
     # ------------------------------------------------------------ tensors
 
     def all_gather_rows(
@@ -125,7 +139,7 @@ class Comm:
             what: Name of the collective in errors.
         """
         self._check_rows(x, sizes[self.rank], sizes, what)
-        if self.group is None:
+        if self._is_alone():
             return x.clone()
         if x.dtype == torch.bool:
             return self.all_gather_rows(x.to(torch.uint8), sizes, what=what).to(torch.bool)
@@ -133,7 +147,7 @@ class Comm:
         out = padded.new_empty((self.world_size * max(sizes), *x.shape[1:]))
         with self.guard(what):
             _all_gather_single(out, padded, group=self.group)
-        self._count((self.world_size - 1) * _num_bytes(padded))
+        self._count("all_gather", what, padded)
         return _unpad_rows(out, sizes)
 
     def reduce_scatter_rows(
@@ -147,13 +161,13 @@ class Comm:
             what: Name of the collective in errors.
         """
         self._check_rows(x, sum(sizes), sizes, what)
-        if self.group is None:
+        if self._is_alone():
             return x.clone()
         padded = torch.cat([_pad_rows(part, max(sizes)) for part in x.split(list(sizes))])
         out = padded.new_empty((max(sizes), *x.shape[1:]))
         with self.guard(what):
             _reduce_scatter_single(out, padded, group=self.group)
-        self._count((self.world_size - 1) * _num_bytes(padded) // self.world_size)
+        self._count("reduce_scatter", what, padded)
         return out[: sizes[self.rank]]
 
     def all_reduce_sum(self, x: Tensor, *, what: str = "sum") -> Tensor:
@@ -173,11 +187,11 @@ class Comm:
             what: Name of the collective in errors.
         """
         out = x.clone(memory_format=torch.contiguous_format)
-        if self.group is None:
+        if self._is_alone():
             return out
         with self.guard(what):
             dist.broadcast(out, group_src=source, group=self.group)
-        self._count((self.world_size - 1) * _num_bytes(x) if source == self.rank else 0)
+        self._count("broadcast", what, x if source == self.rank else None)
         return out
 
     def barrier(self, *, what: str = "barrier") -> None:
@@ -251,11 +265,11 @@ class Comm:
 
     def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        if self.group is None:
+        if self._is_alone():
             return out
         with self.guard(what):
             dist.all_reduce(out, op=op, group=self.group)
-        self._count(2 * (self.world_size - 1) * _num_bytes(x) // self.world_size)
+        self._count("all_reduce", what, x)
         return out
 
     def _check_rows(self, x: Tensor, rows: int, sizes: Sequence[int], what: str) -> None:
@@ -265,13 +279,16 @@ class Comm:
                 f"got a tensor of shape {tuple(x.shape)} and sizes {list(sizes)}"
             )
 
-    def _count(self, num_bytes: int) -> None:
-        self.bytes_sent += num_bytes
+    def _is_alone(self) -> bool:
+        assert self.group is not None or self.world_size == 1, "planned ranks do not communicate"
+        return self.group is None
+
+    def _count(self, kind: Kind, what: str, x: Tensor | None) -> None:
+        """Count a collective; None where this rank sends nothing."""
         self.num_collectives += 1
-
-
-def _num_bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+        if x is not None:
+            num_bytes = x.numel() * x.element_size()
+            self._sent[kind, what] += sent_bytes(kind, num_bytes, self.world_size)
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from dml_dist.losses.flow import ConditionalFlow
 from dml_dist.losses.nir import Link, continued_linearly, linked, negative_log_likelihood
 from dml_dist.losses.numerics import Merge, normalize_rows
-from dml_dist.parallel.class_table import fetch_rows
-from dml_dist.parallel.collectives import merge_over_ranks, times_world_size
+from dml_dist.parallel.class_table import fetch_rows, fetch_traffic
+from dml_dist.parallel.collectives import merge_over_ranks, merge_traffic, times_world_size
 from dml_dist.parallel.proxies import (
     GlobalBatch,
     Objective,
@@ -35,19 +35,25 @@ from dml_dist.parallel.proxies import (
     OwnedRows,
     ProxyObjective,
 )
+from dml_dist.parallel.traffic import Traffic
 
 _NOISE_STREAM = 0x4E4F4953
 """Keeps these draws apart from others with the same seed."""
+
+_CONDITIONS = "conditions of the flow"
+
+_MERGES: dict[str, Merge] = dict.fromkeys(("nir", "flow_nll", "flow_continued_share"), "sum")
+"""Sums over the batch, in the order in which they are packed."""
 
 Target = Literal["embeddings", "proxies", "flow"]
 
 
 class NIRObjective(Objective):
-    """flow_weight times the regulariser, plus loss_weight times the loss beneath."""
+    """flow_weight times the regulariser, plus loss_weight times the base loss."""
 
     def __init__(
         self,
-        beneath: ProxyObjective,
+        base: ProxyObjective,
         flow: ConditionalFlow,
         *,
         seed: int,
@@ -61,18 +67,23 @@ class NIRObjective(Objective):
         """Wrap an objective with proxies.
 
         Args:
-            beneath: The objective; each class must have proxies of its own.
+            base: The objective of the base loss; each class must have proxies of its own.
             flow: The flow, equal on every rank, whose condition has the embedding's size.
             seed: Names, with the step, the noise.
             flow_weight: Weight of the regulariser, > 0.
-            loss_weight: Weight of the loss beneath, > 0.
+            loss_weight: Weight of the base loss, > 0.
             link: What is averaged: `nll`, or its exponential.
             noise: Width of the uniform noise on normalised embeddings, >= 0.
             warmup_steps: Steps at the start whose regulariser reaches the flow alone.
             gradients_to: Where the regulariser's gradients go.
         """
-        super().__init__(beneath.num_classes, beneath.comm)
-        self.beneath = beneath
+        super().__init__(
+            num_classes=base.num_classes,
+            embedding_size=base.embedding_size,
+            comm=base.comm,
+            dtype=base.dtype,
+        )
+        self.base = base
         self.flow = flow
         self.seed = seed
         self.flow_weight = flow_weight
@@ -83,27 +94,45 @@ class NIRObjective(Objective):
         self.gradients_to = frozenset(gradients_to)
 
     def owned_parameters(self) -> dict[str, OwnedRows]:
-        """Return this rank's rows of the tables beneath."""
-        return self.beneath.owned_parameters()
+        """Return this rank's rows of the base objective's tables."""
+        return self.base.owned_parameters()
 
     def owned_buffers(self) -> dict[str, OwnedBuffer]:
-        """Return what is counted beneath."""
-        return self.beneath.owned_buffers()
+        """Return what the base objective counts."""
+        return self.base.owned_buffers()
 
     def after_update(self, step: int) -> dict[str, Tensor]:
-        """Do what is due beneath."""
-        return self.beneath.after_update(step)
+        """Do what is due in the base objective."""
+        return self.base.after_update(step)
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the flow's parameters, and those beneath."""
+        """Return the flow's parameters, and those of the base objective."""
         own = {f"flow.{name}": value for name, value in self.flow.named_parameters()}
-        return {**self.beneath.replicated_parameters(), **own}
+        return {**self.base.replicated_parameters(), **own}
 
-    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
-        beneath = self.beneath._output(embeddings_BD, batch)
+    def proxy_rows(self) -> tuple[int, ...]:
+        """Return the rows of proxies of each rank."""
+        return self.base.proxy_rows()
+
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        """Return what the base loss and the regulariser send after warm-up."""
+        world_size, per_class = self.comm.world_size, self.base.shard.proxies_per_class
+        conditions = fetch_traffic(
+            num_rows * per_class,
+            self.embedding_size,
+            self.dtype,
+            world_size,
+            what=_CONDITIONS,
+            sums_gradients="proxies" in self.gradients_to,
+        )
+        sums = merge_traffic(_MERGES, dict.fromkeys(_MERGES, 1), self.dtype, world_size)
+        return self.base._loss_traffic(num_rows, mined=mined) + conditions + sums
+
+    def _output(self, batch: GlobalBatch) -> ObjectiveOutput:
+        base = self.base._output(batch)
         own, num_rows = batch.part(self.comm.rank), len(batch.labels_G)
         conditions_GD = self._conditions(batch.labels_G)
-        rows_BD = normalize_rows(embeddings_BD.to(conditions_GD.dtype))
+        rows_BD = normalize_rows(batch.embeddings_BD.to(conditions_GD.dtype))
         rows_BD = self._with_noise(rows_BD, num_rows, own, batch.step)
         targets = self.gradients_to if batch.step >= self.warmup_steps else frozenset({"flow"})
         if "embeddings" not in targets:
@@ -118,21 +147,20 @@ class NIRObjective(Objective):
             "flow_continued_share": continued_linearly(nll_B.detach(), self.link).sum(),
         }
         sums = {name: value.to(nll_B.dtype) for name, value in sums.items()}
-        merges: dict[str, Merge] = dict.fromkeys(sums, "sum")
         total = {
             name: value / num_rows
-            for name, value in merge_over_ranks(sums, merges, self.comm).items()
+            for name, value in merge_over_ranks(sums, _MERGES, self.comm).items()
         }
-        loss = self.flow_weight * total["nir"] + self.loss_weight * beneath.loss
+        loss = self.flow_weight * total["nir"] + self.loss_weight * base.loss
         recorded = {name: value.detach() for name, value in total.items()}
         return ObjectiveOutput(
-            loss, {**beneath.statistics, "base_loss": beneath.loss.detach(), **recorded}
+            loss, {**base.statistics, "base_loss": base.loss.detach(), **recorded}
         )
 
     def _conditions(self, labels_G: Tensor) -> Tensor:
         """Return the normalised proxy of each row's class, (G, D)."""
-        proxies_LD, shard = self.beneath.proxies, self.beneath.shard
-        ids_GK = self.beneath.rows_of_classes(labels_G)
+        proxies_LD, shard = self.base.proxies, self.base.shard
+        ids_GK = self.base.rows_of_classes(labels_G)
         assert ids_GK is not None
         rows = fetch_rows(
             proxies_LD,
@@ -140,7 +168,7 @@ class NIRObjective(Objective):
             shard.row_low,
             shard.row_high,
             self.comm,
-            what="conditions of the flow",
+            what=_CONDITIONS,
         )
         rows = normalize_rows(rows)
         if shard.proxies_per_class == 1:

@@ -9,35 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from dml_dist.losses.forms import PairLoss
-from dml_dist.losses.numerics import accurate_dtype
 from dml_dist.losses.pairs import MINED_MERGES, AnchorBatch, AnchorLoss, active_share
 from dml_dist.losses.pairs_margin import Margin
-from dml_dist.parallel.class_table import fetch_rows
-from dml_dist.parallel.collectives import (
-    gather_rows_of_parts,
-    gather_rows_of_whole,
-    merge_over_ranks,
-)
-from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import EMBEDDINGS, GlobalBatch, Objective, ObjectiveOutput, OwnedRows
+from dml_dist.parallel.class_table import fetch_rows, fetch_traffic
+from dml_dist.parallel.collectives import merge_over_ranks, merge_traffic
+from dml_dist.parallel.proxies import GlobalBatch, Objective, ObjectiveOutput, OwnedRows
+from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds
+
+_BETAS = "betas of classes"
 
 
 class PairObjective(Objective):
-    """A loss of pair form, computed as a whole by every rank from the gathered embeddings."""
+    """A loss of pair form: every rank computes the whole of it from the gathered embeddings."""
 
-    def __init__(self, loss: PairLoss, *, num_classes: int, comm: Comm) -> None:
-        super().__init__(num_classes, comm)
+    computes_whole = True
+
+    def __init__(self, loss: PairLoss, **of_objective: Any) -> None:
+        """Take the loss, and the arguments of `Objective`."""
+        super().__init__(**of_objective)
         self.loss = loss
 
-    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
-        embeddings_GD = gather_rows_of_whole(
-            embeddings_BD.to(accurate_dtype(embeddings_BD)),
-            batch.sizes,
-            self.comm,
-            what=EMBEDDINGS,
-        )
-        return ObjectiveOutput(self.loss(embeddings_GD, batch.labels_G), {})
+    def _output(self, batch: GlobalBatch) -> ObjectiveOutput:
+        return ObjectiveOutput(self.loss(batch.embeddings_GD, batch.labels_G), {})
+
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        return Traffic()
 
 
 class AnchorObjective(Objective):
@@ -47,28 +44,22 @@ class AnchorObjective(Objective):
     proxies: rank r's S_r are sums and counts over its anchors, dl/dX of S_r is one part of dl/dX.
     """
 
-    def __init__(
-        self,
-        loss: AnchorLoss,
-        *,
-        num_classes: int,
-        seed: int,
-        comm: Comm,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_classes, comm)
+    def __init__(self, loss: AnchorLoss, *, seed: int, **of_objective: Any) -> None:
+        """Take the loss, the seed of what it draws, and the arguments of `Objective`."""
+        super().__init__(**of_objective)
         self.loss = loss
         self.seed = seed
-        self.dtype = dtype
 
-    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
-        dtype = torch.promote_types(accurate_dtype(embeddings_BD), self.dtype)
-        embeddings_GD = gather_rows_of_parts(
-            embeddings_BD.to(dtype), batch.sizes, self.comm, what=EMBEDDINGS
-        )
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        """Return what merging the statistics sends, which are all 0-d."""
+        merges = {**self.loss.merges, **(MINED_MERGES if mined else {})}
+        numels = dict.fromkeys(merges, 1)
+        return merge_traffic(merges, numels, self.dtype, self.comm.world_size)
+
+    def _output(self, batch: GlobalBatch) -> ObjectiveOutput:
         own = batch.part(self.comm.rank)
         anchors = AnchorBatch(
-            embeddings_GD,
+            batch.embeddings_GD,
             batch.labels_G,
             own.start,
             own.stop,
@@ -79,9 +70,9 @@ class AnchorObjective(Objective):
         )
         betas_G = self._betas(batch.labels_G)
         if betas_G is not None:
-            anchors = replace(anchors, betas_A=betas_G[own].to(dtype))
+            anchors = replace(anchors, betas_A=betas_G[own])
         partial = self.loss.anchor_partial(anchors)
-        # A loss of one's own may leave the counts of mined negatives out.
+        # A custom loss may leave the counts of mined negatives out.
         counts_mined = MINED_MERGES.keys() <= partial.keys()
         merges = {**self.loss.merges, **(MINED_MERGES if counts_mined else {})}
         total = merge_over_ranks(partial, merges, self.comm)
@@ -128,7 +119,12 @@ class ClassBetaObjective(AnchorObjective):
 
     def _betas(self, labels_G: Tensor) -> Tensor:
         bounds = self.low_class, self.high_class
-        return fetch_rows(self.betas, labels_G, *bounds, self.comm, what="betas of classes")[:, 0]
+        return fetch_rows(self.betas, labels_G, *bounds, self.comm, what=_BETAS)[:, 0]
+
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        """Return what the loss and its rows' betas send."""
+        betas = fetch_traffic(num_rows, 1, self.dtype, self.comm.world_size, what=_BETAS)
+        return super()._loss_traffic(num_rows, mined=mined) + betas
 
 
 def anchor_objective(loss: AnchorLoss, **rest: Any) -> AnchorObjective:
@@ -136,7 +132,7 @@ def anchor_objective(loss: AnchorLoss, **rest: Any) -> AnchorObjective:
 
     Args:
         loss: The loss.
-        rest: num_classes, seed, comm and dtype, as `AnchorObjective` takes them.
+        rest: The other arguments of `AnchorObjective`.
     """
     if isinstance(loss, Margin) and loss.beta_form == "scalar":
         return ScalarBetaObjective(loss, **rest)

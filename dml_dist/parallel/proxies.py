@@ -41,9 +41,18 @@ from dml_dist.losses.class_weights import table_labels
 from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss, rounds_of, table_units
 from dml_dist.losses.numerics import Statistics
 from dml_dist.losses.one_process import check_labels
-from dml_dist.parallel.collectives import gather_rows_of_parts, merge_over_ranks, sum_gradients
+from dml_dist.parallel.collectives import (
+    gather_rows_of_parts,
+    gather_rows_of_whole,
+    gather_traffic,
+    merge_over_ranks,
+    merge_traffic,
+    sum_gradients,
+    sum_gradients_traffic,
+)
 from dml_dist.parallel.comm import Comm
-from dml_dist.partition import part_bounds
+from dml_dist.parallel.traffic import Traffic
+from dml_dist.partition import part_bounds, part_sizes
 
 EMBEDDINGS = "embeddings of the global batch"
 """Name of that collective in errors."""
@@ -103,15 +112,19 @@ class GlobalBatch:
     """What every rank knows of a step.
 
     Attributes:
+        embeddings_BD: This rank's embeddings, (B, D), as the network gave them.
+        embeddings_GD: The embeddings of all ranks, (G, D), in the objective's dtype.
         labels_G: Class ids of all rows, (G,) int64.
         sizes: Rows of each rank.
-        step: Updates made so far, which names what a loss draws.
+        step: Updates made so far; seeds what a loss draws.
         is_representative_G: Which rows are representatives of their classes, (G,) bool; None when
             pairs of all rows count.
         neighbors_Ch: Hard class mining: the nearest classes of every class, (C, h) int64, -1 for
             none; None without it.
     """
 
+    embeddings_BD: Tensor
+    embeddings_GD: Tensor
     labels_G: Tensor
     sizes: Sequence[int]
     step: int = 0
@@ -125,12 +138,29 @@ class GlobalBatch:
 
 
 class Objective(nn.Module):
-    """The loss of the global batch as a function of this rank's rows. Never wrapped in DDP."""
+    """The loss of the global batch as a function of this rank's rows. Never wrapped in DDP.
 
-    def __init__(self, num_classes: int, comm: Comm) -> None:
+    `forward` is `gather` followed by `global_loss`.
+
+    Attributes:
+        num_classes: C.
+        embedding_size: D.
+        dtype: float32 or float64; embeddings are cast to it.
+        comm: The ranks.
+        computes_whole: Whether each rank computes the whole loss, not one part of it: its gradient
+            for the gathered embeddings is whole then.
+    """
+
+    computes_whole = False
+
+    def __init__(
+        self, *, num_classes: int, embedding_size: int, comm: Comm, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.embedding_size = embedding_size
         self.comm = comm
+        self.dtype = dtype
 
     def forward(
         self,
@@ -145,38 +175,106 @@ class Objective(nn.Module):
         """Return the loss of the global batch; a collective, called by every rank.
 
         Args:
-            embeddings_BD: This rank's embeddings, (B, D), not normalised, of any float dtype;
-                the loss runs in float32, or float64 with float64 proxies.
+            embeddings_BD: This rank's embeddings, (B, D), not normalised, of any float dtype.
             labels_B: Their class ids, (B,) int64, 0 .. num_classes - 1.
             batch_sizes: Rows of each rank, the same on every rank; batch_sizes[rank] = B.
-            step: Updates made so far, which names what a loss draws; the same on every rank.
+            step: Updates made so far, the same on every rank; seeds what a loss draws.
             is_representative_B: Which of the rows are representatives, (B,) bool: a loss of pairs
                 or triplets counts those that hold one. None counts all, on every rank.
-            neighbors_Ch: Nearest classes of every class as hard class mining found them, (C, h)
-                int64, -1 for none, the same on every rank: a loss of pairs or triplets then tells
-                which of the mined negatives violate its margin.
+            neighbors_Ch: Nearest classes of every class from hard class mining, (C, h) int64, -1
+                for none, the same on every rank: a loss of pairs or triplets then records which of
+                the mined negatives violate its margin.
 
         Raises:
             ValueError: If shapes or class ids do not fit; class ids on every rank alike.
         """
+        batch = self.gather(
+            embeddings_BD,
+            labels_B,
+            batch_sizes,
+            step=step,
+            is_representative_B=is_representative_B,
+            neighbors_Ch=neighbors_Ch,
+        )
+        return self.global_loss(batch)
+
+    def gather(
+        self,
+        embeddings_BD: Tensor,
+        labels_B: Tensor,
+        batch_sizes: Sequence[int],
+        *,
+        step: int = 0,
+        is_representative_B: Tensor | None = None,
+        neighbors_Ch: Tensor | None = None,
+    ) -> GlobalBatch:
+        """Return the rows of all ranks; a collective. Arguments and errors are `forward`'s."""
         check_labels(labels_B, embeddings_BD.shape[0], None)
-        with torch.autocast(embeddings_BD.device.type, enabled=False):
-            labels_G = self.comm.all_gather_rows(labels_B, batch_sizes, what=_LABELS)
-            # After the gather, so that one rank's bad label ends all ranks alike.
-            check_labels(labels_G, sum(batch_sizes), self.num_classes)
-            representatives_G = None
-            if is_representative_B is not None:
-                representatives_G = self.comm.all_gather_rows(
-                    is_representative_B, batch_sizes, what=_REPRESENTATIVES
-                )
-            batch = GlobalBatch(labels_G, batch_sizes, step, representatives_G, neighbors_Ch)
-            output = self._output(embeddings_BD, batch)
+        labels_G = self.comm.all_gather_rows(labels_B, batch_sizes, what=_LABELS)
+        # After the gather, so that one rank's bad label ends all ranks alike.
+        check_labels(labels_G, sum(batch_sizes), self.num_classes)
+        representatives_G = None
+        if is_representative_B is not None:
+            representatives_G = self.comm.all_gather_rows(
+                is_representative_B, batch_sizes, what=_REPRESENTATIVES
+            )
+        gather_rows = gather_rows_of_whole if self.computes_whole else gather_rows_of_parts
+        embeddings_GD = gather_rows(
+            embeddings_BD.to(self.dtype), batch_sizes, self.comm, what=EMBEDDINGS
+        )
+        return GlobalBatch(
+            embeddings_BD,
+            embeddings_GD,
+            labels_G,
+            batch_sizes,
+            step,
+            representatives_G,
+            neighbors_Ch,
+        )
+
+    def global_loss(self, batch: GlobalBatch) -> ObjectiveOutput:
+        """Return the loss of a gathered batch; a collective, called by every rank."""
+        labels_G = batch.labels_G
+        with torch.autocast(labels_G.device.type, enabled=False):
+            output = self._output(batch)
         loss = output.loss
         if labels_G.device.type != "cpu":
-            # A device is not waited for to look at its labels: a wrong one makes the loss NaN.
+            # Reading labels would wait for the device: a wrong one makes the loss NaN instead.
             valid = ((labels_G >= 0) & (labels_G < self.num_classes)).all()
             loss = loss.where(valid, torch.nan)
         return ObjectiveOutput(loss, {"loss": loss.detach(), **output.statistics})
+
+    def traffic(
+        self, batch_sizes: Sequence[int], *, representatives: bool = False, mined: bool = False
+    ) -> Traffic:
+        """Return what each rank sends in a step, forward and backward, as `Comm.traffic` counts it.
+
+        It follows from shapes alone and needs no process group (`Comm.planned`).
+
+        Args:
+            batch_sizes: Rows of each rank.
+            representatives: Whether `is_representative_B` is given.
+            mined: Whether `neighbors_Ch` is given.
+        """
+        world_size = len(batch_sizes)
+        assert world_size == self.comm.world_size
+        sent = gather_traffic(batch_sizes, 1, torch.int64, what=_LABELS, sums_gradients=False)
+        if representatives:
+            flags = (batch_sizes, 1, torch.bool)
+            sent += gather_traffic(*flags, what=_REPRESENTATIVES, sums_gradients=False)
+        sent += gather_traffic(
+            batch_sizes,
+            self.embedding_size,
+            self.dtype,
+            what=EMBEDDINGS,
+            sums_gradients=not self.computes_whole,
+        )
+        sent += self._loss_traffic(sum(batch_sizes), mined=mined)
+        return sent + sum_gradients_traffic(list(self.replicated_parameters().values()), self.comm)
+
+    def proxy_rows(self) -> tuple[int, ...]:
+        """Return the rows of proxies of each rank; zeros for a loss without proxies."""
+        return (0,) * self.comm.world_size
 
     def owned_parameters(self) -> dict[str, OwnedRows]:
         """Return the parameters that this rank owns, by name, each with its rows of the table."""
@@ -222,7 +320,12 @@ class Objective(nn.Module):
         """
         sum_gradients(list(self.replicated_parameters().values()), self.comm)
 
-    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
+    def _output(self, batch: GlobalBatch) -> ObjectiveOutput:
+        """Return loss and statistics; subclasses define it."""
+        raise NotImplementedError
+
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        """Return what `_output` sends, and its backward pass but for the gathered embeddings."""
         raise NotImplementedError
 
 
@@ -244,13 +347,19 @@ class ProxyObjective(Objective):
         comm: Comm,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_classes, comm)
+        super().__init__(
+            num_classes=num_classes, embedding_size=embedding_size, comm=comm, dtype=dtype
+        )
         self.loss = loss
         units = table_units(loss, num_classes)
         low, high = part_bounds(units, comm.world_size, comm.rank)
         self.shard = ProxyShard(units, low, high, loss.proxies_per_class)
-        initial = torch.empty(self.shard.row_high - self.shard.row_low, embedding_size, dtype=dtype)
-        fill_initial_proxies(initial, self.shard.row_low, seed)
+        shape = self.shard.row_high - self.shard.row_low, embedding_size
+        if comm.device.type == "meta":  # planned ranks: nothing is drawn
+            initial = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            initial = torch.empty(shape, dtype=dtype)
+            fill_initial_proxies(initial, self.shard.row_low, seed)
         self.proxies = nn.Parameter(initial.to(comm.device))
 
     def rows_of_classes(self, labels_G: Tensor) -> Tensor | None:
@@ -265,14 +374,27 @@ class ProxyObjective(Objective):
         rows = OwnedRows(self.proxies, shard.row_low, shard.row_high, shard.num_rows)
         return {PROXIES: rows}
 
-    def _output(self, embeddings_BD: Tensor, batch: GlobalBatch) -> ObjectiveOutput:
-        embeddings_GD = gather_rows_of_parts(
-            embeddings_BD.to(self.proxies.dtype), batch.sizes, self.comm, what=EMBEDDINGS
-        )
-        total = self._total(embeddings_GD, *self._table(batch))
+    def proxy_rows(self) -> tuple[int, ...]:
+        """Return the rows of proxies of each rank."""
+        units = part_sizes(self.shard.num_classes, self.comm.world_size)
+        return tuple(size * self.shard.proxies_per_class for size in units)
+
+    def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
+        """Return what merging the statistics of all rounds sends.
+
+        A statistic has one value per row, or one in all if its round names it a scalar.
+        """
+        sent = Traffic()
+        for round_ in rounds_of(self.loss):
+            numels = {name: 1 if name in round_.scalars else num_rows for name in round_.merges}
+            sent += merge_traffic(round_.merges, numels, self.dtype, self.comm.world_size)
+        return sent
+
+    def _output(self, batch: GlobalBatch) -> ObjectiveOutput:
+        total = self._total(batch.embeddings_GD, *self._table(batch))
         with torch.no_grad():
             statistics = self.loss.statistics(total)
-            statistics |= self._observe(embeddings_GD, batch.labels_G, total)
+            statistics |= self._observe(batch.embeddings_GD, batch.labels_G, total)
         return ObjectiveOutput(self.loss.finish(total), statistics)
 
     def _table(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, ProxyShard]:

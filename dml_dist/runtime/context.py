@@ -53,11 +53,16 @@ class RunContext:
     comm: Comm
     emit: Emit
 
+    @property
+    def train_class_sizes(self) -> list[int]:
+        """Images of each training class, by class id."""
+        return _class_sizes(self.index, self.split.train_rows)
+
     def resolve(self) -> RunPlan:
         """Return the plan of the run."""
         return resolve(
             self.config,
-            train_class_sizes=_class_sizes(self.index, self.split.train_rows),
+            train_class_sizes=self.train_class_sizes,
             validation_class_sizes=_class_sizes(self.index, self.split.validation_rows),
             world_size=self.topology.world_size,
         )

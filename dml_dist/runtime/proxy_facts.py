@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dml_dist.parallel.build_objective import has_rows_of_classes
+from dml_dist.losses.build_loss import build_loss
 from dml_dist.report.proxy_diagnostics import ProxyFacts, write_proxy_facts
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.context import RunContext
@@ -42,7 +42,11 @@ def keep_proxy_facts(
     """
     files = [file for file in read_manifest(checkpoint).files if file.table == TABLE]
     classes = context.split.train_classes
-    if not files or not len(classes) or not has_rows_of_classes(context.config.loss):
+    if not files or not len(classes):
+        return
+    sizes = context.train_class_sizes
+    loss = build_loss(context.config.loss, len(sizes), class_sizes=sizes)
+    if getattr(loss, "num_free_rows", None) is not None:  # rows that belong to no class
         return
     table = _Table(checkpoint, sorted(files, key=lambda file: file.low), len(classes))
     generator = np.random.default_rng(np.random.SeedSequence([context.config.seed, len(classes)]))

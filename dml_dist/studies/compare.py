@@ -18,7 +18,6 @@ from dml_dist.errors import ConfigError, DmlDistError, RunError
 from dml_dist.files import hold, write_bytes_atomic, write_text_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.train import plan_without_data
-from dml_dist.parallel.build_objective import has_class_table
 from dml_dist.report.formatting import format_metric
 from dml_dist.report.study.compare import SINGLE_RUNS, TIME, comparison_rows, write_comparison
 from dml_dist.report.study.differences import difference_rows
@@ -202,19 +201,19 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
     for method in section.methods:
         own = method_config(config, method)
         check_weights(own.model.backbone)
-        _check_search(config, method, own)
         try:
             plans[method] = plan_without_data(own)
         except DmlDistError as error:
             raise type(error)(f"method {method}: {error}") from None
+        _check_search(config, method, own, plans[method][0])
     axis_values(config)
     return plans
 
 
-def _check_search(config: RunConfig, method: str, own: RunConfig) -> None:
+def _check_search(config: RunConfig, method: str, own: RunConfig, plan: RunPlan) -> None:
     section = compare_section(config)
     paths = searched_paths(config, method)
-    if _PROXY_RATE in paths and not has_class_table(own.loss):
+    if _PROXY_RATE in paths and not any(plan.proxy_rows):
         raise ConfigError(
             f"compare.search.space: {_PROXY_RATE} does nothing for {method}, whose loss "
             f"{own.loss.name} has no proxies; name it in compare.search.without.{method}"

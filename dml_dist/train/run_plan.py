@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,17 +21,14 @@ from dml_dist.config.objective import (
 from dml_dist.config.projections import ProjectionsConfig
 from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.data.plans import build_plan
-from dml_dist.errors import ConfigError, DataError, TopologyError
+from dml_dist.errors import ConfigError, DataError
 from dml_dist.models.build_model import batch_norm_channels, build_model, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
-from dml_dist.parallel.batch_norm import batch_norm_bytes
-from dml_dist.parallel.build_objective import (
-    bytes_per_step,
-    flow_numbers,
-    has_class_table,
-    proxies_per_class,
-    proxy_rows,
-)
+from dml_dist.parallel.batch_norm import batch_norm_traffic
+from dml_dist.parallel.build_objective import build_objective
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.proxies import Objective
+from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
 from dml_dist.train.state import resolve_precision
 
@@ -53,10 +50,11 @@ class RunPlan:
         proxy_rows: Rows of proxies of each rank; zeros for a loss without proxies.
         proxy_bytes: Bytes of each rank's proxies with their optimiser state; None when a custom
             optimiser keeps an unknown state.
-        objective_bytes: Bytes each rank sends for the objective in a step with a full batch.
-        ddp_bytes: Bytes each rank sends for the gradients of the network in a step.
-        num_backbone_parameters: Numbers in the backbone.
-        num_head_parameters: Numbers in pooling and head.
+        traffic: What each rank sends in a step with a full batch, by its source: `objective`,
+            `gradients of the network` (DDP's all-reduce) and, where ranks share its statistics,
+            `batch normalisation`.
+        num_backbone_parameters: Parameters of the backbone.
+        num_head_parameters: Parameters of pooling and head.
         network: Label and value of what else there is to know of the network.
         methods: Label and value of regularisation and alternating projections.
     """
@@ -72,8 +70,7 @@ class RunPlan:
     total_steps: int
     proxy_rows: tuple[int, ...]
     proxy_bytes: tuple[int, ...] | None
-    objective_bytes: int
-    ddp_bytes: int
+    traffic: Mapping[str, Traffic]
     num_backbone_parameters: int
     num_head_parameters: int
     network: tuple[tuple[str, str], ...]
@@ -116,8 +113,10 @@ class RunPlan:
             *self.methods,
             ("rows of proxies per rank", proxies),
             ("with their optimiser state", memory),
-            ("sent per rank and step, objective", _readable(self.objective_bytes)),
-            ("sent per rank and step, gradients of the network", _readable(self.ddp_bytes)),
+            *(
+                (f"sent per rank and step, {source}", _describe_traffic(traffic))
+                for source, traffic in self.traffic.items()
+            ),
         ]
 
     def _validation(self) -> str:
@@ -150,7 +149,18 @@ def resolve(
         TopologyError: If there are more ranks than classes or images of a batch.
     """
     sizes = np.asarray(train_class_sizes, dtype=np.int64)
-    _check_classes(sizes, world_size if has_class_table(config.loss) else 1)
+    _check_classes(sizes)
+    dtype = resolve_precision(config.train.precision, "cpu").dtype
+    objective = build_objective(
+        config.loss,
+        num_classes=len(sizes),
+        embedding_size=config.model.embedding_size,
+        seed=config.seed,
+        comm=Comm.planned(world_size),
+        dtype=dtype,
+        nir=config.nir,
+        class_sizes=sizes.tolist(),
+    )
     labels = np.repeat(np.arange(len(sizes)), sizes)
     batches = build_plan(
         config.data.batches,
@@ -166,9 +176,6 @@ def resolve(
     _check_course(config, total_steps, batches.steps_per_epoch)
     model = _model_without_memory(config)
     backbone, head = _count_parameters(model)
-    dtype = resolve_precision(config.train.precision, "cpu").dtype
-    rows = proxy_rows(config.loss, class_sizes=sizes.tolist(), world_size=world_size)
-    batch_size = config.train.global_batch_size
     return RunPlan(
         world_size=world_size,
         num_images=len(labels),
@@ -176,43 +183,29 @@ def resolve(
         class_sizes=tuple(sizes.tolist()),
         num_validation_images=sum(validation_class_sizes),
         num_validation_classes=len(validation_class_sizes),
-        global_batch_size=batch_size,
+        global_batch_size=config.train.global_batch_size,
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=total_steps,
-        proxy_rows=rows,
-        proxy_bytes=_proxy_bytes(config, rows, dtype),
-        objective_bytes=bytes_per_step(
-            config.loss,
-            embedding_size=config.model.embedding_size,
-            batch_sizes=part_sizes(batch_size, world_size),
-            dtype=dtype,
-            nir=config.nir,
-        ),
-        ddp_bytes=2 * (world_size - 1) * dtype.itemsize * (backbone + head) // world_size,
+        proxy_rows=objective.proxy_rows(),
+        proxy_bytes=_proxy_bytes(config, objective.proxy_rows(), dtype),
+        traffic=_traffic(config, objective, model, dtype),
         num_backbone_parameters=backbone,
         num_head_parameters=head,
-        network=_describe(model, world_size, dtype),
-        methods=tuple(describe_methods(config, sizes)),
+        network=describe_network(model),
+        methods=tuple(describe_methods(config, objective, sizes)),
     )
 
 
-def _check_classes(sizes: np.ndarray, world_size: int) -> None:
+def _check_classes(sizes: np.ndarray) -> None:
     if len(sizes) < 2:
         raise DataError(
-            f"required at least 2 training classes, got {len(sizes)}; hold out fewer classes for "
-            "validation or add images of other classes"
+            f"Training needs at least 2 classes, but there are {len(sizes)}. Hold out fewer "
+            "classes for validation, or add images of other classes."
         )
     if (empty := np.flatnonzero(sizes < 1)).size:
         raise DataError(
-            f"required an image of every training class, got none of {len(empty)} of "
-            f"{len(sizes)} classes, the first is class {empty[0]}; leave empty classes out of the "
-            "data set"
-        )
-    if world_size > len(sizes):
-        raise TopologyError(
-            f"required at most as many ranks as training classes ({len(sizes)}), because each "
-            f"rank owns the proxies of some classes, got {world_size} ranks; "
-            f"use at most {len(sizes)}"
+            f"Every training class needs an image, but {len(empty)} of {len(sizes)} classes have "
+            f"none, the first is class {empty[0]}. Leave empty classes out of the data set."
         )
 
 
@@ -249,14 +242,29 @@ def _count_parameters(model: EmbeddingModel) -> tuple[int, int]:
     return counts["backbone"], counts["head"]
 
 
-def _describe(
-    model: EmbeddingModel, world_size: int, dtype: torch.dtype
-) -> tuple[tuple[str, str], ...]:
-    rows = describe_network(model)
+def _traffic(
+    config: RunConfig, objective: Objective, model: EmbeddingModel, dtype: torch.dtype
+) -> dict[str, Traffic]:
+    """Return what each rank sends in a step with a full batch, by its source."""
+    world_size = objective.comm.world_size
+    projections = config.projections
+    sent = {
+        "objective": objective.traffic(
+            part_sizes(config.train.global_batch_size, world_size),
+            representatives=projections is not None and projections.pairs != "all",
+            mined=projections is not None and projections.mining is not None,
+        ),
+        "gradients of the network": Traffic.of(
+            "all_reduce",
+            "gradients",
+            sum(_count_parameters(model)) * dtype.itemsize,
+            world_size,
+        ),
+    }
     if model.batch_norm == "synchronized" and (channels := batch_norm_channels(model)):
-        sent = sum(batch_norm_bytes(size, world_size, dtype) for size in channels)
-        rows += (("sent per rank and step, batch normalisation", _readable(sent)),)
-    return rows
+        layers = (batch_norm_traffic(size, world_size, dtype) for size in channels)
+        sent["batch normalisation"] = sum(layers, Traffic())
+    return sent
 
 
 def _proxy_bytes(
@@ -283,6 +291,13 @@ def _state_slots(config: OptimizerConfig) -> int | None:
             return None
 
 
+def _describe_traffic(traffic: Traffic) -> str:
+    kinds = traffic.by_kind()
+    parts = ", ".join(f"{kind.replace('_', '-')} {_readable(n)}" for kind, n in kinds.items())
+    total = _readable(traffic.total)
+    return f"{total} ({parts})" if len(kinds) > 1 else total
+
+
 def _readable(num_bytes: int) -> str:
     return f"{num_bytes:,} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:,.2f} MiB"
 
@@ -301,18 +316,23 @@ def check_methods(config: RunConfig, class_sizes: np.ndarray) -> None:
         ConfigError: If settings do not fit each other.
         DataError: If more than half the classes have one image, under projections.
     """
-    if config.nir is not None:
-        _check_nir(config)
+    if config.nir is not None and config.nir.link == "exp" and config.train.max_grad_norm is None:
+        raise ConfigError(
+            "nir.link exp needs train.max_grad_norm, which is not set: gradients of the "
+            "exponential reach e^60, and one such step ruins the optimiser's state."
+        )
     if config.projections is not None:
         _check_projections(config.projections, config, class_sizes)
 
 
-def describe_methods(config: RunConfig, class_sizes: np.ndarray) -> list[tuple[str, str]]:
+def describe_methods(
+    config: RunConfig, objective: Objective, class_sizes: np.ndarray
+) -> list[tuple[str, str]]:
     """Return rows of label and value for people; empty without such methods."""
     rows = []
-    if config.nir is not None:
-        numbers = flow_numbers(config.nir, config.model.embedding_size)
-        rows.append(("parameters of the flow", f"{numbers:,}"))
+    if config.nir is not None:  # the flow is all that is replicated
+        numel = sum(value.numel() for value in objective.replicated_parameters().values())
+        rows.append(("parameters of the flow", f"{numel:,}"))
     if config.projections is not None:
         alone = int((class_sizes == 1).sum())
         every = config.projections.steps_per_problem
@@ -320,20 +340,6 @@ def describe_methods(config: RunConfig, class_sizes: np.ndarray) -> list[tuple[s
         if alone:
             rows.append(("classes of one image, their own representatives", f"{alone:,}"))
     return rows
-
-
-def _check_nir(config: RunConfig) -> None:
-    if not proxies_per_class(config.loss):
-        raise ConfigError(
-            f"nir: required a loss with proxies of each class, which the flow takes as its "
-            f"condition, got loss {config.loss.name}; leave the section nir out, or choose a loss "
-            "such as proxy_nca or proxy_anchor"
-        )
-    if config.nir is not None and config.nir.link == "exp" and config.train.max_grad_norm is None:
-        raise ConfigError(
-            "nir.link: exp required train.max_grad_norm, got none: gradients of the exponential "
-            "reach e^60, and one such step ruins an optimiser's state; give train.max_grad_norm"
-        )
 
 
 def _check_projections(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dml_dist.errors import ConfigError
 from dml_dist.parallel.batch_norm import (
     SynchronizedBatchNorm,
-    batch_norm_bytes,
+    batch_norm_traffic,
     synchronize_batch_norm,
 )
 from dml_dist.parallel.comm import Comm
@@ -85,10 +85,10 @@ def pass_part(topology: Topology) -> dict[str, Any]:
             layer = SynchronizedBatchNorm(plain, comm)
             assert layer.state_dict().keys() == plain.state_dict().keys()
             results[f"{name} {case}"] = pass_batches(layer, name, low, high)
-    before = comm.bytes_sent
+    before = comm.traffic
     layer = SynchronizedBatchNorm(layer_of("2d", {}), comm)
     layer(batch_of("2d", 0)[0][low:high].requires_grad_()).sum().backward()
-    results["bytes"] = comm.bytes_sent - before
+    results["traffic"] = comm.traffic - before
     with pytest.raises(ConfigError, match="at least 2 values of each channel"):
         SynchronizedBatchNorm(nn.BatchNorm1d(5), _Alone(comm))(torch.zeros(1, 5))
     results["converted"] = converted(comm)
@@ -132,7 +132,7 @@ def test_every_rank_count_gives_what_the_whole_batch_gives(world_size: int) -> N
                 assert difference <= 1e-10, (name, case, key, difference)
             assert parts[0].keys() == expected.keys()
     for found in ranks:
-        assert found["bytes"] == batch_norm_bytes(5, world_size, torch.float64)
+        assert found["traffic"] == batch_norm_traffic(5, world_size, torch.float64)
         names = ["Sequential", "Conv2d", "Sequential", "BatchNorm2d", "GroupNorm", "BatchNorm1d"]
         if world_size > 1:
             names = [n if "BatchNorm" not in n else "SynchronizedBatchNorm" for n in names]

@@ -42,7 +42,7 @@ def _collectives(topology: Topology, sizes: list[int]) -> dict[str, Any]:
     assert comm.broadcast_object(f"from {rank}", last) == f"from {last}"
     comm.barrier()
     comm.agree(None)
-    return {"bytes": comm.bytes_sent, "errors": _agreements(comm)}
+    return {"bytes": comm.traffic.total, "errors": _agreements(comm)}
 
 
 def _agreements(comm: Comm) -> list[tuple[str, str]]:

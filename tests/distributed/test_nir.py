@@ -61,7 +61,7 @@ def _embeddings(case: Case) -> Tensor:
 
 
 def _objective(case: Case, comm: Comm) -> NIRObjective:
-    beneath = ProxyObjective(
+    base = ProxyObjective(
         ProxyNCA(case.num_classes, proxies_per_class=case.proxies_per_class),
         num_classes=case.num_classes,
         embedding_size=DIM,
@@ -73,7 +73,7 @@ def _objective(case: Case, comm: Comm) -> NIRObjective:
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter *= case.weights_factor
-    return NIRObjective(beneath, flow, seed=9, **case.options)
+    return NIRObjective(base, flow, seed=9, **case.options)
 
 
 def _normalized(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _reference(case: Case) -> dict[str, Tensor]:
     objective = _objective(case, Comm.single())
     x = _embeddings(case).requires_grad_()
     labels, per_class = torch.tensor(case.labels), case.proxies_per_class
-    proxies = objective.beneath.proxies.detach().clone().requires_grad_()
+    proxies = objective.base.proxies.detach().clone().requires_grad_()
     rows = _normalized(x)
     if noise := case.options.get("noise"):
         name = np.random.SeedSequence((9, 0x4E4F4953, case.step))
@@ -105,8 +105,8 @@ def _reference(case: Case) -> dict[str, Tensor]:
         tangent = np.exp(60.0) * (1 + nll - 60.0)
         terms = torch.where(nll > 60.0, tangent, nll.clamp_max(60.0).exp())
     weight = case.options.get("loss_weight", 1.0)
-    beneath = proxy_nca_oracle(x, labels, proxies, proxies_per_class=per_class)
-    loss = case.options.get("flow_weight", 1.0) * terms.mean() + weight * beneath
+    base = proxy_nca_oracle(x, labels, proxies, proxies_per_class=per_class)
+    loss = case.options.get("flow_weight", 1.0) * terms.mean() + weight * base
     loss.backward()
     flow = [p.grad for p in objective.flow.parameters()]
     learns = "flow" in targets
@@ -128,9 +128,12 @@ def _on_rank(case: Case, comm: Comm) -> dict[str, Tensor]:
     low = sum(sizes[: comm.rank])
     own = slice(low, low + sizes[comm.rank])
     x = _embeddings(case)[own].requires_grad_()
+    before = comm.traffic
     output = objective(x, torch.tensor(case.labels)[own], sizes, step=case.step)
     output.loss.backward()
     objective.sum_replicated_gradients()
+    if case.step >= case.options.get("warmup_steps", 0):
+        assert comm.traffic - before == objective.traffic(sizes), case.name
     grads = [
         torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in objective.replicated_parameters().items()
@@ -139,7 +142,7 @@ def _on_rank(case: Case, comm: Comm) -> dict[str, Tensor]:
     return {
         "loss": output.loss.detach(),
         "x": x.grad / comm.world_size,  # What DDP's mean over ranks makes of it.
-        "proxies": objective.beneath.proxies.grad,
+        "proxies": objective.base.proxies.grad,
         "flow": torch.cat([grad.reshape(-1) for grad in grads]),
         "flow_nll": output.statistics["flow_nll"],
         "flow_continued_share": output.statistics["flow_continued_share"],

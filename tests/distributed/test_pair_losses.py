@@ -23,7 +23,7 @@ from dml_dist.config.objective import (
     TripletConfig,
 )
 from dml_dist.errors import TopologyError
-from dml_dist.parallel.build_objective import build_objective, bytes_per_step
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.class_table import Use, fetch_rows
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init
@@ -208,13 +208,11 @@ def _check_case(loss: LossConfig, batch: Batch, expected: dict[str, Any], comm: 
     for step in range(2):
         what = f"{loss.name}, {batch.name}, W={comm.world_size}, step {step}"
         optimizer.zero_grad()
-        before = comm.bytes_sent
+        before = comm.traffic
         output = objective(wrapped(x[part], mask[part]), labels[part], sizes, step=step)
         output.loss.backward()
         objective.sum_replicated_gradients()
-        assert comm.bytes_sent - before == bytes_per_step(
-            loss, embedding_size=DIM, batch_sizes=sizes, dtype=torch.float64
-        )
+        assert comm.traffic - before == objective.traffic(sizes), what
         _close(output.loss.item(), expected["losses"][step], f"{what}: loss")
         grads = expected["grads"][step]
         for name, parameter in network.named_parameters():
@@ -260,7 +258,7 @@ def _check_refusal(comm: Comm) -> None:
     shape = {"num_classes": 2, "embedding_size": DIM, "seed": 0, "comm": comm}
     build_objective(TripletConfig(), **shape)
     if comm.world_size == 3:
-        with pytest.raises(TopologyError, match="got 2 training classes and 3 ranks"):
+        with pytest.raises(TopologyError, match="there are 2 training classes and 3 ranks"):
             build_objective(MarginConfig(beta_form="class"), **shape)
 
 

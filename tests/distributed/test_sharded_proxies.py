@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dml_dist.config.objective import ProxyNCAConfig
 from dml_dist.errors import TopologyError
-from dml_dist.parallel.build_objective import build_objective, bytes_per_step
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init
 from dml_dist.parallel.proxies import Objective
@@ -118,13 +118,10 @@ def _check_case(case: Case, comm: Comm) -> None:
     own = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
     for step in range(2):
         optimizer.zero_grad()
-        before = comm.bytes_sent
+        before = comm.traffic
         output = objective(wrapped(x[own], mask[own]), labels[own], sizes)
         output.loss.backward()
-        sent = comm.bytes_sent - before
-        assert sent == bytes_per_step(
-            case.loss, embedding_size=DIM, batch_sizes=sizes, dtype=torch.float64
-        )
+        assert comm.traffic - before == objective.traffic(sizes), case.name
         what = f"{case.name}, W={comm.world_size}, step {step}"
         _close(output.loss.item(), expected["losses"][step], f"{what}: loss")
         assert output.statistics["loss"].item() == output.loss.item()
@@ -151,14 +148,20 @@ def _check_traffic(comm: Comm) -> None:
             ProxyNCAConfig(), num_classes=num_classes, embedding_size=8, seed=0, comm=comm
         )
         embeddings = torch.randn(sizes[comm.rank], 8, requires_grad=True)
-        before = comm.bytes_sent
+        before = comm.traffic
         labels = torch.arange(sizes[comm.rank]) + num_classes // 2 - 1
         objective(embeddings, labels, sizes).loss.backward()
-        sent[num_classes] = comm.bytes_sent - before
-    predicted = bytes_per_step(ProxyNCAConfig(), embedding_size=8, batch_sizes=sizes)
-    assert sent == {1_000: predicted, 1_000_000: predicted}
+        sent[num_classes] = comm.traffic - before
+    planned = build_objective(
+        ProxyNCAConfig(),
+        num_classes=1_000_000,
+        embedding_size=8,
+        seed=0,
+        comm=Comm.planned(comm.world_size),
+    ).traffic(sizes)
+    assert sent == {1_000: planned, 1_000_000: planned}
     others, rows = comm.world_size - 1, max(sizes) * comm.world_size
-    assert predicted <= others * rows * (2 * 8 * 4 + 8 + 3 * 2 * 4)
+    assert planned.total <= others * rows * (2 * 8 * 4 + 8 + 3 * 2 * 4)
 
 
 def _check_refusals(comm: Comm) -> None:
@@ -171,7 +174,7 @@ def _check_refusals(comm: Comm) -> None:
     with pytest.raises(ValueError, match=r"class ids 0 \.\. 3, got \d \.\. 4"):
         objective(torch.randn(1, 3), torch.tensor([bad]), sizes)
     if comm.world_size == 3:
-        with pytest.raises(TopologyError, match="got 2 training classes and 3 ranks"):
+        with pytest.raises(TopologyError, match="there are 2 training classes and 3 ranks"):
             build_objective(ProxyNCAConfig(), num_classes=2, embedding_size=3, seed=0, comm=comm)
 
 

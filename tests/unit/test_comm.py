@@ -29,7 +29,7 @@ def test_one_process_gets_copies() -> None:
     assert comm.gather_objects({"a": 1}) == [{"a": 1}]
     assert comm.broadcast_object([1, "b"]) == [1, "b"]
     comm.barrier()
-    assert (comm.rank, comm.world_size, comm.bytes_sent) == (0, 1, 0)
+    assert (comm.rank, comm.world_size, comm.traffic.total) == (0, 1, 0)
     assert comm.device == torch.device("cpu")
 
 

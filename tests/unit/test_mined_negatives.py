@@ -85,7 +85,14 @@ def test_a_loss_may_leave_the_counts_out() -> None:
     x = torch.randn(len(LABELS), 4, generator=torch.Generator().manual_seed(0))
     recorded = []
     for loss in (Contrastive(), Uncounted()):
-        objective = anchor_objective(loss, num_classes=6, seed=0, comm=Comm.single())
+        objective = anchor_objective(
+            loss,
+            num_classes=6,
+            embedding_size=4,
+            seed=0,
+            comm=Comm.single(),
+            dtype=torch.float32,
+        )
         output = objective(x, LABELS, [len(x)], neighbors_Ch=NEIGHBORS)
         recorded.append(output.statistics.keys())
     assert recorded[0] - recorded[1] == {"active_mined"}

@@ -51,7 +51,7 @@ def test_tables_that_belong_to_no_classes_are_cut_by_rows() -> None:
     dynamic = config(loss="{name: proxy_nca, assignment: dynamic, proxy_share: 2}")
     assert resolve(dynamic, train_class_sizes=SIZES, world_size=3).proxy_rows == (4, 5, 5)
     few = config(loss="{name: proxy_nca, assignment: fractional, proxy_share: 0.3}")
-    with pytest.raises(TopologyError, match="got 2 proxies for 7 classes and 3 ranks"):
+    with pytest.raises(TopologyError, match="2 proxies for 7 classes, and there are 3 ranks"):
         resolve(few, train_class_sizes=SIZES, world_size=3)
     one = config(loss="{name: proxy_nca, assignment: dynamic, proxy_share: 0.1}")
     with pytest.raises(ConfigError, match="at least 2 proxies"):
@@ -86,11 +86,17 @@ def test_parameters_and_traffic(precision: str) -> None:
     one = resolve(run, train_class_sizes=SIZES, world_size=1)
     assert one.num_backbone_parameters + one.num_head_parameters == count
     assert one.num_head_parameters == 16 * 32 + 32
-    assert (one.objective_bytes, one.ddp_bytes) == (0, 0)
+    assert [sent.total for sent in one.traffic.values()] == [0, 0]
     four = resolve(run, train_class_sizes=SIZES, world_size=4)
-    assert four.ddp_bytes == 2 * 3 * number * count // 4
+    assert four.traffic["gradients of the network"].total == 2 * 3 * number * count // 4
     many = resolve(run, train_class_sizes=[3] * 5000, world_size=4)
-    assert four.objective_bytes == many.objective_bytes > 0
+    assert four.traffic == many.traffic
+    assert four.traffic["objective"].by_kind() == {
+        # Parts of 2, 3, 2 and 3 images; 3 of W = 4 ranks are sent to.
+        "all_gather": 3 * 3 * (8 + 32 * number),  # labels and embeddings
+        "all_reduce": 2 * 3 * 10 * (1 + 2) * number // 4,  # a maximum, two sums per image
+        "reduce_scatter": 3 * 3 * 32 * number,  # gradients of embeddings
+    }
 
 
 def test_batch_norm_and_draws_are_described() -> None:
@@ -144,10 +150,10 @@ def test_description() -> None:
 @pytest.mark.parametrize(
     ("changes", "sizes", "world_size", "error", "words"),
     [
-        ({}, SIZES, 8, TopologyError, r"training classes \(7\).*got 8 ranks"),
+        ({}, SIZES, 8, TopologyError, r"there are 7 training classes and 8 ranks"),
         ({}, [30] * 20, 11, TopologyError, r"global_batch_size 10 .*number of ranks 11"),
-        ({}, [5, 0, 7], 1, DataError, r"none of 1 of 3 classes, the first is class 1"),
-        ({}, [50], 1, DataError, r"at least 2 training classes, got 1"),
+        ({}, [5, 0, 7], 1, DataError, r"1 of 3 classes have none, the first is class 1"),
+        ({}, [50], 1, DataError, r"at least 2 classes, but there are 1"),
         ({}, [2, 3], 1, ConfigError, r"global_batch_size 10 images, but there are 5"),
         (
             {"data__batches": "{name: balanced, classes_per_batch: 5, samples_per_class: 2}"},

@@ -17,7 +17,6 @@ from dml_dist.losses.chunks import chunk_rows
 from dml_dist.losses.forms import RowLoss
 from dml_dist.losses.proxy_nca import ProxyNCA
 from dml_dist.losses.proxy_nca_functions import proxy_nca_loss
-from dml_dist.parallel.build_objective import proxies_per_class
 from tests.oracles_losses import proxy_nca_oracle
 
 OPTIONS: list[dict[str, Any]] = [
@@ -267,7 +266,6 @@ def test_build_passes_every_option_on() -> None:
     )
     assert build_loss(config, 7) == ProxyNCA(7, "all", 2.0, 5.0, 2, 0.1, 3.0)
     assert isinstance(build_loss(config, 7), RowLoss)
-    assert proxies_per_class(config) == 2
 
 
 def test_defaults_of_config_and_of_the_function_are_the_same() -> None:
@@ -279,7 +277,6 @@ def test_custom_forms_are_told_apart() -> None:
     pair = CustomLossConfig(target="tests.custom_examples:ContrastivePairs")
     assert isinstance(build_loss(row, 3), RowLoss)
     assert not isinstance(build_loss(pair, 3), RowLoss)
-    assert (proxies_per_class(row), proxies_per_class(pair)) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dml_dist import dynamic_proxy_nca_loss, proxy_nca_loss
-from dml_dist.config.objective import ProxyNCAConfig
+from dml_dist.config.objective import LossConfig, ProxyNCAConfig, TripletConfig
 from dml_dist.losses.class_weights import class_weights, fractional_rows
 from dml_dist.losses.numerics import merge_statistics
 from dml_dist.parallel.assignment import DynamicProxyObjective
-from dml_dist.parallel.build_objective import build_objective, proxies_per_class, proxy_rows
+from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.train.optim_state import forget_rows
 from tests.training_setup import small_config, small_run, whole_snapshot
@@ -169,15 +169,21 @@ def test_weights_of_classes() -> None:
     assert both == pytest.approx((3 * alone[0] + alone[1]) / 4, rel=1e-12)
 
 
-def test_rows_of_tables_that_belong_to_no_classes() -> None:
-    sizes = [3] * 21
-    static = ProxyNCAConfig(proxies_per_class=2)
-    assert proxy_rows(static, class_sizes=sizes, world_size=2) == (20, 22)
-    fractional = ProxyNCAConfig(assignment="fractional", proxy_share=0.5)
-    assert proxy_rows(fractional, class_sizes=sizes, world_size=2) == (5, 6)
-    dynamic = ProxyNCAConfig(assignment="dynamic", proxy_share=2.0)
-    assert proxy_rows(dynamic, class_sizes=sizes, world_size=3) == (14, 14, 14)
-    assert [proxies_per_class(c) for c in (static, fractional, dynamic)] == [2, 1, 0]
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        (ProxyNCAConfig(proxies_per_class=2), (14, 14, 14)),
+        (ProxyNCAConfig(assignment="fractional", proxy_share=0.5), (3, 4, 4)),
+        (ProxyNCAConfig(assignment="dynamic", proxy_share=2.0), (14, 14, 14)),
+        (TripletConfig(), (0, 0, 0)),
+    ],
+)
+def test_rows_of_tables_of_planned_ranks(config: LossConfig, rows: tuple[int, ...]) -> None:
+    objective = build_objective(
+        config, num_classes=21, embedding_size=4, seed=0, comm=Comm.planned(3)
+    )
+    assert objective.proxy_rows() == rows
+    assert all(parameter.is_meta for parameter in objective.parameters())
 
 
 # ---------------------------------------------------------------- what is counted
