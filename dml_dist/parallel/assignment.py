@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dml_dist.losses.numerics import Statistics, normalize_rows
 from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA, nearest_rows
-from dml_dist.parallel.proxies import PROXIES, OwnedBuffer, ProxyObjective
+from dml_dist.parallel.objective import OwnedBuffer
+from dml_dist.parallel.proxies import PROXIES, ProxyObjective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds
 

@@ -23,8 +23,9 @@ from dml_dist.losses.pairs_margin import Margin
 from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.pairs import PairObjective, anchor_objective
-from dml_dist.parallel.proxies import Objective, ProxyObjective
+from dml_dist.parallel.proxies import ProxyObjective
 from dml_dist.parallel.sampling import SampledProxyObjective
 
 

@@ -27,14 +27,14 @@ from dml_dist.losses.nir import Link, continued_linearly, linked, negative_log_l
 from dml_dist.losses.numerics import Merge, normalize_rows
 from dml_dist.parallel.class_table import fetch_rows, fetch_traffic
 from dml_dist.parallel.collectives import merge_over_ranks, merge_traffic, times_world_size
-from dml_dist.parallel.proxies import (
+from dml_dist.parallel.objective import (
     GlobalBatch,
     Objective,
     ObjectiveOutput,
     OwnedBuffer,
     OwnedRows,
-    ProxyObjective,
 )
+from dml_dist.parallel.proxies import ProxyObjective
 from dml_dist.parallel.traffic import Traffic
 
 _NOISE_STREAM = 0x4E4F4953

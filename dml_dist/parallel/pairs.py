@@ -13,7 +13,7 @@ from dml_dist.losses.pairs import MINED_MERGES, AnchorBatch, AnchorLoss, active_
 from dml_dist.losses.pairs_margin import Margin
 from dml_dist.parallel.class_table import fetch_rows, fetch_traffic
 from dml_dist.parallel.collectives import merge_over_ranks, merge_traffic
-from dml_dist.parallel.proxies import GlobalBatch, Objective, ObjectiveOutput, OwnedRows
+from dml_dist.parallel.objective import GlobalBatch, Objective, ObjectiveOutput, OwnedRows
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss
-from dml_dist.parallel.proxies import PROXIES, GlobalBatch, ProxyObjective, TouchedRows
+from dml_dist.parallel.objective import GlobalBatch, TouchedRows
+from dml_dist.parallel.proxies import PROXIES, ProxyObjective
 
 _BLOCK_CLASSES = 4096
 """Classes drawn from one stream; part of what a seed means, so never changed."""

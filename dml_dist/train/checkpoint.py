@@ -19,7 +19,7 @@ from torch import Tensor
 from dml_dist.errors import CheckpointError, RunError
 from dml_dist.files import sync_folder, write_json_atomic
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import OwnedBuffer, OwnedRows
+from dml_dist.parallel.objective import OwnedBuffer, OwnedRows
 from dml_dist.train.checkpoint_files import (
     BEST,
     LOSS,

@@ -27,7 +27,7 @@ from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
 from dml_dist.parallel.batch_norm import batch_norm_traffic
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import Objective
+from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
 from dml_dist.train.state import resolve_precision

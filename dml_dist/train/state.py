@@ -20,7 +20,7 @@ from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.batch_norm import synchronize_batch_norm
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import Objective
+from dml_dist.parallel.objective import Objective
 from dml_dist.train.optim import build_optimizer, parameter_groups
 from dml_dist.train.projections import Projections
 

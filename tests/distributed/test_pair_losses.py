@@ -26,8 +26,8 @@ from dml_dist.errors import TopologyError
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.class_table import Use, fetch_rows
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.process_group import init
-from dml_dist.parallel.proxies import Objective
 from dml_dist.partition import part_bounds, part_sizes
 from dml_dist.topology import Topology
 from tests.oracles_pairs import (

@@ -18,8 +18,8 @@ from dml_dist.config.objective import ProxyNCAConfig
 from dml_dist.errors import TopologyError
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.process_group import init
-from dml_dist.parallel.proxies import Objective
 from dml_dist.partition import part_sizes
 from dml_dist.topology import Topology
 from tests.distributed.loss_cases import CASES, SEED, Case

@@ -105,8 +105,9 @@ def test_batch_norm_and_draws_are_described() -> None:
     row = ("batch normalisation", "20 layers, affine trained, statistics of the global batch")
     assert row in plan.describe()
     # 4,800 channels: two float64 gathered and two float32 reduced of each, and 20 counts.
-    sent = 8 * (20 + 2 * 4800) + 2 * 4800 * 4
-    assert ("sent per rank and step, batch normalisation", f"{sent:,} bytes") in plan.describe()
+    gathered, reduced = 8 * (20 + 2 * 4800), 2 * 4800 * 4
+    sent = f"{gathered + reduced:,} bytes (all-gather {gathered:,} bytes, all-reduce {reduced:,} "
+    assert ("sent per rank and step, batch normalisation", f"{sent}bytes)") in plan.describe()
     run = config(model="{backbone: {name: swin_t}}")
     plan = resolve(run, train_class_sizes=[4] * 8, world_size=3)
     labels = [label for label, _ in plan.describe()]

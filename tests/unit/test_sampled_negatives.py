@@ -14,7 +14,7 @@ from dml_dist.config.objective import CosFaceConfig
 from dml_dist.errors import ConfigError
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
-from dml_dist.parallel.proxies import Objective
+from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.sampling import drawn_classes
 from dml_dist.partition import part_sizes
 from dml_dist.train.optim_state import only_rows
@@ -119,7 +119,7 @@ def test_draws_are_by_class_step_and_seed() -> None:
         assert 500 < int((whole & other).sum()) < 750
 
 
-def test_sampled_negatives_are_refused_beneath_a_flow() -> None:
+def test_sampled_negatives_are_refused_under_a_flow() -> None:
     pytest.importorskip("zuko")
-    with pytest.raises(ConfigError, match=r"got loss\.negatives_share 0\.3; set it to 1"):
+    with pytest.raises(ConfigError, match=r"loss\.negatives_share is 0\.3\. Set it to 1"):
         _objective(Comm.single(), nir=NIRConfig())
