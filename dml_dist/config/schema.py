@@ -108,6 +108,12 @@ class TrainConfig(Section):
     log_every: PositiveInt = resumable(10)
     """Steps between two records of the training loss."""
 
+    record_spans: bool = resumable(False)
+    """Whether records tell where the time of a step goes: seconds_data, seconds_forward, ...
+
+    With several ranks it adds a barrier to each step.
+    """
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):

@@ -28,6 +28,7 @@ from dml_dist.train.optim import learning_rate_factor
 from dml_dist.train.projections import Projections
 from dml_dist.train.resume import check_plan, check_resume
 from dml_dist.train.run_plan import RunPlan
+from dml_dist.train.spans import Spans
 from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
 from dml_dist.train.step import train_step
 
@@ -98,6 +99,8 @@ class _Loop:
         self.last: Path | None = None
         self.meter = Meter()
         self.norms = EmbeddingNorms()
+        record = config.train.record_spans
+        self.spans = Spans.on(state.comm.device) if record else Spans.off()
         words = np.random.SeedSequence([config.seed, _STREAM, state.comm.rank])
         self.stream = int(words.generate_state(1, np.uint64)[0])
 
@@ -118,7 +121,8 @@ class _Loop:
         try:
             while state.step < plan.total_steps:
                 waiting = time.perf_counter()
-                batch = next(batches)
+                with self.spans("data"):
+                    batch = next(batches)
                 self._step(batch, time.perf_counter() - waiting)
                 self._after_step()
         except RuntimeError as error:
@@ -145,12 +149,12 @@ class _Loop:
         if projections := state.projections:
             projections.before_step(state.model, step)
         self._seed(step)
-        device = state.comm.device
-        labels = torch.from_numpy(self.hooks.class_ids(batch.labels.numpy()))
+        with self.spans("data"):
+            images, labels = self._on_device(batch)
         output = train_step(
             state,
-            batch.images.to(device, state.precision.dtype, non_blocking=True),
-            labels.to(device, non_blocking=True),
+            images,
+            labels,
             sizes,
             learning_rate_factor=self._factor(step),
             max_grad_norm=config.train.max_grad_norm,
@@ -158,12 +162,20 @@ class _Loop:
             is_representative=self._representatives(batch),
             neighbors=projections.neighbors(step) if projections else None,
             proximal=projections.term if projections else None,
+            spans=self.spans,
         )
         values = dict(output.statistics)
         if output.gradient_norm is not None:
             values["gradient_norm"] = output.gradient_norm
         self.meter.add(values, sum(sizes), data_seconds)
         self.norms.add(batch.rows, output.embedding_norms)
+
+    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and class ids of a batch on this rank's device."""
+        device, dtype = self.state.comm.device, self.state.precision.dtype
+        labels = torch.from_numpy(self.hooks.class_ids(batch.labels.numpy()))
+        images = batch.images.to(device, dtype, non_blocking=True)
+        return images, labels.to(device, non_blocking=True)
 
     def _representatives(self, batch: Batch) -> torch.Tensor | None:
         """Return which images of a batch are representatives; None when all pairs count."""
@@ -236,9 +248,10 @@ class _Loop:
         return every is not None and step % every == 0
 
     def _log(self, step: int) -> None:
-        first = step - self.meter.num_steps + 1
+        num_steps = self.meter.num_steps
+        first = step - num_steps + 1
         reading = self.meter.read()
-        values = reading.values
+        values = reading.values | self.spans.read(num_steps)
         if self.state.projections is not None:
             values |= self.state.projections.record(self.state.model)
         if self.hooks.step_records is not None:

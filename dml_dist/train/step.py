@@ -11,6 +11,7 @@ from torch import Tensor
 from dml_dist.train.optim import clip_gradients, set_learning_rates
 from dml_dist.train.optim_state import forget_rows, only_rows
 from dml_dist.train.proximal import ProximalTerm
+from dml_dist.train.spans import Spans
 from dml_dist.train.state import TrainState
 
 
@@ -42,6 +43,7 @@ def train_step(
     is_representative: Tensor | None = None,
     neighbors: Tensor | None = None,
     proximal: ProximalTerm | None = None,
+    spans: Spans | None = None,
 ) -> StepOutput:
     """Make one update; every rank calls this with its part of the global batch.
 
@@ -63,37 +65,45 @@ def train_step(
         neighbors: The nearest classes of every class that hard class mining found, (C, h) int64,
             -1 for none; None without it.
         proximal: Draws the weights to an earlier solution.
+        spans: Records where the time goes.
     """
+    spans = spans or Spans.off()
     state.model.hold_backbone(not update_backbone)
-    state.optimizer.zero_grad(set_to_none=True)
-    with state.precision.context(images.device.type):
+    with spans("forward"), state.precision.context(images.device.type):
+        state.optimizer.zero_grad(set_to_none=True)
         embeddings = state.network(images)
-    output = state.objective(
-        embeddings,
-        labels,
-        batch_sizes,
-        step=state.step,
-        is_representative_B=is_representative,
-        neighbors_Ch=neighbors,
-    )
-    with state.comm.guard("gradients"):
-        output.loss.backward()
-    state.objective.sum_replicated_gradients()
-    if not update_backbone:
-        state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no new state.
-    touched = state.objective.touched_rows()
-    norm = None
-    if max_grad_norm is not None:
-        shared = [*state.model.parameters(), *state.replicated.values()]
-        owned = {**state.owned, **{name: part.values for name, part in touched.items()}}
-        norm = clip_gradients(shared, owned.values(), max_grad_norm, state.comm)
-    if proximal is not None:
-        proximal.add_gradients(state.model)
-    set_learning_rates(state.optimizer, learning_rate_factor)
-    with only_rows(state.optimizer, touched.values()):
-        state.optimizer.step()
-    state.step += 1
-    for name, rows in state.objective.after_update(state.step).items():
-        forget_rows(state.optimizer, state.owned[name], rows)
+    spans.wait_for_ranks(state.comm)
+    with spans("gather"):
+        batch = state.objective.gather(
+            embeddings,
+            labels,
+            batch_sizes,
+            step=state.step,
+            is_representative_B=is_representative,
+            neighbors_Ch=neighbors,
+        )
+    with spans("objective"):
+        output = state.objective.global_loss(batch)
+    with spans("backward"):
+        with state.comm.guard("gradients"):
+            output.loss.backward()
+        state.objective.sum_replicated_gradients()
+    with spans("optimizer"):
+        if not update_backbone:
+            state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no state.
+        touched = state.objective.touched_rows()
+        norm = None
+        if max_grad_norm is not None:
+            shared = [*state.model.parameters(), *state.replicated.values()]
+            owned = {**state.owned, **{name: part.values for name, part in touched.items()}}
+            norm = clip_gradients(shared, owned.values(), max_grad_norm, state.comm)
+        if proximal is not None:
+            proximal.add_gradients(state.model)
+        set_learning_rates(state.optimizer, learning_rate_factor)
+        with only_rows(state.optimizer, touched.values()):
+            state.optimizer.step()
+        state.step += 1
+        for name, rows in state.objective.after_update(state.step).items():
+            forget_rows(state.optimizer, state.owned[name], rows)
     norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
     return StepOutput(output.statistics, norm, norms)

@@ -226,6 +226,28 @@ def _check_case(loss: LossConfig, batch: Batch, expected: dict[str, Any], comm: 
         _close(own[0].detach().view(-1), expected["betas"][own[1]], f"{loss.name}: two steps")
 
 
+def _check_traffic_of_projections(loss: LossConfig, comm: Comm) -> None:
+    """Representatives and counts of mined negatives are sent, too."""
+    objective = build_objective(
+        loss, num_classes=NUM_CLASSES, embedding_size=DIM, seed=SEED, comm=comm
+    )
+    sizes = part_sizes(8, comm.world_size)
+    labels = torch.arange(sizes[comm.rank]) % NUM_CLASSES
+    for representatives in (False, True):
+        for mined in (False, True):
+            before = comm.traffic
+            objective(
+                torch.randn(len(labels), DIM, requires_grad=True),
+                labels,
+                sizes,
+                is_representative_B=labels < 2 if representatives else None,
+                neighbors_Ch=torch.zeros(NUM_CLASSES, 1, dtype=torch.int64) if mined else None,
+            ).loss.backward()
+            objective.sum_replicated_gradients()
+            given = {"representatives": representatives, "mined": mined}
+            assert comm.traffic - before == objective.traffic(sizes, **given), (loss, given)
+
+
 def _check_fetch(comm: Comm) -> None:
     """Rows of a table and their gradients, when ranks compute parts and when they do the whole."""
     ids = torch.tensor([4, 0, 6, 6, 2])
@@ -267,6 +289,7 @@ def _on_rank(topology: Topology, references: dict[tuple[int, str], dict[str, Any
     for number, (loss, _) in enumerate(LOSSES):
         for batch in BATCHES:
             _check_case(loss, batch, references[number, batch.name], comm)
+        _check_traffic_of_projections(loss, comm)
     _check_fetch(comm)
     _check_refusal(comm)
 

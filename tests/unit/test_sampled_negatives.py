@@ -51,7 +51,9 @@ def sampled_steps(comm: Comm) -> Tensor:
         own = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
         optimizer.zero_grad()
         x = _batch(step)[own].requires_grad_()
+        before = comm.traffic
         objective(x, torch.tensor(labels)[own], sizes, step=step).loss.backward()
+        assert comm.traffic - before == objective.traffic(sizes)
         assert table.grad is None
         with only_rows(optimizer, objective.touched_rows().values()):
             optimizer.step()
