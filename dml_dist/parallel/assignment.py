@@ -26,11 +26,11 @@ _STREAM = 0x72657669
 """Keeps the draws of revived proxies apart from others with the same seed."""
 
 _REVIVED_NOISE = 0.1
-"""Length of what is added to a drawn sample, so that two proxies at one sample part."""
+"""Length of the noise added to a drawn sample, so that two proxies at one sample separate."""
 
 
 class DynamicProxyObjective(ProxyObjective):
-    """Proxy-NCA with dynamic assignment, which counts what the assignment does.
+    """Proxy-NCA with dynamic assignment, which counts assignments.
 
     Recorded: `dead_proxies`; `proxy_occupancy`, the share that is not dead; `assignment_churn`,
     the share of the batch's rows whose nearest proxy is not that of their class's last row in the
@@ -52,7 +52,7 @@ class DynamicProxyObjective(ProxyObjective):
         Args:
             loss: The loss.
             dead_after_steps: When a proxy counts as dead, >= 1.
-            revive_dead: Whether dead ones are put elsewhere, every `dead_after_steps` steps.
+            revive_dead: Whether dead proxies are moved to samples, every `dead_after_steps` steps.
             of_table: Arguments of `ProxyObjective`.
         """
         super().__init__(loss, **of_table)
@@ -80,7 +80,7 @@ class DynamicProxyObjective(ProxyObjective):
 
     @torch.no_grad()
     def after_update(self, step: int) -> dict[str, Tensor]:
-        """Put dead proxies where drawn samples of the last batch are, when it is time.
+        """Move dead proxies to drawn samples of the last batch, every `dead_after_steps` steps.
 
         Sample and noise are drawn from (seed, step, the proxy's row).
         """

@@ -7,10 +7,10 @@ g = dl/dy,
 
     dl/dx = w / s (g - sum(g) / n - (x - mean) sum(g (x - mean)) / (n s^2))
 
-with sums over the GLOBAL batch: one all-reduce of two numbers a channel. The gradient contract of
-`parallel/proxies.py` needs no factor here: what comes from above is W dl/dy on every rank, and the
-formula is linear in g, so that W dl/dx goes on below. dl/dw and dl/db are this rank's part, which
-DDP averages as it does those of any other layer.
+with sums over the GLOBAL batch: one all-reduce of two values per channel. The gradient contract of
+`parallel/proxies.py` needs no factor here: the incoming gradient is W dl/dy on every rank, and the
+formula is linear in g, so that the outgoing one is W dl/dx. dl/dw and dl/db are this rank's part,
+which DDP averages as it does those of any other layer.
 
 Legend: N images of this rank, C channels, P positions of a feature map.
 """
@@ -42,7 +42,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class SynchronizedBatchNorm(_BatchNorm):
     """Batch normalisation of (N, C) or (N, C, ...) by the moments of all ranks' values.
 
-    Parameters, buffers and their names are those of the layer it takes the place of; running
+    Parameters, buffers and their names are those of the layer it replaces; running
     statistics are the same on every rank. In evaluation mode it is that layer. In training mode
     forward and backward are collectives.
     """
@@ -105,8 +105,8 @@ class _Normalize(Function):
         total = _over_ranks(own, comm)
         if total.count < 2:  # on every rank alike
             raise ConfigError(
-                "batch normalisation: required at least 2 values of each channel in the global "
-                f"batch, got {int(total.count)}; take larger images or a larger global batch"
+                "Batch normalisation needs at least 2 values of each channel in the global batch, "
+                f"but there is {int(total.count)}. Use larger images or a larger global batch."
             )
         mean_C, variance_C, unbiased_C = finish(total)
         ctx.save_for_backward(x, weight, mean_C.to(dtype), (variance_C + eps).rsqrt().to(dtype))

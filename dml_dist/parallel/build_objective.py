@@ -42,8 +42,8 @@ def build_objective(
 ) -> Objective:
     """Return the objective on this rank's device, with this rank's part of the class table.
 
-    With `Comm.planned` it takes no memory for parameters and tells what a run will do: its tables'
-    rows per rank and its traffic.
+    With `Comm.planned` it takes no memory for its parameters; the run plan reads the rows of each
+    rank and the traffic from it.
 
     Args:
         config: The loss section.

@@ -1,7 +1,7 @@
 """Rows of a class table that is sharded over ranks, fetched by every rank, with gradients.
 
 Under the gradient contract of `parallel/proxies.py` a table's row has one owner, who gets the plain
-sum of its gradients: what ranks make of the fetched rows is never multiplied by W. Which sum that
+sum of its gradients: nothing computed from fetched rows is multiplied by W. Which sum that
 is depends on what each rank computes from them:
 
     parts   each rank computes its own part of the loss (its rows of the batch), and the parts add
@@ -56,8 +56,8 @@ def fetch_rows(
     """
     if table_rows_LD.ndim != 2 or len(table_rows_LD) != row_high - row_low:
         raise ValueError(
-            f"{what}: required rows {row_low} to {row_high - 1} as a matrix, got a tensor of "
-            f"shape {tuple(table_rows_LD.shape)}"
+            f"{what}: this rank owns rows {row_low} to {row_high - 1}, but was given a tensor of "
+            f"shape {tuple(table_rows_LD.shape)}. Pass a matrix with one row for each."
         )
     rows: Tensor = _FetchRows.apply(table_rows_LD, ids_G, row_low, comm, use == "parts", what)
     return rows

@@ -62,8 +62,8 @@ class Comm:
         expected = 1 if group is None else dist.get_world_size(group)
         if self.topology.world_size != expected:
             raise ValueError(
-                f"required a process group of world_size {self.topology.world_size}, "
-                f"got one of {expected}"
+                f"The topology has world_size {self.topology.world_size}, but the process group "
+                f"has {expected} ranks. Pass the topology that the group was made with."
             )
         self.group = group
         self.timeout_seconds = timeout_seconds
@@ -80,7 +80,7 @@ class Comm:
         """Return the Comm of rank 0 of ranks that do not run yet, on the meta device.
 
         For what follows from shapes alone: an objective built on it takes no memory for its
-        parameters and tells its traffic. Its collectives raise AssertionError.
+        parameters and computes its traffic. Its collectives raise AssertionError.
         """
         comm = cls.single("meta")
         comm.topology = Topology(world_size=world_size, device="meta")
@@ -98,7 +98,7 @@ class Comm:
 
         Args:
             device: This rank's device, "cpu" or "cuda:N".
-            local_rank: This rank's number on its machine.
+            local_rank: This rank's index on its machine.
             timeout_seconds: The timeout the group was made with; it is only named in errors.
         """
         if not dist.is_initialized():
@@ -211,7 +211,7 @@ class Comm:
     def broadcast_object(
         self, value: Any, source: int = 0, *, what: str = "broadcast object"
     ) -> Any:
-        """Return rank `source`'s picklable value; what the others give is not looked at."""
+        """Return rank `source`'s picklable value; the other ranks' values are ignored."""
         data = _to_bytes(value if self.rank == source else None)
         length = torch.tensor([len(data)], dtype=torch.int64)
         length = self.broadcast(length, source, what=what)
@@ -226,7 +226,7 @@ class Comm:
         RunError. The lowest rank's error is raised when there are several.
 
         Args:
-            error: This rank's error, or None when all is well here.
+            error: This rank's error, or None.
             what: Name of the collective in errors.
         """
         failed = torch.tensor([0 if error is None else 1], dtype=torch.int64)
@@ -257,10 +257,10 @@ class Comm:
             if not _is_transport_error(error):
                 raise
             raise PeerLostError(
-                f"rank {self.rank} of {self.world_size}: required all ranks in the collective "
-                f"{what!r} (number {self.num_collectives}) within {self.timeout_seconds:g} s, "
-                f"got none after {time.monotonic() - start:.1f} s; another rank ended, lags "
-                f"behind or called another collective: look at its output. [{error}]"
+                f"rank {self.rank} of {self.world_size}: the collective {what!r} (number "
+                f"{self.num_collectives}) failed after {time.monotonic() - start:.1f} s, with a "
+                f"timeout of {self.timeout_seconds:g} s. Another rank ended, is late or called "
+                f"another collective: check its output. [{error}]"
             ) from error
 
     def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> Tensor:
@@ -275,8 +275,8 @@ class Comm:
     def _check_rows(self, x: Tensor, rows: int, sizes: Sequence[int], what: str) -> None:
         if len(sizes) != self.world_size or x.ndim == 0 or x.shape[0] != rows:
             raise ValueError(
-                f"{what}: required {rows} rows and {self.world_size} sizes on rank {self.rank}, "
-                f"got a tensor of shape {tuple(x.shape)} and sizes {list(sizes)}"
+                f"{what}: rank {self.rank} passed a tensor of shape {tuple(x.shape)} and sizes "
+                f"{list(sizes)}, which must be {rows} rows and {self.world_size} sizes."
             )
 
     def _is_alone(self) -> bool:

@@ -56,7 +56,7 @@ class OwnedRows(NamedTuple):
 
 
 class TouchedRows(NamedTuple):
-    """The rows of an owned parameter that one step is about; it leaves the others as they are.
+    """The rows of an owned parameter that one step updates; the others stay as they are.
 
     `values` is a leaf with the rows' gradient, (n, ...); `rows` are theirs in the parameter, (n,).
     """
@@ -67,7 +67,7 @@ class TouchedRows(NamedTuple):
 
 
 class OwnedBuffer(NamedTuple):
-    """Rows of what an objective counts, which this rank alone owns: saved here, not optimised."""
+    """Rows of counts that this rank alone owns: saved here, not optimised."""
 
     values: Tensor
     row_low: int
@@ -77,7 +77,7 @@ class OwnedBuffer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GlobalBatch:
-    """What every rank knows of a step.
+    """The gathered batch of a step, the same on every rank but for `embeddings_BD`.
 
     Attributes:
         embeddings_BD: This rank's embeddings, (B, D), as the network gave them.
@@ -249,34 +249,34 @@ class Objective(nn.Module):
         return {}
 
     def touched_rows(self) -> dict[str, TouchedRows]:
-        """Return the owned parameters of which the last step moves some rows only, by name.
+        """Return the owned parameters of which the last step updates only some rows, by name.
 
-        Their own gradient is None. Neither the other rows' values nor what the optimiser keeps of
-        them is to change: `train/optim_state.py: only_rows`.
+        Their own gradient is None. The other rows and their optimiser state must not change
+        (`train/optim_state.py: only_rows`).
         """
         return {}
 
     def owned_buffers(self) -> dict[str, OwnedBuffer]:
-        """Return what this rank counts and checkpoints keep, by name, each with its rows."""
+        """Return counts of this rank that checkpoints keep, by name, each with its rows."""
         return {}
 
     def after_update(self, step: int) -> dict[str, Tensor]:
-        """Do what is due after an update; every rank calls this.
+        """Run after each update; every rank calls this.
 
         Args:
             step: Updates made, this one included.
 
         Returns:
-            By name of an owned parameter, those of its rows that begin anew, (n,) int64: what the
-            optimiser knows of them is to be forgotten.
+            Rows that were reset, (n,) int64, by name of the owned parameter; the caller resets
+            their optimiser state.
         """
         return {}
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that every rank holds alike, by name; DDP does not see them.
+        """Return the parameters that every rank holds, by name; they are not in DDP.
 
         They begin equal on every rank. Each rank's backward pass gives them the gradient of its
-        own part of the loss, without a factor; `sum_replicated_gradients` makes it whole.
+        own part of the loss, without a factor; `sum_replicated_gradients` sums the parts.
         """
         return {}
 

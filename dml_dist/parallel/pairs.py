@@ -83,7 +83,7 @@ class AnchorObjective(Objective):
         return ObjectiveOutput(self.loss.finish(total), statistics)
 
     def _betas(self, labels_G: Tensor) -> Tensor | None:
-        """Return beta of every row of the batch, (G,), or None without learnt ones."""
+        """Return beta of every row of the batch, (G,), or None if it is not learnt."""
         return None
 
 

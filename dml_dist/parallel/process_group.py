@@ -15,14 +15,14 @@ from dml_dist.errors import RunError, TopologyError
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
 
-# torch is asked first: its own messages tell more.
+# Longer than torch's own timeout, whose messages say more.
 _SECONDS_FOR_TORCH = 2.0
 
 
 def topology_from_environment(
     device_type: str = "cpu", environment: Mapping[str, str] = os.environ
 ) -> Topology:
-    """Return the place that torchrun, or whoever set its variables, gave this process.
+    """Return the place that torchrun's environment variables give this process.
 
     Args:
         device_type: "cpu", or "cuda" for the GPU of this rank's number on its machine.
@@ -39,8 +39,8 @@ def topology_from_environment(
         rank, world_size, local_rank = (int(given[name]) for name in names)
     except (KeyError, ValueError):
         raise TopologyError(
-            f"required integers in the environment variables {', '.join(names)}, got {given}; "
-            "start every rank through torchrun"
+            f"The environment variables {', '.join(names)} must all be integers, but they are "
+            f"{given}. Start every rank with torchrun."
         ) from None
     device = device_type if device_type == "cpu" else f"{device_type}:{local_rank}"
     return Topology(rank, world_size, local_rank, device)
@@ -64,20 +64,20 @@ def init(
         timeout_seconds: How long joining, and each collective, waits for the others; > 0.
 
     Raises:
-        RunError: If not all ranks came in time.
-        TopologyError: If ranks were joined already in another number or order.
+        RunError: If not all ranks join in time.
+        TopologyError: If there is a process group with another number or order of ranks.
     """
     if timeout_seconds <= 0:
-        raise ValueError(f"required timeout_seconds > 0, got {timeout_seconds}")
+        raise ValueError(f"timeout_seconds must be positive, but is {timeout_seconds}.")
     if topology.device_type == "cuda":
         torch.cuda.set_device(topology.device)
     if dist.is_initialized():
         joined = (dist.get_rank(), dist.get_world_size())
         if joined != (topology.rank, topology.world_size):
             raise TopologyError(
-                f"required rank {topology.rank} of {topology.world_size}, got a process group in "
-                f"which this is rank {joined[0]} of {joined[1]}; give the launcher's number of "
-                "ranks"
+                f"This process should be rank {topology.rank} of {topology.world_size}, but in "
+                f"the process group it is rank {joined[0]} of {joined[1]}. Configure as many "
+                "ranks as the launcher started."
             )
         return Comm(dist.group.WORLD, topology, timeout_seconds=timeout_seconds)
     if topology.world_size == 1:
@@ -93,9 +93,9 @@ def init(
         )
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"rank {topology.rank} of {topology.world_size}: required all ranks at {init_method} "
-            f"within {timeout_seconds:g} s, got: {error}; start every rank with the same address "
-            "and number of ranks, and look at the output of the others"
+            f"rank {topology.rank} of {topology.world_size}: not all ranks met at {init_method} "
+            f"within {timeout_seconds:g} s: {error}. Start every rank with the same address and "
+            "number of ranks, and check the output of the others."
         ) from error
     return Comm(dist.group.WORLD, topology, timeout_seconds=timeout_seconds)
 
@@ -103,8 +103,8 @@ def init(
 def _meet(init_method: str, topology: Topology, timeout_seconds: float) -> dist.Store:
     """Return the store through which ranks find each other.
 
-    torch waits for ever, whatever the time limit, where something else took rank 0's port, takes
-    connections and never says a word. So it waits in a thread.
+    torch ignores its timeout where another program holds rank 0's port, accepts connections and
+    never answers. So torch waits in a thread.
 
     Raises:
         RuntimeError: If nothing answers in time, or as torch does.
@@ -123,7 +123,7 @@ def _meet(init_method: str, topology: Topology, timeout_seconds: float) -> dist.
     thread.start()
     thread.join(timeout_seconds + _SECONDS_FOR_TORCH)
     if not found:
-        raise RuntimeError("no word from rank 0, whose port another program may have taken")
+        raise RuntimeError("rank 0 does not answer; another program may hold its port")
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]

@@ -13,18 +13,18 @@ The backward pass of rank r computes dl/dS_r from the whole l, without communica
 
     dl/dP_r           plain, no factor: P_r has one owner, and all terms of l that see P_r are here
     dl/dX through P_r a part of dl/dX: the parts are summed over ranks and cut to rank r's own rows
-                      (reduce-scatter), and multiplied by W, because DDP averages what they become:
+                      (reduce-scatter), and multiplied by W, because DDP averages the gradients:
                       (1 / W) sum_r J_r^T (W dl/dx_r) = sum_r J_r^T dl/dx_r = dl/dtheta
 
 A parameter that every rank holds (a scalar beta, a flow) is not in DDP either: each rank's part of
 dl/dbeta comes from its own rows, plain, and one all-reduce sums the parts after the backward pass.
 
-A loss of several rounds does so round by round: what a round takes from the rounds before is
-constant, so nothing crosses ranks in the backward pass but dl/dX.
+A loss of several rounds does so round by round. Results of earlier rounds are constants to later
+ones, so only dl/dX crosses ranks in the backward pass.
 
 A pair form has no proxies: every rank computes the whole l from X, keeps dl/dx_r and multiplies it
 by W for the same reason. So all gradients equal those of one process on the concatenated batch,
-for any W, any cut of the batch and of the classes. Nobody else multiplies or divides by W.
+for any W, any cut of the batch and of the classes. No other code multiplies or divides by W.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds, part_sizes
 
 PROXIES = "proxies"
-"""Name of the table of proxies; what else a loss learns has another learning rate."""
+"""Name of the table of proxies; other parameters of a loss have another learning rate."""
 
 
 class ProxyObjective(Objective):
@@ -115,7 +115,7 @@ class ProxyObjective(Objective):
         return ObjectiveOutput(self.loss.finish(total), statistics)
 
     def _table(self, batch: GlobalBatch) -> tuple[Tensor, Tensor, ProxyShard]:
-        """Return the labels, rows and shard that a step is about."""
+        """Return the labels, rows and shard that a step uses."""
         return batch.labels_G, self.proxies, self.shard
 
     def _total(
@@ -132,7 +132,7 @@ class ProxyObjective(Objective):
     def _observe(
         self, embeddings_GD: Tensor, labels_G: Tensor, total: Statistics
     ) -> dict[str, Tensor]:
-        """Look at a step without gradients; return more to be recorded."""
+        """Return further statistics to be recorded, without gradients."""
         return {}
 
 
@@ -146,13 +146,13 @@ _STREAM = 0x70726F78
 
 
 def fill_initial_proxies(proxies: Tensor, row_low: int, seed: int) -> None:
-    """Fill rows with normal numbers of variance 1 / D, so that their length is about 1.
+    """Fill rows with normal values of variance 1 / D, so that their length is about 1.
 
     Each block of rows has its own counter-based stream (Philox), keyed by seed and block.
 
     Args:
         proxies: (L, D) CPU tensor, written in place; row i is row `row_low + i` of the table.
-        row_low: The first row's number in the whole table.
+        row_low: The first row's index in the whole table.
         seed: Seed, >= 0.
     """
     num_rows, dim = proxies.shape

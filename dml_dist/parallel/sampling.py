@@ -1,10 +1,10 @@
-"""A softmax over a drawn share of the classes: the batch's own, and negatives drawn anew each step.
+"""A softmax over a sample of the classes: the batch's own, and negatives drawn at each step.
 
 As in partial fully-connected layers (An et al., "Partial FC: Training 10 Million Identities on a
-Single Machine", 2021): class c takes part in step t if it is in the global batch, or if the number
-drawn from (seed, t, c) is below the share. Draws are by class, so they are the same for any number
-of ranks. Only rows that take part move: the others' values and what the optimiser keeps of them
-stay as they are, momentum and weight decay included.
+Single Machine", 2021): class c takes part in step t if it is in the global batch, or if the
+uniform draw of (seed, t, c) is below the share. Draws are by class, so they are the same for any
+number of ranks. Only rows that take part are updated: the others and their optimiser state stay as
+they are; neither momentum nor weight decay acts on them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happens between two records, kept without waiting for the device."""
+"""Values of the steps between two records, kept without waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dml_dist.parallel.comm import Comm
 
 @dataclass(frozen=True)
 class Reading:
-    """What a meter showed.
+    """Values of the steps since the last reading.
 
     Attributes:
         values: Means over steps by name, images_per_second and data_share.
         first_bad: Which step since the last reading was the first with a loss that is not finite,
             from 0; None when all are finite.
-        bad_values: What was noted at that step, by name; empty when all are finite.
+        bad_values: The values of that step, by name; empty when all are finite.
     """
 
     values: dict[str, float]
@@ -37,7 +37,7 @@ class Meter:
     Attributes:
         values: Name -> 0-d tensors, one a step; `loss` is among them.
         num_images: Images of all ranks.
-        data_seconds: Time in which this rank waited for its next batch.
+        data_seconds: Time for which this rank waited for batches.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Meter:
     _start: float = field(default_factory=time.perf_counter)
 
     def add(self, values: dict[str, Tensor], num_images: int, data_seconds: float) -> None:
-        """Note one step."""
+        """Add one step."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
         self.num_images += num_images
@@ -54,11 +54,11 @@ class Meter:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps noted."""
+        """Number of steps since the last reading."""
         return len(self.values.get("loss", ()))
 
     def read(self) -> Reading:
-        """Return what happened since the last reading; waits for the device, and starts anew."""
+        """Return the values since the last reading and start anew; waits for the device."""
         steps = torch.stack([torch.stack(column).double() for column in self.values.values()])
         steps = steps.cpu()  # HOST SYNC: the only one of a run.
         record = dict(zip(self.values, steps.mean(dim=1).tolist(), strict=True))
@@ -73,7 +73,7 @@ class Meter:
         return Reading(record, first_bad, bad_values)
 
     def restart(self) -> None:
-        """Forget what was noted, and start the clock: after a validation or a checkpoint."""
+        """Clear all values and restart the clock: after a validation or a checkpoint."""
         self.values.clear()
         self.num_images = 0
         self.data_seconds = 0.0
@@ -94,7 +94,7 @@ class EmbeddingNorms:
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, rows: Tensor, norms: Tensor) -> None:
-        """Note one step."""
+        """Add one step."""
         self.steps.append((rows, norms))
 
     def worst(self, place: int, comm: Comm) -> tuple[int, float]:

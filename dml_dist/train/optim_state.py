@@ -1,6 +1,7 @@
 """Optimiser state by the names of parameters, and in rows for the objective's tables.
 
-torch numbers parameters; names survive another order of groups, and rows another number of ranks.
+torch identifies parameters by index. Names stay valid for another order of groups, and rows for
+another number of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from dml_dist.errors import CheckpointError
 
 State = dict[str, Any]
-"""Optimiser state of one parameter: tensors and numbers by key."""
+"""Optimiser state of one parameter: tensors and scalars by key."""
 
 
 def named_states(optimizer: Optimizer) -> dict[str, State]:
@@ -38,23 +39,23 @@ def load_named_states(optimizer: Optimizer, states: Mapping[str, State]) -> None
         CheckpointError: If a state belongs to no parameter.
     """
     packed = optimizer.state_dict()
-    numbers = {
-        name: number
+    indices = {
+        name: index
         for group in packed["param_groups"]
-        for name, number in zip(group["names"], group["params"], strict=True)
+        for name, index in zip(group["names"], group["params"], strict=True)
     }
-    unknown = sorted(set(states) - set(numbers))
+    unknown = sorted(set(states) - set(indices))
     if unknown:
         raise CheckpointError(
-            f"required optimiser state of this network's parameters, got state of {unknown[:5]}; "
-            "use the configuration the checkpoint was saved with"
+            f"The checkpoint has optimiser state of {unknown[:5]}, which this network does not "
+            "have. Use the configuration that the checkpoint was saved with."
         )
-    packed["state"] = {numbers[name]: state for name, state in states.items()}
+    packed["state"] = {indices[name]: state for name, state in states.items()}
     optimizer.load_state_dict(packed)
 
 
 def split_rows(parameter: Tensor, state: State) -> tuple[dict[str, Tensor], State]:
-    """Divide the state of a table's rows into what is kept per row and what all ranks share.
+    """Split the state of a table's rows into state per row and state that all ranks share.
 
     Raises:
         CheckpointError: If a tensor is neither: such an optimiser cannot be resharded. A vector
@@ -69,9 +70,9 @@ def split_rows(parameter: Tensor, state: State) -> tuple[dict[str, Tensor], Stat
             rows[key] = value
         else:
             raise CheckpointError(
-                f"required optimiser state of shape {tuple(parameter.shape)} or {per_row}, as the "
-                f"proxies of this rank, got {key!r} of shape {tuple(value.shape)}; use an "
-                "optimiser whose state is per element"
+                f"The optimiser keeps {key!r} of shape {tuple(value.shape)} for this rank's "
+                f"proxies, which cannot be split by rows: the shape must be "
+                f"{tuple(parameter.shape)} or {per_row}. Use an optimiser with state per element."
             )
     return rows, shared
 
@@ -85,7 +86,7 @@ def join_rows(parts: list[tuple[dict[str, Tensor], State]]) -> State:
 
 @torch.no_grad()
 def forget_rows(optimizer: Optimizer, parameter: Parameter, rows: Tensor) -> None:
-    """Set what the optimiser keeps of some rows of a table to 0, as it began.
+    """Set the optimiser state of some rows of a table to 0, its initial value.
 
     Args:
         optimizer: Changed in place.
@@ -101,10 +102,10 @@ def forget_rows(optimizer: Optimizer, parameter: Parameter, rows: Tensor) -> Non
 def only_rows(
     optimizer: Optimizer, touched: Iterable[tuple[Parameter, Tensor, Tensor]]
 ) -> Iterator[None]:
-    """Let the optimiser see some rows of tables in place of the tables, within the block.
+    """Let the optimiser update only some rows of tables within the block.
 
-    What it keeps of the other rows stays as it is, as do their values. State that is not per row
-    (a number of steps) goes on for all.
+    The other rows and their state stay as they are. State that is not per row (the number of
+    steps) advances for all.
 
     Args:
         optimizer: Changed in place.
@@ -143,7 +144,7 @@ def _give_back(
     values: Tensor,
     of_rows: dict[str, Tensor],
 ) -> None:
-    """Write rows and their state back; state that began with them is 0 for the other rows."""
+    """Write rows and their state back; new state is 0 for the other rows."""
     parameter[rows] = values
     cut, shared = split_rows(values, optimizer.state.pop(values, {}))
     for key, value in cut.items():

@@ -3,12 +3,12 @@
 Can, Gurbuz, Alatan, "Deep Metric Learning with Alternating Projections onto Feasible Sets", ICIP
 2021. Training looks for a point of an intersection of sets: all embeddings that satisfy the
 proximity constraints to one set of class representatives. A problem fixes the representatives,
-which every batch then holds (`data/systematic.py`), and draws the weights to the solution of the
-problem before (`train/proximal.py`).
+which every batch then holds (`data/systematic.py`), and pulls the weights towards the solution of
+the previous problem (`train/proximal.py`).
 
-What a problem needs is prepared `lead_steps` before its first step, because the loader reads
-ahead: a run that is resumed in between finds what was prepared in the checkpoint, and repeats the
-uninterrupted one. Every rank calls every method, and all decide alike.
+A problem is prepared `lead_steps` before its first step, because the loader reads ahead. A run
+that is resumed in between finds the prepared problem in the checkpoint and repeats the
+uninterrupted run. Every rank calls every method, and all decide alike.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ EmbedRows = Callable[[EmbeddingModel, np.ndarray], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ProjectionInputs:
-    """What alternating projections are given by their surroundings.
+    """What the caller provides for alternating projections.
 
     Attributes:
         plan: The systematic batches.
         embed: Embeds index rows on all ranks; every rank calls it.
-        states: What the plan follows, shared with the loader, which looks at it at every step.
+        states: States of the plan, shared with the loader, which reads them at every step.
     """
 
     plan: SystematicPlan
@@ -48,11 +48,11 @@ class ProjectionInputs:
 
 
 class Projections:
-    """The course of the problems.
+    """The sequence of problems.
 
     Attributes:
-        states: What the batch plan follows, by rising first step.
-        term: Draws the weights to the last solution; None in the first problem.
+        states: States of the batch plan, by rising first step.
+        term: Pulls the weights towards the last solution; None in the first problem.
     """
 
     def __init__(self, config: ProjectionsConfig, inputs: ProjectionInputs, comm: Comm) -> None:
@@ -73,7 +73,7 @@ class Projections:
         self.states.append(self._prepare(model, problem=0, first_step=0))
 
     def before_step(self, model: EmbeddingModel, step: int) -> None:
-        """Enter a problem that begins at this step: what was learnt so far is its last solution."""
+        """Start a problem that begins at this step; the current weights are its anchor."""
         problem = state_at(self.states, step).problem
         if problem == self._problem:
             return
@@ -90,11 +90,11 @@ class Projections:
             step: Updates made.
             map_at_r: Validation MAP@R, if it was measured after this step.
         """
-        stands_still = self._stands_still(step, map_at_r)
+        stagnates = self._stagnates(step, map_at_r)
         if self.states[-1].problem > self._problem:
             return  # The next problem is prepared already.
         first = step + self.config.lead_steps
-        if stands_still or self._ends(first):
+        if stagnates or self._ends(first):
             self._add(self._prepare(model, problem=self._problem + 1, first_step=first), step)
         elif self._refreshes(first):
             drawn = self.states[-1].representatives
@@ -102,7 +102,7 @@ class Projections:
             self._add(state, step)
 
     def prepares_after(self, step: int) -> bool:
-        """Tell whether `after_step` may embed images after `step` updates."""
+        """Return whether `after_step` may embed images after `step` updates."""
         first = step + self.config.lead_steps
         return self._ends(first) or self._refreshes(first)
 
@@ -131,7 +131,7 @@ class Projections:
         return self._held[1]
 
     def record(self, model: EmbeddingModel) -> dict[str, float]:
-        """Return what is recorded of the problem; it waits for the device."""
+        """Return values to be recorded; waits for the device."""
         values = {"problem": float(self._problem)}
         if self.term is not None:
             values["distance_to_last_solution"] = float(self.term.distance(model))
@@ -142,8 +142,8 @@ class Projections:
     def _ends(self, first: int) -> bool:
         return first == self._first_step + self.config.steps_per_problem
 
-    def _stands_still(self, step: int, map_at_r: float | None) -> bool:
-        """Note a validation; return whether the problem ends for want of progress."""
+    def _stagnates(self, step: int, map_at_r: float | None) -> bool:
+        """Take a validation into account; return whether the problem ends for lack of progress."""
         if map_at_r is None or self.config.patience is None:
             return False
         if map_at_r > self._best:
@@ -160,7 +160,7 @@ class Projections:
         return first > self._first_step and (first - self._first_step) % mining.refresh_every == 0
 
     def _add(self, state: PlanState, step: int) -> None:
-        """Append a state, in place; what holds before `step` is read by nobody any more."""
+        """Append a state, in place, and drop those that end before `step`."""
         now = state_at(self.states, step).first_step
         kept = [old for old in self.states if now <= old.first_step < state.first_step]
         self.states[:] = [*kept, state]
@@ -199,7 +199,7 @@ class Projections:
     # ------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, as tensors and numbers."""
+        """Return everything that a resumed run needs, as tensors and scalars."""
         return {
             "problem": self._problem,
             "first_step": self._first_step,
@@ -221,7 +221,7 @@ class Projections:
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, on any number of ranks."""
+        """Load the result of `state_dict`, on any number of ranks."""
         self._problem = values["problem"]
         self._first_step = values["first_step"]
         self._best = values["best"]

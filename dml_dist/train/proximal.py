@@ -1,4 +1,4 @@
-"""The proximal term of alternating projections: weights are drawn to an earlier solution.
+"""The proximal term of alternating projections: weights are pulled towards an earlier solution.
 
     lambda / 2 |theta - theta_0|^2,  gradient lambda (theta - theta_0)
 
@@ -19,7 +19,7 @@ from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.train.optim import parameter_kinds
 
 
-def drawn_parameters(model: EmbeddingModel) -> dict[str, nn.Parameter]:
+def pulled_parameters(model: EmbeddingModel) -> dict[str, nn.Parameter]:
     """Return the parameters that the term covers, by name."""
     kinds = parameter_kinds(model)
     return {
@@ -31,7 +31,7 @@ def drawn_parameters(model: EmbeddingModel) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True, eq=False)
 class ProximalTerm:
-    """The earlier solution, and how strongly it draws.
+    """The earlier solution, and how strongly it pulls.
 
     Attributes:
         anchor: theta_0 by name of the parameter.
@@ -43,26 +43,25 @@ class ProximalTerm:
 
     @staticmethod
     def at(model: EmbeddingModel, weight: float) -> ProximalTerm:
-        """Return the term whose solution is the model as it stands."""
-        anchor = {name: p.detach().clone() for name, p in drawn_parameters(model).items()}
+        """Return the term whose solution is the current model."""
+        anchor = {name: p.detach().clone() for name, p in pulled_parameters(model).items()}
         return ProximalTerm(anchor, weight)
 
     @torch.no_grad()
     def add_gradients(self, model: EmbeddingModel) -> None:
         """Add lambda (theta - theta_0) to the gradients of parameters that have one.
 
-        A parameter without a gradient (a backbone that is held) is not updated, so nothing is
-        added to it.
+        A parameter without a gradient (a frozen backbone) is not updated, so nothing is added.
         """
         if self.weight == 0:
             return
-        for name, parameter in drawn_parameters(model).items():
+        for name, parameter in pulled_parameters(model).items():
             if parameter.grad is not None:
                 parameter.grad.add_(parameter - self.anchor[name], alpha=self.weight)
 
     @torch.no_grad()
     def distance(self, model: EmbeddingModel) -> Tensor:
         """Return |theta - theta_0|, 0-d float64."""
-        differences = [p - self.anchor[name] for name, p in drawn_parameters(model).items()]
+        differences = [p - self.anchor[name] for name, p in pulled_parameters(model).items()]
         norms = torch._foreach_norm(differences)
         return torch.stack(norms).double().square().sum().sqrt()

@@ -1,4 +1,4 @@
-"""What a run will do, in numbers, from its configuration and the sizes of its classes alone."""
+"""The plan of a run: sizes, steps, memory and traffic, from configuration and class sizes alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from dml_dist.train.state import resolve_precision
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The resolved course of a run.
+    """What a run will do.
 
     Attributes:
         world_size: W, number of ranks.
@@ -55,7 +55,7 @@ class RunPlan:
             `batch normalisation`.
         num_backbone_parameters: Parameters of the backbone.
         num_head_parameters: Parameters of pooling and head.
-        network: Label and value of what else there is to know of the network.
+        network: Further facts about the network, as labels and values.
         methods: Label and value of regularisation and alternating projections.
     """
 
@@ -92,11 +92,11 @@ class RunPlan:
         return epochs * of_epoch + rest * self.global_batch_size
 
     def describe(self) -> list[tuple[str, str]]:
-        """Return the plan as rows of label and value, for people."""
+        """Return the plan as labels and values, for display."""
         proxies = "none"
         if any(self.proxy_rows):
             proxies = ", ".join(f"{rows:,}" for rows in self.proxy_rows)
-        memory = "not known for a custom optimiser"
+        memory = "unknown for a custom optimiser"
         if self.proxy_bytes is not None:
             memory = ", ".join(f"{size / 2**20:,.2f} MiB" for size in self.proxy_bytes)
         return [
@@ -104,15 +104,15 @@ class RunPlan:
             ("validation", self._validation()),
             ("ranks", f"{self.world_size}"),
             ("global batch", f"{self.global_batch_size:,} images"),
-            ("parts of the batch", ", ".join(str(size) for size in self.batch_sizes(0))),
+            ("images per rank", ", ".join(str(size) for size in self.batch_sizes(0))),
             ("steps per epoch", f"{self.steps_per_epoch:,}"),
-            ("steps in all", f"{self.total_steps:,} ({self._num_epochs():g} epochs)"),
-            ("parameters of the backbone", f"{self.num_backbone_parameters:,}"),
-            ("parameters of the head", f"{self.num_head_parameters:,}"),
+            ("total steps", f"{self.total_steps:,} ({self._num_epochs():g} epochs)"),
+            ("backbone parameters", f"{self.num_backbone_parameters:,}"),
+            ("head parameters", f"{self.num_head_parameters:,}"),
             *self.network,
             *self.methods,
-            ("rows of proxies per rank", proxies),
-            ("with their optimiser state", memory),
+            ("proxies per rank", proxies),
+            ("memory of proxies with optimiser state", memory),
             *(
                 (f"sent per rank and step, {source}", _describe_traffic(traffic))
                 for source, traffic in self.traffic.items()
@@ -135,7 +135,7 @@ def resolve(
     validation_class_sizes: Sequence[int] = (),
     world_size: int,
 ) -> RunPlan:
-    """Return the plan of a run, or say in numbers why there is none; reads no data.
+    """Return the plan of a run; reads no data.
 
     Args:
         config: The run's configuration.
@@ -213,28 +213,28 @@ def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> 
     warmup = config.schedule.warmup_steps
     if isinstance(config.schedule, CosineScheduleConfig) and warmup >= total_steps:
         raise ConfigError(
-            f"schedule.warmup_steps: required fewer than the {total_steps} steps of the run, "
-            f"got {warmup}; the cosine begins after warm-up"
+            f"schedule.warmup_steps is {warmup}, but the run has only {total_steps} steps, and the "
+            "cosine begins after warm-up. Use fewer warm-up steps or a longer run."
         )
     frozen = config.train.backbone_warmup_epochs
     if frozen and frozen * steps_per_epoch >= total_steps:
         raise ConfigError(
-            f"train.backbone_warmup_epochs: required fewer epochs than the run has "
-            f"({total_steps} steps of {steps_per_epoch} an epoch), got {frozen}; "
-            "the backbone would never be trained"
+            f"train.backbone_warmup_epochs is {frozen}, but the run has {total_steps} steps of "
+            f"{steps_per_epoch} per epoch, so the backbone would never be trained. Use fewer "
+            "warm-up epochs or a longer run."
         )
 
 
 def _model_without_memory(config: RunConfig) -> EmbeddingModel:
-    """Return the network for its shapes alone; no memory is taken for its parameters."""
-    # A custom backbone may read files or compute in its constructor: it is made as it is.
+    """Return the network without memory for its parameters: for its shapes alone."""
+    # A custom backbone may read files or compute in its constructor: it is built on the CPU.
     device = "cpu" if config.model.backbone.name == "custom" else "meta"
     with torch.device(device):
         return build_model(config.model, seed=config.seed, pretrained=False)
 
 
 def _count_parameters(model: EmbeddingModel) -> tuple[int, int]:
-    """Return the numbers of parameters of backbone and head."""
+    """Return the number of parameters of backbone and head."""
     kinds = parameter_kinds(model)
     counts = {"backbone": 0, "head": 0}
     for name, parameter in model.named_parameters():
@@ -279,7 +279,7 @@ def _proxy_bytes(
 
 
 def _state_slots(config: OptimizerConfig) -> int | None:
-    """Return how many numbers the optimiser keeps for each number of a parameter."""
+    """Return how many values the optimiser keeps per element of a parameter; None if unknown."""
     match config:
         case AdamConfig() | AdamWConfig():
             return 2
@@ -306,7 +306,7 @@ def _readable(num_bytes: int) -> str:
 
 
 def check_methods(config: RunConfig, class_sizes: np.ndarray) -> None:
-    """Refuse what a method cannot be carried out with; reads no data.
+    """Raise if the settings of NIR or projections do not fit each other; reads no data.
 
     Args:
         config: The run's configuration.
@@ -328,17 +328,17 @@ def check_methods(config: RunConfig, class_sizes: np.ndarray) -> None:
 def describe_methods(
     config: RunConfig, objective: Objective, class_sizes: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Return rows of label and value for people; empty without such methods."""
+    """Return labels and values for display; empty without such methods."""
     rows = []
     if config.nir is not None:  # the flow is all that is replicated
         numel = sum(value.numel() for value in objective.replicated_parameters().values())
-        rows.append(("parameters of the flow", f"{numel:,}"))
+        rows.append(("flow parameters", f"{numel:,}"))
     if config.projections is not None:
         alone = int((class_sizes == 1).sum())
         every = config.projections.steps_per_problem
-        rows.append(("projections", f"a problem lasts at most {every:,} steps"))
+        rows.append(("projections", f"at most {every:,} steps per problem"))
         if alone:
-            rows.append(("classes of one image, their own representatives", f"{alone:,}"))
+            rows.append(("classes of one image, which represent themselves", f"{alone:,}"))
     return rows
 
 
@@ -351,21 +351,22 @@ def _check_projections(
         if isinstance(batches, BalancedBatchesConfig):
             given = f"samples_per_class {batches.samples_per_class}"
         raise ConfigError(
-            "projections: required data.batches.name: balanced with samples_per_class >= 2 (a "
-            f"representative and others of its class), got {given}; change data.batches"
+            "projections needs data.batches.name balanced with samples_per_class >= 2 (a "
+            f"representative and others of its class), but data.batches has {given}. Change "
+            "data.batches."
         )
     if projections.patience is not None and isinstance(config.validation, NoValidationConfig):
         raise ConfigError(
-            f"projections.patience {projections.patience}: required validation classes, whose "
-            "MAP@R ends a problem, got validation.name: none; hold classes out or leave it out"
+            f"projections.patience is {projections.patience}, but validation.name is none, and "
+            "validation MAP@R ends a problem. Hold out validation classes or remove patience."
         )
     _check_lead(projections, config.data)
     alone = int((class_sizes == 1).sum())
     if 2 * alone > len(class_sizes):
         raise DataError(
-            f"projections: required at most half the training classes with one image, got {alone} "
-            f"of {len(class_sizes)}: the representative of such a class meets no other image of "
-            "it; leave those classes out, or train without projections"
+            f"projections allows at most half of the training classes to have a single image, but "
+            f"{alone} of {len(class_sizes)} do: such a representative has no other image of its "
+            "class. Remove those classes, or train without projections."
         )
 
 
@@ -373,7 +374,7 @@ def _check_lead(projections: ProjectionsConfig, data: DataConfig) -> None:
     ahead = data.loader_workers * data.prefetch + 2
     if projections.lead_steps < ahead:
         raise ConfigError(
-            f"projections.lead_steps: required at least {ahead}, the batches that the loader "
-            f"reads ahead (data.loader_workers {data.loader_workers} x data.prefetch "
-            f"{data.prefetch} + 2), got {projections.lead_steps}; raise it or read less ahead"
+            f"projections.lead_steps is {projections.lead_steps}, but the loader reads {ahead} "
+            f"batches ahead (data.loader_workers {data.loader_workers} x data.prefetch "
+            f"{data.prefetch} + 2). Raise lead_steps, or reduce prefetch."
         )

@@ -1,4 +1,4 @@
-"""Everything that training changes, on one rank, and how it is made."""
+"""Everything that training changes, on one rank, and how it is built."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TrainState:
         comm: The ranks.
         precision: The arithmetic.
         step: Number of updates made.
-        projections: The course of alternating projections; None without them.
+        projections: Alternating projections; None without them.
     """
 
     model: EmbeddingModel
@@ -74,7 +74,7 @@ class TrainState:
 
     @property
     def replicated(self) -> dict[str, Parameter]:
-        """What the objective learns beside its tables, by name; equal on every rank."""
+        """Parameters of the objective beside its tables, by name; equal on every rank."""
         return self.objective.replicated_parameters()
 
 
@@ -155,8 +155,8 @@ def build_state(
 def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
     """Give every rank rank 0's running statistics; every rank calls this.
 
-    DDP does so before each training step. Whoever looks at the model between steps (validation, a
-    checkpoint) does it first, so that the model is the same on every rank.
+    DDP does so before each training step. Validation and checkpoints call this first, so that the
+    model is the same on every rank between steps, too.
     """
     if comm.world_size > 1 and model.has_changing_buffers:
         for buffer in model.buffers():
@@ -166,8 +166,8 @@ def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
 def check_finite(state: TrainState) -> None:
     """Refuse weights that are not finite; every rank calls this.
 
-    A gradient can overflow where the loss is finite: only the weights tell, before they are
-    measured or saved.
+    A gradient can overflow where the loss is finite, so weights are checked before they are
+    evaluated or saved.
 
     Raises:
         RunError: If a rank has such weights; it names them.
@@ -177,9 +177,8 @@ def check_finite(state: TrainState) -> None:
     for name, value in values.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             error = RunError(
-                f"required finite weights, got non-finite ones in {name} at step {state.step}; "
-                "lower the learning rate or set train.max_grad_norm; the checkpoint before it "
-                "is kept"
+                f"Weights in {name} are not finite at step {state.step}. Lower the learning rate "
+                "or set train.max_grad_norm; the previous checkpoint is kept."
             )
             break
     state.comm.agree(error, what="finite weights")
@@ -194,10 +193,10 @@ _SYNC_BUFFERS = next(
 
 
 class _SpareParameter(nn.Module):
-    """A model with one parameter more, which nothing uses.
+    """A model with one more parameter, which is not used.
 
-    DDP with `find_unused_parameters` writes a warning to the standard error of every rank when it
-    finds none unused, past Python's warnings and logging. The spare one keeps it quiet.
+    DDP with `find_unused_parameters` writes a warning to every rank's standard error, not through
+    Python's warnings or logging, when it finds none unused. The spare parameter avoids that.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -215,11 +214,12 @@ def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) ->
 
     A custom backbone may have parameters without a gradient, as in one process: DDP then has to
     look for them (`find_unused_parameters`). The project's own networks use all of theirs, and on
-    a GPU the looking would wait for the device in every step.
+    a GPU the search would wait for the device in every step.
 
-    On the CPU DDP always looks, because that keeps it from rebuilding its buckets after the first
-    step. The rebuilding changes the order of summation (from three ranks on), so that a resumed
-    run, whose first step is another one, would differ in the last bits from an uninterrupted one.
+    On the CPU DDP always searches, because that keeps it from rebuilding its buckets after the
+    first step. The rebuilding changes the order of summation (from three ranks on), so that a
+    resumed run, whose first step is another one, would differ in the last bits from an
+    uninterrupted one.
     """
     if comm.world_size == 1:
         return model
@@ -236,12 +236,12 @@ def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) ->
 
 
 def _check_all_owned(objective: Objective, declared: Mapping[str, Parameter]) -> None:
-    """Refuse parameters of the objective that nobody would keep equal across ranks."""
+    """Refuse parameters of the objective that would differ between ranks."""
     known = {id(parameter) for parameter in declared.values()}
     lost = [name for name, value in objective.named_parameters() if id(value) not in known]
     if lost:
         raise ConfigError(
-            f"loss: required that every parameter of the objective has one owner (a row of a "
-            f"table) or is replicated, got {lost} which are neither, and which ranks would not "
-            "keep equal; make them rows of a table, replicated_parameters() or constants"
+            f"The objective's parameters {lost} are neither rows of a table nor replicated, so "
+            "ranks would not keep them equal. Return them from owned_parameters() or "
+            "replicated_parameters(), or make them constants."
         )

@@ -17,7 +17,7 @@ from dml_dist.train.state import TrainState
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves to be read later; reading a value waits for the device.
+    """Results of a step, to be read later; reading a value waits for the device.
 
     Attributes:
         statistics: 0-d tensors of the objective, by name, the same on every rank; the loss of the
@@ -47,9 +47,9 @@ def train_step(
 ) -> StepOutput:
     """Make one update; every rank calls this with its part of the global batch.
 
-    DDP averages the gradients of the network over ranks; the objective holds the factor that makes
-    them those of the global batch (the gradient contract in `parallel/proxies.py`), and sums those
-    of its own replicated parameters.
+    DDP averages the gradients of the network over ranks; the objective contains the factor that
+    makes them those of the global batch (the gradient contract in `parallel/proxies.py`), and sums
+    the gradients of its own replicated parameters.
 
     Args:
         state: Changed in place; `step` is one higher afterwards.
@@ -64,7 +64,7 @@ def train_step(
             every rank when all pairs count.
         neighbors: The nearest classes of every class that hard class mining found, (C, h) int64,
             -1 for none; None without it.
-        proximal: Draws the weights to an earlier solution.
+        proximal: Pulls the weights towards an earlier solution.
         spans: Records where the time goes.
     """
     spans = spans or Spans.off()

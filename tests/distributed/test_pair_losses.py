@@ -271,7 +271,7 @@ def _check_fetch(comm: Comm) -> None:
         (rows[part] ** 3 * weights[part]).sum().backward()
         assert own.grad is not None
         _close(own.grad, dense.grad[low:high], f"gradient for {use}")
-    with pytest.raises(ValueError, match="required rows 0 to 8 as a matrix"):
+    with pytest.raises(ValueError, match="owns rows 0 to 8, but was given"):
         fetch_rows(table, ids, 0, 9, comm)
 
 

@@ -85,7 +85,7 @@ def others_say_why(ended: Ended, rank: int, what: str) -> None:
         if other == rank:
             continue
         assert code == 1, (what, ended.output)
-        assert "required all ranks in the collective" in ended.output[other], what
+        assert "Another rank ended, is late or called" in ended.output[other], what
         assert "Traceback" not in ended.output[other], (what, ended.output)
 
 

@@ -180,7 +180,9 @@ def test_a_parameter_may_get_its_first_gradient_late(config: OptimizerConfig) ->
 
 def test_wrong_custom_optimisers() -> None:
     groups = parameter_groups(AdamConfig(), network(), proxies())
-    with pytest.raises(ConfigError, match=r"required a torch.optim.Optimizer, got int"):
+    with pytest.raises(
+        ConfigError, match=r"returned int\. It must return a torch\.optim\.Optimizer"
+    ):
         build_optimizer(CustomOptimizerConfig(target=f"{__name__}:not_an_optimizer"), groups)
     wrong = CustomOptimizerConfig(target=f"{__name__}:Momentumless", options={"speed": 1})
     with pytest.raises(ConfigError, match="speed"):

@@ -1,4 +1,4 @@
-"""The run plan: its numbers, what it refuses, and that dry runs show it."""
+"""The run plan: its values, its errors and its description."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = [5, 9, 4, 6, 3, 5, 5]
 """37 images of 7 classes."""
 
 
-def test_numbers_of_a_shuffled_run() -> None:
+def test_sizes_and_steps_of_a_shuffled_run() -> None:
     plan = resolve(config(), train_class_sizes=SIZES, validation_class_sizes=[4, 6], world_size=3)
     assert (plan.num_images, plan.num_classes) == (37, 7)
     assert (plan.num_validation_images, plan.num_validation_classes) == (10, 2)
@@ -47,7 +47,7 @@ def test_tables_that_belong_to_no_classes_are_cut_by_rows() -> None:
     fractional = config(loss="{name: proxy_nca, assignment: fractional, proxy_share: 0.5}")
     plan = resolve(fractional, train_class_sizes=SIZES, world_size=3)
     assert plan.proxy_rows == (1, 1, 2)  # 4 rows for 7 classes
-    assert ("rows of proxies per rank", "1, 1, 2") in plan.describe()
+    assert ("proxies per rank", "1, 1, 2") in plan.describe()
     dynamic = config(loss="{name: proxy_nca, assignment: dynamic, proxy_share: 2}")
     assert resolve(dynamic, train_class_sizes=SIZES, world_size=3).proxy_rows == (4, 5, 5)
     few = config(loss="{name: proxy_nca, assignment: fractional, proxy_share: 0.3}")
@@ -80,7 +80,7 @@ def test_a_balanced_epoch_is_as_long_as_its_images() -> None:
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_parameters_and_traffic(precision: str) -> None:
     run = config(train__precision=precision)
-    number = 8 if precision == "float64" else 4
+    item = 8 if precision == "float64" else 4
     model = build_model(run.model, seed=0)
     count = sum(parameter.numel() for parameter in model.parameters())
     one = resolve(run, train_class_sizes=SIZES, world_size=1)
@@ -88,14 +88,14 @@ def test_parameters_and_traffic(precision: str) -> None:
     assert one.num_head_parameters == 16 * 32 + 32
     assert [sent.total for sent in one.traffic.values()] == [0, 0]
     four = resolve(run, train_class_sizes=SIZES, world_size=4)
-    assert four.traffic["gradients of the network"].total == 2 * 3 * number * count // 4
+    assert four.traffic["gradients of the network"].total == 2 * 3 * item * count // 4
     many = resolve(run, train_class_sizes=[3] * 5000, world_size=4)
     assert four.traffic == many.traffic
     assert four.traffic["objective"].by_kind() == {
         # Parts of 2, 3, 2 and 3 images; 3 of W = 4 ranks are sent to.
-        "all_gather": 3 * 3 * (8 + 32 * number),  # labels and embeddings
-        "all_reduce": 2 * 3 * 10 * (1 + 2) * number // 4,  # a maximum, two sums per image
-        "reduce_scatter": 3 * 3 * 32 * number,  # gradients of embeddings
+        "all_gather": 3 * 3 * (8 + 32 * item),  # labels and embeddings
+        "all_reduce": 2 * 3 * 10 * (1 + 2) * item // 4,  # a maximum, two sums per image
+        "reduce_scatter": 3 * 3 * 32 * item,  # gradients of embeddings
     }
 
 
@@ -125,12 +125,12 @@ def test_resnet50_is_counted_without_its_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "numbers"),
+    ("optimizer", "copies"),
     [("{name: sgd, momentum: 0.0}", 1), ("{name: sgd}", 2), ("{name: rmsprop}", 2)],
 )
-def test_memory_of_optimiser_state(optimizer: str, numbers: int) -> None:
+def test_memory_of_optimiser_state(optimizer: str, copies: int) -> None:
     plan = resolve(config(optim=optimizer), train_class_sizes=SIZES, world_size=1)
-    assert plan.proxy_bytes == (14 * 32 * 4 * numbers,)
+    assert plan.proxy_bytes == (14 * 32 * 4 * copies,)
 
 
 def test_description() -> None:
@@ -138,9 +138,9 @@ def test_description() -> None:
     rows = dict(plan.describe())
     assert rows["training"] == "37 images of 7 classes"
     assert rows["validation"] == "10 images of 2 classes"
-    assert rows["parts of the batch"] == "5, 5"
-    assert rows["steps in all"] == "12 (4 epochs)"
-    assert rows["rows of proxies per rank"] == "6, 8"
+    assert rows["images per rank"] == "5, 5"
+    assert rows["total steps"] == "12 (4 epochs)"
+    assert rows["proxies per rank"] == "6, 8"
     assert "bytes" in rows["sent per rank and step, objective"]
     assert (
         dict(resolve(config(), train_class_sizes=SIZES, world_size=2).describe())["validation"]
@@ -175,18 +175,18 @@ def test_description() -> None:
             SIZES,
             1,
             ConfigError,
-            r"fewer than the 12 steps of the run, got 12",
+            r"warmup_steps is 12, but the run has only 12 steps",
         ),
         (
             {"train__backbone_warmup_epochs": 4},
             SIZES,
             1,
             ConfigError,
-            r"12 steps of 3 an epoch\), got 4",
+            r"epochs is 4, but the run has 12 steps of 3 per epoch",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_numbers(
+def test_settings_that_do_not_fit_are_refused(
     changes: dict[str, Any],
     sizes: list[int],
     world_size: int,

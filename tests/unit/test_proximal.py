@@ -9,7 +9,7 @@ from dml_dist.config.load import parse_config
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
-from dml_dist.train.proximal import ProximalTerm, drawn_parameters
+from dml_dist.train.proximal import ProximalTerm, pulled_parameters
 from dml_dist.train.state import build_state
 from dml_dist.train.step import train_step
 from tests.training_setup import IMAGES_PER_CLASS, NUM_CLASSES, images_of, small_config
@@ -48,7 +48,7 @@ def test_gradient_is_that_of_half_the_squared_distance() -> None:
 def test_distance_runs_over_weights_alone() -> None:
     model, other = make_model(0), make_model(1)
     term = ProximalTerm.at(other, weight=1.0)
-    assert all(parameter.ndim > 1 for parameter in drawn_parameters(model).values())
+    assert all(parameter.ndim > 1 for parameter in pulled_parameters(model).values())
     anchor = dict(other.named_parameters())
     squares = [
         (p - anchor[name]).square().sum() for name, p in model.named_parameters() if p.ndim > 1
@@ -62,7 +62,7 @@ def test_the_solution_is_a_copy() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1.0
-    count = sum(p.numel() for p in drawn_parameters(model).values())
+    count = sum(p.numel() for p in pulled_parameters(model).values())
     torch.testing.assert_close(float(term.distance(model)), count**0.5)
 
 
