@@ -37,7 +37,7 @@ def test_rows_must_be_those_of_the_sizes() -> None:
     comm = Comm.single()
     with pytest.raises(ValueError, match=r"labels: rank 0 passed .* must be 2 rows and 1 sizes"):
         comm.all_gather_rows(torch.zeros(3), [2], what="labels")
-    with pytest.raises(ValueError, match=r"got a tensor of shape \(4,\) and sizes \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"passed a tensor of shape \(4,\) and sizes \[2, 2\]"):
         comm.reduce_scatter_rows(torch.zeros(4), [2, 2])
 
 
@@ -67,7 +67,7 @@ def test_topology_from_environment() -> None:
     assert topology_from_environment("cpu", environment) == Topology(5, 8, 1, "cpu")
     for damage in ({"RANK": "x"}, {"LOCAL_RANK": None}):
         damaged = {k: v for k, v in {**environment, **damage}.items() if v is not None}
-        with pytest.raises(TopologyError, match="start every rank through torchrun"):
+        with pytest.raises(TopologyError, match="Start every rank with torchrun"):
             topology_from_environment("cpu", damaged)
 
 
@@ -95,7 +95,7 @@ def test_a_group_made_by_a_launcher_is_kept(tmp_path: Path) -> None:
         x = torch.ones(2, 3)
         assert torch.equal(comm.all_gather_rows(x, [2]), x)
         assert Comm.from_default_group().group is comm.group
-        with pytest.raises(TopologyError, match="required rank 0 of 2, got a process group in"):
+        with pytest.raises(TopologyError, match="should be rank 0 of 2, but in the process group it is"):
             init(Topology(0, 2))
         with pytest.raises(ValueError, match="world_size 2, but the process group has 1 ranks"):
             Comm(comm.group, Topology(0, 2))

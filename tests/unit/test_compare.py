@@ -192,7 +192,7 @@ def test_ranges_are_checked_for_every_method(space: Any, without: Any, message: 
 
 def test_errors_name_the_method() -> None:
     config = comparison(methods={"p": ["projections={steps_per_problem: 40}"]}, search=None)
-    with pytest.raises(ConfigError, match=r"method p: projections: required data\.batches\.name"):
+    with pytest.raises(ConfigError, match=r"method p: projections needs data\.batches\.name"):
         _check_methods(config)
     with pytest.raises(ConfigError, match=r"loss\.margim .*: unknown key"):
         _check_methods(comparison(methods={"p": ["loss={name: triplet, margim: 1}"]}, search=None))
