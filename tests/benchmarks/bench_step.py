@@ -65,7 +65,7 @@ class Setting:
 
 
 def configuration(setting: Setting) -> RunConfig:
-    """Return the run: Proxy-NCA, 128 numbers an embedding, Adam."""
+    """Return the run: Proxy-NCA, 128-d embeddings, Adam."""
     return parse_config(
         {
             "name": "bench",

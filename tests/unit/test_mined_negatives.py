@@ -75,7 +75,7 @@ def test_mined_negatives_are_counted(loss: AnchorLoss) -> None:
 
 
 class Uncounted(Contrastive):
-    """A loss of one's own that knows nothing of mining."""
+    """A custom loss without counts of mined negatives."""
 
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         return super().anchor_partial(replace(batch, neighbors_Ch=None))
