@@ -95,7 +95,9 @@ def test_a_group_made_by_a_launcher_is_kept(tmp_path: Path) -> None:
         x = torch.ones(2, 3)
         assert torch.equal(comm.all_gather_rows(x, [2]), x)
         assert Comm.from_default_group().group is comm.group
-        with pytest.raises(TopologyError, match="should be rank 0 of 2, but in the process group it is"):
+        with pytest.raises(
+            TopologyError, match="should be rank 0 of 2, but in the process group it is"
+        ):
             init(Topology(0, 2))
         with pytest.raises(ValueError, match="world_size 2, but the process group has 1 ranks"):
             Comm(comm.group, Topology(0, 2))
