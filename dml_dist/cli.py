@@ -1,7 +1,7 @@
 """The command line: each subcommand calls one function.
 
 Heavy libraries are imported inside the subcommands, so that `--help` answers at once. Exit codes:
-0 done, 1 the run failed (its last checkpoint is kept), 2 the request was wrong.
+0 done, 1 the run failed or was stopped (its last checkpoint is kept), 2 the request was wrong.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -17,7 +19,7 @@ import typer
 from rich.console import Console
 
 from dml_dist.cli_data import console, data_app
-from dml_dist.errors import DmlDistError
+from dml_dist.errors import DmlDistError, RunStopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +32,7 @@ app.add_typer(data_app, name="data")
 error_console = Console(stderr=True)
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended."""
+"""Exit code of a command that Ctrl-C or SIGTERM ended."""
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 SetOption = Annotated[
@@ -51,7 +53,9 @@ WorkersOption = Annotated[
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
-    faulthandler.enable()  # Where a library ends the process, say what the threads were at.
+    faulthandler.enable()  # When a library aborts the process, print what its threads were doing.
+    # Commands end as at Ctrl-C; `train` has handlers of its own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = _run()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_rank(code)
@@ -62,6 +66,10 @@ def _run() -> int:
     """Run the command line and return the exit code."""
     try:
         app()
+    except RunStopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            console.print(str(stop), highlight=False, markup=False, soft_wrap=True)
+        return stop.exit_code
     except DmlDistError as error:
         error_console.print(
             f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
@@ -73,19 +81,19 @@ def _run() -> int:
     except SystemExit as end:
         if end.code == INTERRUPTED:
             error_console.print(
-                "interrupted; repeat the command to go on with an import, "
-                "and with --resume to go on with a run or a comparison"
+                "interrupted; repeat the command to continue an import, "
+                "and with --resume to continue a run or a comparison"
             )
         return int(end.code or 0)
     return 0
 
 
 def _end_rank(code: int) -> NoReturn:
-    """End one of torchrun's ranks at once, without taking the interpreter apart.
+    """End one of torchrun's ranks at once, without finalizing the interpreter.
 
-    A thread of gloo may still hold tensors of the last collective, whatever was destroyed. Where it
-    lets them go while the interpreter ends, it cannot get the interpreter's lock and aborts the
-    process: after all was done and written, the rank would count as failed.
+    A thread of gloo may still hold tensors of the last collective. If it releases them while the
+    interpreter is finalized, it cannot take the interpreter's lock and aborts the process: the rank
+    would count as failed although all its work is done.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -102,7 +110,7 @@ def _escaped(error: Exception) -> str:
 def _overrides(
     changes: list[str] | None, launcher: Launcher | None, workers: int | None
 ) -> list[str]:
-    """All changes to a configuration; torchrun's ranks are recognised by their environment."""
+    """All changes to a configuration; torchrun's ranks are recognized by their environment."""
     result = list(changes or [])
     if launcher is None and "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = "torchrun"
@@ -204,7 +212,12 @@ def compare(
     if dry_run:
         dry_run_comparison(resolved, console)
         return
-    run_comparison(resolved, console, run_dir=run_dir, resume=resume)
+    try:
+        run_comparison(resolved, console, run_dir=run_dir, resume=resume)
+    except RunStopped as stop:
+        what = str(stop).partition("\n")[0]
+        again = sys.argv if resume else [*sys.argv, "--resume"]
+        raise RunStopped(f"{what}\ncontinue with: {shlex.join(again)}") from None
 
 
 @app.command()

@@ -49,3 +49,9 @@ class LoaderLostError(RunError):
 
 class PeerLostError(RunError):
     """A collective ended without the other ranks: one of them died, gave up or is too late."""
+
+
+class RunStopped(DmlDistError):
+    """A run was asked to stop and can be continued; its last line says how."""
+
+    exit_code = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,10 @@ class SmallRun:
         self.evaluated.append((split, step))
         return {"map_at_r": self.scores.get(step, step / 100)}
 
+    def stop_reason(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
+        """Return why to stop; a small run does not."""
+        return None
+
     def means(self) -> ProjectionInputs | None:
         """Return what alternating projections need; each attempt has its own."""
         return None
@@ -138,6 +142,7 @@ class SmallRun:
             class_ids=lambda labels: labels - 100,
             evaluate=self.evaluate,
             report=self.events.append,
+            stop_reason=self.stop_reason,
             step_records=RecordWriter(self.folder / "steps.jsonl", self.attempt) if main else None,
             evaluation_records=(
                 RecordWriter(self.folder / "evaluations.jsonl", self.attempt) if main else None

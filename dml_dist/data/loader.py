@@ -11,6 +11,7 @@ and blocks, the time limit below ends the run with a message.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -130,6 +131,7 @@ class BatchLoader:
                     # The seed that a DataLoader draws for its workers must not come out of torch's
                     # global generator: the number of loaders opened would change a model's draws.
                     generator=torch.Generator(),
+                    worker_init_fn=_leave_process_group,
                 )
             )
 
@@ -281,6 +283,14 @@ def _signal_handler_kept() -> Iterator[None]:
     yield
     if handler is not None:  # None: installed from outside of Python
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _leave_process_group(worker: int) -> None:
+    """Keep a loader worker out of the reach of signals to its rank's process group.
+
+    Ctrl-C and torchrun signal the whole group; the rank needs its workers until it has stopped.
+    """
+    os.setpgrp()
 
 
 def _start_method() -> str | None:

@@ -1,4 +1,4 @@
-"""`dml-dist evaluate`: a run's checkpoint on a split, by the code that training evaluates with."""
+"""`dml-dist evaluate`: evaluate a run's checkpoint on a split, with the code that training uses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dml_dist.orchestration.launch import joined, launch, on_main
 from dml_dist.orchestration.tables import print_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.progress import Display, discard
+from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment
 
-# What a run's embeddings and their ranking depend on may not be changed from the command line, but
-# for the settings of the evaluation itself.
+# The only fields that may change among those on which a run's results depend.
 _CHANGEABLE = "evaluation."
 
 
@@ -42,7 +42,7 @@ def run_evaluation(
         overrides: Changes to the run's configuration: evaluation, launch, paths.
 
     Raises:
-        ConfigError: If the folder is no run, or a change would make it another run.
+        ConfigError: If the folder holds no run, or a field is changed that may not be.
         CheckpointError: If the checkpoint is missing or damaged.
         DataError: If the data is missing or damaged, or the split does not exist.
     """
@@ -58,7 +58,7 @@ def run_evaluation(
     target, per_class = folder.evaluation(split, checkpoint)
     with joined(config.launch) as comm:
         with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
-            metrics = launch(assignment, comm, emit)
+            metrics = launch(assignment, comm, emit, StopRequest())
         on_main(comm, lambda: write_json_atomic(target, metrics))
         if comm.rank == 0:
             print_metrics(metrics, console)
@@ -68,14 +68,14 @@ def run_evaluation(
 
 
 def evaluation_config(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
-    """Return a run's own configuration with changes that leave its embeddings what they are.
+    """Return a run's own configuration with changes that do not affect its embeddings.
 
     Args:
         folder: The run.
         overrides: Changes to evaluation, launch, paths.
 
     Raises:
-        ConfigError: If a change would make it another run.
+        ConfigError: If a field is changed that may not be.
     """
     recorded = load_config(folder.config_path)
     config = with_absolute_paths(load_config(folder.config_path, overrides))
@@ -86,7 +86,7 @@ def evaluation_config(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
     ]
     if refused:
         raise ConfigError(
-            f"{folder.path} is evaluated with its own configuration, but for evaluation, launch "
-            f"and paths; got {'; '.join(map(str, refused))}; leave these changes out"
+            f"{folder.path} is evaluated with its own configuration; only evaluation, launch and "
+            f"paths may change, not {'; '.join(map(str, refused))}; leave these changes out"
         )
     return config

@@ -14,6 +14,7 @@ from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init, shutdown, topology_from_environment
 from dml_dist.runtime.progress import Emit
+from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment
 
 Value = TypeVar("Value")
@@ -58,8 +59,8 @@ def joined(launch: LaunchConfig) -> Iterator[Comm]:
         return
     if "RANK" not in os.environ:
         raise ConfigError(
-            "launch.launcher: torchrun needs a process that torchrun started, got none of its "
-            "variables; run `torchrun --nproc-per-node N -m dml_dist train CONFIG`"
+            "launch.launcher: torchrun needs a process that torchrun started, but its environment "
+            "variables are not set; run `torchrun --nproc-per-node N -m dml_dist train CONFIG`"
         )
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device_type = "cuda" if uses_gpu(launch, ranks_here) else "cpu"
@@ -71,7 +72,7 @@ def joined(launch: LaunchConfig) -> Iterator[Comm]:
 
 
 def on_main(comm: Comm, action: Callable[[], Value]) -> Value:
-    """Let rank 0 do something and give its result, or its error, to every rank."""
+    """Call a function on rank 0 and give its result, or its error, to every rank."""
     error: Exception | None = None
     value: Any = None
     if comm.rank == 0:
@@ -83,19 +84,19 @@ def on_main(comm: Comm, action: Callable[[], Value]) -> Value:
     return comm.broadcast_object(value)
 
 
-def launch(assignment: Assignment, comm: Comm, emit: Emit) -> dict[str, Any]:
-    """Carry out an assignment on all ranks and return the metrics."""
-    # Imported here: a driver under Ray needs neither data nor models.
+def launch(assignment: Assignment, comm: Comm, emit: Emit, stop: StopRequest) -> dict[str, Any]:
+    """Execute an assignment on all ranks and return what `run_rank` gives."""
     settings = assignment.config.launch
     if settings.launcher == "ray":
         from dml_dist.orchestration.ray_launch import announce, run_under_ray
 
         announce(settings, emit)
         use_gpu = uses_gpu(settings, settings.num_workers)
-        return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit)
+        return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit, stop=stop)
+    # Imported here: a driver under Ray needs neither data nor models.
     from dml_dist.runtime.rank import run_rank
 
-    return run_rank(assignment, comm.topology, comm, emit)
+    return run_rank(assignment, comm.topology, comm, emit, stop)
 
 
 def _alone_on_gpu(launch: LaunchConfig) -> bool:

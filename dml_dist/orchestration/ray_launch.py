@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import uuid
@@ -21,13 +22,15 @@ from typing import Any
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, fatal_of
+from dml_dist.orchestration.ray_private import dead_daemons, trainer_class
 from dml_dist.orchestration.ray_worker import ray_rank
 from dml_dist.runtime.progress import Emit, note
+from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment, rebuild_error
 
 # Read by Ray when it is imported or started. Values that the user has set are kept.
 _ENVIRONMENT = {
-    # Ranks are asked every 0.2 s whether they still live; the default of 2 s delays every end.
+    # Seconds between health checks of the ranks; the default of 2 s delays the end of every run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -47,12 +50,12 @@ _CONTROLLER_FAILURES = 3
 _SECONDS_FOR_AN_ANSWER = 5.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 # Ten times as many processes as cores make Ray's start take 3 to 5 minutes.
-_SECONDS_BEFORE_A_WORD = 60.0
+_SECONDS_BEFORE_A_NOTE = 60.0
 _SECONDS_OF_SILENCE = 900.0
 
 
 def run_under_ray(
-    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit
+    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit, stop: StopRequest
 ) -> dict[str, Any]:
     """Run one assignment on `launch.num_workers` ranks of Ray Train and return rank 0's result.
 
@@ -62,11 +65,11 @@ def run_under_ray(
         DmlDistError: The error of the rank that gave up, whatever its class.
     """
     with cluster(launch):
-        return _fit(assignment, launch, use_gpu=use_gpu, emit=emit)
+        return _fit(assignment, launch, use_gpu=use_gpu, emit=emit, stop=stop)
 
 
 def _fit(
-    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit
+    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit, stop: StopRequest
 ) -> dict[str, Any]:
     import ray
     import ray.train
@@ -74,11 +77,10 @@ def _fit(
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     recovery_hint = _recovery_hint(assignment)
-    # A fresh name each time: Ray's own state of an earlier attempt, whole or torn, must not come
-    # back.
+    # A new name each time: Ray must not find its own state of an earlier attempt.
     name = f"{assignment.kind}-{uuid.uuid4().hex[:12]}"
     scratch = Path(assignment.run_dir) / _SCRATCH
-    trainer = _trainer_class()(
+    trainer = trainer_class()(
         ray_rank,
         train_loop_config={"assignment": assignment.to_json(), "mailbox": mailbox},
         torch_config=TorchConfig(
@@ -100,8 +102,8 @@ def _fit(
         ),
     )
     try:
-        with Drain(mailbox, emit) as drain:
-            result = _result_of(trainer, drain, emit, recovery_hint)
+        with Drain(mailbox, emit, stop) as drain:
+            result = _result_of(trainer, mailbox, drain, emit, stop, recovery_hint)
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         if (fatal := fatal_of(mailbox)) is not None:
             raise rebuild_error(fatal) from error
@@ -116,7 +118,7 @@ def _fit(
 
 
 def delete_scratch(run_dir: Path) -> None:
-    """Delete what killed trainings left of Ray's own state; for the holder of the run's lock."""
+    """Delete Ray's own state of killed trainings; only the holder of the run's lock may call it."""
     scratch = run_dir / _SCRATCH
     for stale in scratch.glob("train-*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -124,85 +126,68 @@ def delete_scratch(run_dir: Path) -> None:
         scratch.rmdir()
 
 
-def _trainer_class() -> Any:
-    """Return Ray's trainer, without its handler of Ctrl-C: `fit` then ends as other calls do.
-
-    It also keeps the handle of the actor that it waits for, by which a wait can be ended.
-    """
-    from ray.train.torch import TorchTrainer
-
-    class Trainer(TorchTrainer):
-        controller: Any = None
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            self.controller = controller
-
-    return Trainer
-
-
 def _recovery_hint(assignment: Assignment) -> str:
-    """Return what a user does after a fault: a training continues, an evaluation begins anew."""
+    """Return what a user does after a fault: a training resumes, an evaluation starts again."""
     return "continue with --resume" if assignment.kind == "train" else "run the command again"
 
 
-def _result_of(trainer: Any, drain: Drain, emit: Emit, recovery_hint: str) -> Any:
-    """Return what `fit` returns, or end it after a silence.
+def _result_of(
+    trainer: Any, mailbox: Any, drain: Drain, emit: Emit, stop: StopRequest, recovery_hint: str
+) -> Any:
+    """Return what `fit` returns; end it when no rank answers, or at a stop outside of training.
 
-    Ray Train waits without a limit for its processes to start: on a machine with other work they
-    take minutes, and where one never comes, for ever. `fit` stays in the caller's thread: whatever
-    waits for Ray while it is shut down crashes the process. In another thread than the main one Ray
-    gives no handle to end the wait by: there a silence is told and not ended.
+    Ray Train waits without a limit for its processes to start: on a busy machine they take
+    minutes, and one that never comes is waited for forever. `fit` stays in the caller's thread:
+    a thread that waits for Ray while it is shut down crashes the process. In another thread than
+    the main one Ray gives no handle to end the wait by: there the silence is only reported.
     """
     import ray
 
     done, silent = threading.Event(), threading.Event()
 
-    def busy() -> str:
-        return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
-
     def watch() -> None:
-        told, dead = False, ""
+        slow, sent, dead = False, False, ""
         while not done.wait(_SECONDS_BETWEEN_LOOKS):
-            if not dead and (dead := _dead_daemons()):
-                words = f"Ray's {dead} has died, and Ray will end without it"
-                emit(note(f"{words}; the last checkpoint is kept: {recovery_hint}"))
+            if not dead and (dead := dead_daemons()):
+                text = f"Ray's {dead} has died, and Ray will end without it"
+                emit(note(f"{text}; the last checkpoint is kept: {recovery_hint}"))
+            if stop.reason is not None and not sent:
+                mailbox.request_stop.remote(stop.reason)
+                sent = True
             silence = drain.silence_seconds
-            if silence > _SECONDS_OF_SILENCE and trainer.controller is not None:
-                silent.set()
+            # A request that came too late for training: the ranks evaluate, or start again.
+            late = stop.reason is not None and not stop.is_training
+            if (late or silence > _SECONDS_OF_SILENCE) and trainer.controller is not None:
+                if not late:
+                    silent.set()
                 ray.kill(trainer.controller)
                 return
-            if silence > _SECONDS_BEFORE_A_WORD and not told:
-                words = f"no rank has answered for {silence:.0f} s: Ray starts slowly ({busy()})"
-                emit(note(f"{words} ..."))
-            told = silence > _SECONDS_BEFORE_A_WORD
+            if silence > _SECONDS_BEFORE_A_NOTE and not slow:
+                text = f"no rank has answered for {silence:.0f} s: Ray starts slowly ({_load()})"
+                emit(note(f"{text} ..."))
+            slow = silence > _SECONDS_BEFORE_A_NOTE
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         return trainer.fit()
     except ray.exceptions.RayError as error:
-        if not silent.is_set():
-            raise
-        raise RunError(
-            f"required a sign of life of a rank within {_SECONDS_OF_SILENCE:g} s, got none: "
-            f"Ray did not start the ranks, or they stand still ({busy()}); see whether the "
-            f"cluster lives and has room, then {recovery_hint}"
-        ) from error
+        if silent.is_set():
+            raise RunError(
+                f"no heartbeat from any rank for {_SECONDS_OF_SILENCE:g} s: Ray did not start the "
+                f"ranks, or they hang ({_load()}); check that the cluster is up and has free "
+                f"resources, then {recovery_hint}"
+            ) from error
+        if stop.reason is not None:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         done.set()
         thread.join()
 
 
-def _dead_daemons() -> str:
-    """Return which of Ray's own processes have ended that this process started and cannot miss.
-
-    Some time later Ray ends this process, often without a word.
-    """
-    import ray._private.worker
-
-    node = ray._private.worker._global_node
-    dead = {kind for kind, _ in node.dead_processes()} if node is not None else set()
-    return " and ".join(sorted(dead & {"raylet", "gcs_server"}))
+def _load() -> str:
+    return f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
 
 def _describe(error: Exception, launch: LaunchConfig, recovery_hint: str) -> str:
@@ -210,13 +195,14 @@ def _describe(error: Exception, launch: LaunchConfig, recovery_hint: str) -> str
     causes = [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items())]
     if not causes:
         return (
-            f"Ray Train could not run {launch.num_workers} ranks: {_last_line(error)}; see whether "
-            f"the cluster lives and has the CPUs (and GPUs) they need, then {recovery_hint}"
+            f"Ray Train could not run {launch.num_workers} ranks: {_last_line(error)}; check "
+            "that the cluster is up and has the CPUs (and GPUs) they need, then "
+            f"{recovery_hint}"
         )
     return (
         f"the ranks failed {launch.max_failures + 1} times (launch.max_failures: "
         f"{launch.max_failures} restarts): {'; '.join(causes)}; the last checkpoint is kept: "
-        f"mend the cause and {recovery_hint}"
+        f"fix the cause and {recovery_hint}"
     )
 
 
@@ -230,7 +216,11 @@ def _last_line(error: object) -> str:
 
 @contextlib.contextmanager
 def cluster(launch: LaunchConfig) -> Iterator[None]:
-    """A connection to the named cluster, or a cluster of this machine for as long as it is used."""
+    """Connect to the named cluster, or start one on this machine for as long as it is used.
+
+    Raises:
+        KeyboardInterrupt: At SIGTERM while Ray starts, as at SIGINT.
+    """
     for name, value in (_ENVIRONMENT | ({} if launch.address else _LOCAL_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
     import ray
@@ -245,6 +235,7 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
         "logging_config": ray.LoggingConfig(encoding="TEXT", log_level="ERROR"),
         "runtime_env": None if launch.address else {"env_vars": {"PYTHONPATH": import_path}},
     }
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if launch.address:
             _require_answer(launch.address)
@@ -258,17 +249,23 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **options,
             )
+    except SystemExit:  # Of Ray's own handler of SIGTERM.
+        ray.shutdown()
+        raise KeyboardInterrupt from None
     except Exception as error:  # Ray raises bare ones where its processes do not come up.
         if launch.address is None:
             raise RunError(
                 f"Ray could not start a cluster on this machine: {_last_line(error)} Free some "
-                "ports, memory and room in /tmp, or wait until less other work is done here; "
+                "ports, memory and room in /tmp, or wait until this machine is less busy; "
                 "launch.launcher torchrun and inprocess need no Ray"
             ) from error
         raise RunError(
             f"no Ray cluster answers: launch.address {launch.address} ({_last_line(error)}); start "
             "one with `ray start --head`, correct launch.address, or leave it out to start one here"
         ) from error
+    # Ray's handler ends the interpreter, which aborts a process that waits for Ray.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     try:
         _require_resources(launch)
         yield
@@ -277,9 +274,9 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise ConnectionError when nothing speaks Ray's protocol at HOST:PORT.
+    """Raise ConnectionError when nothing answers gRPC, Ray's protocol, at HOST:PORT.
 
-    Ray itself would try for minutes, and for ever where something else listens.
+    Ray itself would try for minutes, and forever where something else listens.
     """
     import grpc
 
@@ -291,7 +288,7 @@ def _require_answer(address: str) -> None:
         grpc.channel_ready_future(channel).result(timeout=_SECONDS_FOR_AN_ANSWER)
     except grpc.FutureTimeoutError:
         raise ConnectionError(
-            f"nothing that speaks gRPC at {host}:{port} within {_SECONDS_FOR_AN_ANSWER:g} s"
+            f"no gRPC server answers at {host}:{port} within {_SECONDS_FOR_AN_ANSWER:g} s"
         ) from None
     finally:
         channel.close()
@@ -305,12 +302,12 @@ def _require_resources(launch: LaunchConfig) -> None:
     if have < needed:
         raise TopologyError(
             f"launch.num_workers {launch.num_workers} x cpus_per_rank {launch.cpus_per_rank} = "
-            f"{needed:g} CPUs are required, the cluster {launch.address or 'here'} has {have:g}; "
+            f"{needed:g} CPUs are needed, but the cluster {launch.address or 'here'} has {have:g}; "
             "lower launch.num_workers or launch.cpus_per_rank, or add nodes"
         )
 
 
 def announce(launch: LaunchConfig, emit: Emit) -> None:
-    """Say what is waited for: the start of Ray's processes takes seconds and shows nothing."""
+    """Say what the command waits for: the start of Ray's processes takes seconds."""
     where = launch.address or "this machine"
     emit(note(f"starting {launch.num_workers} ranks with Ray Train on {where} ..."))

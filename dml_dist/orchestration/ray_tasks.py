@@ -1,23 +1,33 @@
-"""Runs side by side, each in a process of its own: tasks on a Ray cluster."""
+"""Runs side by side, each in a process of its own: tasks on a Ray cluster.
+
+A signal to the driver becomes the same signal in the process of every task.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dml_dist.config.schema import LaunchConfig, RunConfig
-from dml_dist.errors import DmlDistError, RunError
+from dml_dist.errors import DmlDistError, RunError, RunStopped
 from dml_dist.orchestration.launch import available_gpus
 from dml_dist.orchestration.ray_launch import cluster
+from dml_dist.orchestration.ray_mailbox import Mailbox
+from dml_dist.runtime.signals import StopRequest, stop_on_signals
 from dml_dist.runtime.tasks import fatal_event, rebuild_error
 
 Metrics = dict[str, Any]
 Execute = Callable[[RunConfig, Path], Metrics]
 """Takes the configuration of a run and its folder; gives the content of metrics.json."""
+
+_SECONDS_BETWEEN_POLLS = 1.0
+_SECONDS_TO_STOP = 60.0
 
 
 @contextmanager
@@ -25,42 +35,105 @@ def ray_tasks(execute: Execute, launch: LaunchConfig, parallel: int) -> Iterator
     """Give a function that calls `execute` in a process of Ray's; threads may call it.
 
     Args:
-        execute: A function of a module, which Ray's processes import.
+        execute: A module-level function; it handles signals.
         launch: The cluster, and the CPUs of each task.
         parallel: Number of tasks at a time, which share the GPUs.
     """
-    with cluster(launch.model_copy(update={"num_workers": parallel})):
+    with cluster(launch.model_copy(update={"num_workers": parallel})), stop_on_signals() as stop:
         import ray
 
         resources = {"num_cpus": launch.cpus_per_rank}
         if gpus := _gpus(launch):
             resources["num_gpus"] = min(1.0, gpus / parallel)
         remote = ray.remote(max_retries=0, **resources)(_task)
+        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        running: set[Any] = set()
 
         def call(config: RunConfig, folder: Path) -> Metrics:
+            if stop.reason is not None:
+                raise RunStopped(f"{config.name} was not started ({stop.reason})")
             text = config.model_dump_json()
+            task = remote.remote(execute, mailbox, text, str(folder), sys.argv, os.getcwd())
+            running.add(task)
             try:
-                outcome = ray.get(remote.remote(execute, text, str(folder), sys.argv, os.getcwd()))
+                outcome = ray.get(task)
             except ray.exceptions.RayError as error:
                 raise RunError(
                     f"the process of the run {config.name} ended ({type(error).__name__}); check "
                     "whether there is enough memory for as many runs at a time, then continue "
                     "with --resume"
                 ) from error
+            finally:
+                running.discard(task)
             if outcome.get("kind") == "fatal":
                 raise rebuild_error(outcome)
             return dict(outcome)
 
-        yield call
+        stop.is_training = True  # The first signal is for the tasks.
+        with _forwarding(stop, mailbox):
+            try:
+                yield call
+            except RunStopped:  # The first of them; the others are still writing checkpoints.
+                ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_STOP)
+                raise
+
+
+@contextmanager
+def _forwarding(stop: StopRequest, mailbox: Any) -> Iterator[None]:
+    """Pass a request to stop on to the mailbox, from a thread."""
+    done = threading.Event()
+
+    def work() -> None:
+        while stop.reason is None:
+            if done.wait(_SECONDS_BETWEEN_POLLS):
+                return
+        mailbox.request_stop.remote(stop.reason)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def _signals_from(mailbox: Any) -> Iterator[None]:
+    """Send this process the signal that the driver received."""
+    import ray
+
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(_SECONDS_BETWEEN_POLLS):
+            with suppress(ray.exceptions.RayError):
+                if (reason := ray.get(mailbox.stop_reason.remote())) is not None:
+                    os.kill(os.getpid(), signal.Signals[reason])
+                    return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _task(
-    execute: Execute, text: str, folder: str, command: list[str], working_dir: str
+    execute: Execute,
+    mailbox: Any,
+    text: str,
+    folder: str,
+    command: list[str],
+    working_dir: str,
 ) -> dict[str, Any]:
     os.chdir(working_dir)
     sys.argv = command  # What the run's record names as its command.
     try:
-        return execute(RunConfig.model_validate_json(text), Path(folder))
+        with _signals_from(mailbox):
+            return execute(RunConfig.model_validate_json(text), Path(folder))
     except DmlDistError as error:
         return fatal_event(error, 0)
 

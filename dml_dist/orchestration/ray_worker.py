@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from typing import Any
 
 from dml_dist.errors import DmlDistError, LoaderLostError, PeerLostError, RunError
 from dml_dist.orchestration.ray_mailbox import heartbeat
+from dml_dist.orchestration.ray_private import silence_reports
 from dml_dist.runtime.progress import Event, note
+from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment, fatal_event
 
-# A rank that lost its peers waits this long for one of them to say that it gave up on purpose.
+# How long a rank that lost its peers waits for the error that one of them ended with.
 _SECONDS_FOR_A_REASON = 5.0
-# What a restart cannot mend: the disk is full, or may not be written to.
+# What a restart cannot fix: the disk is full, or may not be written to.
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
     """Run this rank's share of an assignment.
 
-    An error that a restart cannot mend (bad data, a non-finite loss, a full disk) is told to the
-    driver and the function returns: a raised one makes Ray restart all ranks. A rank that merely
-    lost its peers asks first whether one of them gave up in that way.
+    An error that a restart cannot fix (bad data, a non-finite loss, a full disk) is sent to the
+    driver and the function returns: a raised one makes Ray restart all ranks. A rank that only
+    lost its peers first asks whether one of them sent such an error.
     """
     import ray
     from ray import train
@@ -32,7 +33,7 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
     from dml_dist.runtime.rank import run_rank
     from dml_dist.topology import Topology
 
-    _quiet()
+    silence_reports()
     context = train.get_context()
     mailbox = settings["mailbox"]
     if ray.get(mailbox.fatal.remote()) is not None:
@@ -52,8 +53,9 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         assignment = Assignment.from_json(settings["assignment"])
         timeout = assignment.config.launch.timeout_seconds
         comm = init(topology, timeout_seconds=timeout)
-        with heartbeat(mailbox):
-            return run_rank(assignment, topology, comm, emit)
+        stop = StopRequest()
+        with heartbeat(mailbox, topology.rank, stop):
+            return run_rank(assignment, topology, comm, emit, stop)
     except PeerLostError as error:
         if ray.get(mailbox.fatal.remote()) is None:
             emit(note(f"lost a rank: {error}"))
@@ -78,13 +80,6 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _disk_error(error: OSError) -> RunError:
     return RunError(
-        f"required to write to the run's folder, got: {error}; see to the disk, then continue "
-        "with --resume"
+        f"the run's folder could not be written: {error}; check disk space and permissions, then "
+        "continue with --resume"
     )
-
-
-def _quiet() -> None:
-    """Silence what Ray Train logs on every report at INFO, past its own logging configuration."""
-    import ray.train.v2._internal.execution.context as ray_context
-
-    logging.getLogger(ray_context.__file__).setLevel(logging.WARNING)

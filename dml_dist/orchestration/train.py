@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dml_dist.config.load import dump_config, load_config, with_absolute_paths
-from dml_dist.config.schema import RunConfig
+from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import INDEX_NAME
+from dml_dist.errors import DmlDistError, PeerLostError, RunStopped
 from dml_dist.files import write_text_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
@@ -35,6 +37,7 @@ from dml_dist.runtime.datasets import (
 from dml_dist.runtime.estimate import estimate_plan
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, discard, warnings_as_notes
+from dml_dist.runtime.signals import StopRequest, stop_on_signals
 from dml_dist.runtime.tasks import Assignment
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import newest_checkpoint
@@ -57,15 +60,37 @@ def run_training(
         config: The run's configuration.
         console: Where progress and the table of results go.
         run_dir: The run's folder; None is runs/NAME.
-        resume: Go on with the run in the folder, instead of refusing one that exists.
-        report: Whether to write the page; one of many runs does without.
+        resume: Continue the run in the folder; without it an existing run is refused.
+        report: Whether to write the report page.
 
     Raises:
-        DmlDistError: Whatever is wrong with configuration, data or ranks.
+        RunStopped: After SIGTERM or SIGINT; the last line of its message says how to continue.
+        DmlDistError: If anything is wrong with configuration, data or ranks.
     """
-    start = time.monotonic()
     config = with_absolute_paths(config)
     folder = RunFolder(run_dir or Path("runs") / config.name)
+    with stop_on_signals() as stop:
+        try:
+            return _run(config, folder, console, stop, resume=resume, report=report)
+        except (KeyboardInterrupt, PeerLostError) as error:
+            if stop.reason is None:
+                raise
+            step = folder.last_checkpoint_step()
+            kept = "no checkpoint yet" if step is None else f"last checkpoint at step {step:,}"
+            message = f"{config.name} was interrupted by {stop.reason} ({kept})"
+            raise RunStopped(f"{message}\n{_resume_hint(folder, config.launch)}") from error
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    stop: StopRequest,
+    *,
+    resume: bool,
+    report: bool,
+) -> dict[str, Any]:
+    start = time.monotonic()
     with joined(config.launch) as comm, contextlib.ExitStack() as held:
 
         def prepare() -> Assignment:
@@ -79,8 +104,18 @@ def run_training(
             return assignment
 
         assignment = on_main(comm, prepare)
-        with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
-            metrics = launch(assignment, comm, emit)
+        is_main = comm.rank == 0
+        with (
+            Display(console) if is_main else contextlib.nullcontext(discard) as emit,
+            _status_of(folder, stop) if is_main else contextlib.nullcontext(),
+        ):
+            metrics = launch(assignment, comm, emit, stop)
+        if (stopped := metrics.get("stopped")) is not None:
+            on_main(comm, lambda: folder.end("stopped", **stopped))
+            raise RunStopped(
+                f"{config.name} stopped at step {stopped['step']:,}, with a checkpoint "
+                f"({stopped['reason']})\n{_resume_hint(folder, config.launch)}"
+            )
         metrics["seconds"]["total"] = time.monotonic() - start
         page = on_main(comm, lambda: _conclude(folder, metrics, report))
         if comm.rank == 0:
@@ -109,7 +144,7 @@ def plan_without_data(config: RunConfig) -> tuple[RunPlan, str]:
         config: The run's configuration; paths in it are absolute.
 
     Raises:
-        DmlDistError: Whatever does not fit.
+        DmlDistError: If configuration and data do not fit.
     """
     world_size = world_size_of(config.launch)
     folder = local_path(config.data.path)
@@ -123,7 +158,7 @@ def plan_without_data(config: RunConfig) -> tuple[RunPlan, str]:
 
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Console) -> Assignment:
-    """Check configuration, folder, data and plan; write nothing but shards that are missing."""
+    """Check configuration, folder, data and plan; writes nothing but missing tar shards."""
     launch_config = config.launch
     changes: tuple[str, ...] = ()
     if resume:
@@ -139,12 +174,12 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
     world_size = world_size_of(launch_config)
     is_local = local_path(config.data.path) is not None
     if is_local and launch_config.launcher == "torchrun" and world_size > 1:
-        require_index(config.data)  # The other ranks would wait for an import until they give up.
+        require_index(config.data)  # During an import the other ranks would time out.
     if is_local:
         ensure_imported(config.data, console)
     plan = _plan(config, world_size)
     if resume:
-        with warnings_as_notes(discard):  # The ranks say what is damaged.
+        with warnings_as_notes(discard):  # The ranks report damaged checkpoints.
             found = newest_checkpoint(folder.checkpoints)
         if found is not None:
             check_plan(*found, config, plan)
@@ -159,7 +194,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
 
 
 def _plan(config: RunConfig, world_size: int) -> RunPlan:
-    # One rank's view is every rank's: the plan depends on their number alone.
+    # The plan is the same on every rank: it depends on the number of ranks only.
     context = open_context(config, Topology(world_size=world_size), Comm.single(), discard)
     context.check_evaluable()
     plan = context.resolve()
@@ -178,6 +213,39 @@ def _announce(plan: RunPlan, config: RunConfig, console: Console) -> None:
 
 
 # ---------------------------------------------------------------- after
+
+
+@contextlib.contextmanager
+def _status_of(folder: RunFolder, stop: StopRequest) -> Iterator[None]:
+    """Mark the run stopped or failed if its launch ends in this way; for rank 0 or the driver."""
+    try:
+        yield
+    except BaseException as error:
+        # The status must not hide the error: the disk may be full.
+        with contextlib.suppress(OSError, DmlDistError):
+            if isinstance(error, KeyboardInterrupt) or (
+                stop.reason is not None and isinstance(error, PeerLostError)
+            ):
+                reason = stop.reason or "interrupted"
+                folder.end("stopped", reason, folder.last_checkpoint_step())
+            else:
+                folder.end("failed", str(error) or type(error).__name__)
+        raise
+
+
+def _resume_hint(folder: RunFolder, launch_config: LaunchConfig) -> str:
+    """Return the line that says how to continue a run."""
+    if not folder.info_path.is_file():
+        return "nothing was trained yet: run the same command again"
+    program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
+    if launch_config.launcher == "torchrun":
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            return "continue with: the same torchrun commands on all nodes, with --resume"
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        program = f"torchrun --nproc-per-node {ranks_here} -m dml_dist"
+    # Its own configuration holds what --set and other options changed.
+    arguments = ["train", str(folder.config_path), "--run-dir", str(folder.path), "--resume"]
+    return f"continue with: {program} {shlex.join(arguments)}"
 
 
 def _conclude(folder: RunFolder, metrics: Mapping[str, Any], report: bool) -> Path | None:

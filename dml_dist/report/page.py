@@ -27,7 +27,7 @@ from dml_dist.report.gallery import Gallery
 from dml_dist.report.insights import Insights, find_insights
 from dml_dist.report.summary import RunSummary, read_summary
 from dml_dist.report.tiles import TileMaker
-from dml_dist.runs.folder import Attempt, RunFolder
+from dml_dist.runs.folder import Attempt, RunFolder, RunStatus
 
 _FOLDER = Path(__file__).parent
 
@@ -165,12 +165,23 @@ def _of_attempts(some: Sequence[Attempt], every: Sequence[Attempt]) -> str:
     return f" in attempt{'s' if len(some) > 1 else ''} {numbers}"
 
 
+def _unfinished(status: RunStatus) -> str:
+    match status.state:
+        case "stopped":
+            where = "" if status.step is None else f" at step {status.step:,}"
+            return f"The run was stopped{where} ({status.reason}); continue it with --resume."
+        case "failed":
+            return f"The run failed: {status.reason}."
+        case _:
+            return "The run has not finished: it is still running, or it was killed."
+
+
 def _missing(summary: RunSummary, insights: Insights) -> list[str]:
     """Return what the folder does not hold yet, one sentence each."""
     missing = []
     last = summary.steps[-1] if summary.steps else None
     if not summary.info.finished:
-        text = "The run has not finished: it is still at work, or it ended early."
+        text = _unfinished(summary.info.status)
         if last is not None:
             text += f" Its last training record is of step {last['step']:,}."
         missing.append(text)

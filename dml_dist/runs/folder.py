@@ -1,7 +1,7 @@
 """A run is a folder; everything that is shown later is read from it.
 
     config.yaml                  the resolved configuration
-    run.json                     name, seed, times, facts, and each attempt with its environment
+    run.json                     name, seed, status, facts, and each attempt with its environment
     records/steps.jsonl          training records, one JSON line each
     records/evaluations.jsonl    validation and test records
     checkpoints/                 written and read by training alone
@@ -14,7 +14,7 @@
     report/                      the page, its figures and the retrieval gallery
 
 An attempt is one start of the training processes: the first one, and one more for each
-resumption or restart. Only rank 0 writes; all files here are replaced as a whole.
+resumption or restart. Only rank 0 and its driver write; files are replaced as a whole.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dml_dist.files import hold, read_json, sync_folder, write_json_atomic, writ
 from dml_dist.runs.provenance import GitState, git_revision, installed_versions
 from dml_dist.urls import is_url
 
+_Ended = Literal["stopped", "failed"]
 # Ranks of a killed command end within some seconds, when they meet their missing peers or Ray's
 # processes find their owner gone.
 _SECONDS_FOR_AN_EARLIER_RANK = 60.0
@@ -71,14 +72,31 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class RunStatus:
+    """How far a run is. Any run that is not finished can be continued.
+
+    Attributes:
+        state: "running" also holds for a run whose processes were killed.
+        time: When it came into this state, UTC, ISO 8601.
+        reason: Why it stopped or failed.
+        step: The step after which it stopped, if there is a checkpoint.
+    """
+
+    state: Literal["running", "finished"] | _Ended
+    time: str
+    reason: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What run.json holds.
 
     Attributes:
         name: Name of the run.
         created: UTC time, ISO 8601.
-        seed: Seed of everything that is drawn.
-        finished: UTC time of the end, ISO 8601; None while the run is unfinished.
+        seed: Seed of all random streams.
+        status: How far the run is.
         facts: Label -> value, about the data and the plan.
         attempts: In order; empty before training starts.
     """
@@ -86,9 +104,14 @@ class RunInfo:
     name: str
     created: str
     seed: int
-    finished: str | None = None
+    status: RunStatus
     facts: Mapping[str, Any] = field(default_factory=dict)
     attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def finished(self) -> str | None:
+        """UTC time of the end, ISO 8601; None for a run that is not finished."""
+        return self.status.time if self.status.state == "finished" else None
 
 
 class RunFolder:
@@ -174,20 +197,20 @@ class RunFolder:
         Raises:
             ConfigError: If there is a run already, or anything else; nothing is written.
         """
-        run = cls(path)
-        run.require_new()
+        (run := cls(path)).require_new()
         run.path.mkdir(parents=True, exist_ok=True)
         try:
             # Of two commands that start at once, one makes this folder.
             run.records("steps").parent.mkdir()
         except FileExistsError:
             raise ConfigError(
-                f"required a folder that no other run uses, got {run.path}, where another "
-                "command is starting a run now; give another --run-dir or name"
+                f"another command is starting a run in {run.path}; give another --run-dir or name"
             ) from None
         run.checkpoints.mkdir()
         write_text_atomic(run.config_path, config)
-        run._write(RunInfo(name=name, created=_now(), seed=seed))  # from here on it is a run
+        run._write(
+            RunInfo(name, _now(), seed, RunStatus("running", _now()))
+        )  # From here on it is a run.
         sync_folder(run.path.parent)
         return run
 
@@ -202,17 +225,16 @@ class RunFolder:
         if not self.info_path.is_file():
             what = "is not empty and holds no run" if self.path.is_dir() else "is a file"
             raise ConfigError(
-                f"required a new or empty folder for the run, got {self.path}, which {what}; "
+                f"a run needs a new or empty folder, but {self.path} {what}; "
                 "give another --run-dir or name, or remove it"
             )
         info = self.info()
         step = self.last_checkpoint_step()
         checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
-        state = f"finished {info.finished}" if info.finished else "unfinished"
         raise ConfigError(
-            f"required a new run, got {self.path}, which holds the run {info.name!r} "
-            f"({state}, {checkpoint}); continue it with --resume, or give another --run-dir "
-            "or another name"
+            f"{self.path} holds the run {info.name!r} already ({info.status.state} "
+            f"since {info.status.time}, {checkpoint}); continue it with --resume, or give "
+            "another --run-dir or another name"
         )
 
     @classmethod
@@ -225,20 +247,20 @@ class RunFolder:
         run = cls(path)
         if run.info_path.is_file():
             return run
-        found = "which does not exist"
+        found = "it does not exist"
         if run.path.exists():
-            found = "which holds no run.json" if run.path.is_dir() else "which is a file"
+            found = "it holds no run.json" if run.path.is_dir() else "it is a file"
         places = [run.path, run.path.parent] if run.path.is_dir() else [run.path.parent]
         runs = [str(info.parent) for place in places for info in sorted(place.glob("*/run.json"))]
         known = f"; runs near it: {', '.join(runs[:8])}" if runs else ""
         raise ConfigError(
-            f"required the folder of a run, got {run.path}, {found}{known}; "
-            "give the folder that `dml-dist train` named in its last line"
+            f"{run.path} is not the folder of a run: {found}{known}; "
+            "give the folder that `dml-dist train` printed in its last line"
         )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other commands from this run; the lock ends with this process.
+        """Lock the run against other commands; the lock ends with this process.
 
         Raises:
             ConfigError: If another command works on the run now.
@@ -246,17 +268,16 @@ class RunFolder:
         with self._hold(".lock", 0.0) as owner:
             if owner is not None:
                 raise ConfigError(
-                    f"required a run that no other command works on, got {self.path}, on which "
-                    f"one works now ({owner}); wait for it or end it, or give another --run-dir"
+                    f"another command is working on the run {self.path} now ({owner}); wait for "
+                    "it or end it, or give another --run-dir"
                 )
             yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one rank 0 that writes to this run; waits for one that is about to end.
+        """Hold the lock of the only rank 0 that writes; waits for an earlier one to end.
 
-        A command that is killed may leave ranks on other machines, or under Ray, that go on for
-        some seconds: their records and checkpoints must not mix with those of the next attempt.
+        Ranks of a killed command may live for some seconds, on other machines or under Ray.
 
         Raises:
             RunError: If an earlier rank 0 does not end.
@@ -264,9 +285,9 @@ class RunFolder:
         with self._hold(".writer", _SECONDS_FOR_AN_EARLIER_RANK) as owner:
             if owner is not None:
                 raise RunError(
-                    f"required that no earlier rank 0 writes to {self.path}, got one that still "
-                    f"does after {_SECONDS_FOR_AN_EARLIER_RANK:g} s ({owner}); end that process, "
-                    "then continue with --resume"
+                    f"rank 0 of an earlier attempt still writes to {self.path} after "
+                    f"{_SECONDS_FOR_AN_EARLIER_RANK:g} s ({owner}); end that process, then "
+                    "continue with --resume"
                 )
             yield
 
@@ -274,9 +295,9 @@ class RunFolder:
     def _hold(self, name: str, wait_seconds: float) -> Iterator[str | None]:
         """Hold a lock file of this run and give None, or who else holds it."""
         with ExitStack() as held:
+            owner = None
             try:
                 held.enter_context(hold(self.path / name, wait_seconds=wait_seconds))
-                owner = None
             except BlockingIOError as error:
                 owner = error.strerror
             yield owner
@@ -299,11 +320,16 @@ class RunFolder:
                 )
                 for attempt in values["attempts"]
             )
-            return RunInfo(**{**values, "attempts": attempts})
+            if "finished" in values:  # Written before runs had a status.
+                ended = values.pop("finished")
+                state = "finished" if ended else "running"
+                values["status"] = {"state": state, "time": ended or values["created"]}
+            status = RunStatus(**values["status"])
+            return RunInfo(**{**values, "attempts": attempts, "status": status})
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"required the identity of a run, got {self.info_path}, which another version "
-                f"wrote or which is damaged ({error!r}); restore it from a copy"
+                f"{self.info_path} is damaged, or of another version of dml-dist ({error!r}); "
+                "restore it from a copy, or use that version"
             ) from None
 
     def begin_attempt(
@@ -315,10 +341,10 @@ class RunFolder:
         command: str,
         changes: Sequence[str] = (),
     ) -> int:
-        """Note that training processes start, and return the attempt's number, from 1.
+        """Record the start of the training processes; return the attempt's number, from 1.
 
-        Rank 0 alone calls this. A finished run that goes on becomes unfinished; its metrics.json
-        stays until the next `finish`.
+        Only rank 0 calls this. The run is running from here on, also one that was finished; its
+        metrics.json stays until the next `finish`.
 
         Args:
             world_size: Number of ranks.
@@ -341,7 +367,8 @@ class RunFolder:
             platform=platform.platform(),
             host=socket.gethostname(),
         )
-        self._write(replace(info, attempts=(*info.attempts, attempt), finished=None))
+        running = RunStatus("running", attempt.started)
+        self._write(replace(info, attempts=(*info.attempts, attempt), status=running))
         return attempt.attempt
 
     def add_facts(self, facts: Mapping[str, Any]) -> None:
@@ -352,7 +379,11 @@ class RunFolder:
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json and mark the run finished, in this order."""
         write_json_atomic(self.metrics_path, metrics)
-        self._write(replace(self.info(), finished=_now()))
+        self._write(replace(self.info(), status=RunStatus("finished", _now())))
+
+    def end(self, state: _Ended, reason: str, step: int | None = None) -> None:
+        """Mark the run stopped after a step, or failed."""
+        self._write(replace(self.info(), status=RunStatus(state, _now(), reason, step)))
 
     def last_checkpoint_step(self) -> int | None:
         """The highest step that a folder in checkpoints/ is named after, whole or not."""

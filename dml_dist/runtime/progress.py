@@ -1,10 +1,10 @@
 """Progress of long work: events that ranks send, and the display that shows them.
 
-An event is a small dictionary, so that it crosses process borders as it is:
+An event is a small dictionary, which any process can receive:
 
-* `{"kind": "phase", "phase": text, "done": int, "total": int, "detail": text}`: work goes on;
+* `{"kind": "phase", "phase": text, "done": int, "total": int, "detail": text}`: progress;
 * `{"kind": "note", "text": text}`: a line that stays, such as a validation result;
-* `{"kind": "fatal", "error": class name, "message": text, "rank": int}`: a rank gave up.
+* `{"kind": "fatal", "error": class name, "message": text, "rank": int}`: a rank failed for good.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from rich.progress import (
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
-# Without a terminal a bar cannot be redrawn: a line now and then shows that work goes on.
+# Without a terminal a bar cannot be redrawn: lines show the progress instead.
 SECONDS_BETWEEN_LINES = 5.0
 
 
 def phase(name: str, done: int, total: int, detail: str = "") -> Event:
-    """An event of work that goes on: `done` of `total` units of phase `name`."""
+    """An event of progress: `done` of `total` units of phase `name`."""
     return {"kind": "phase", "phase": name, "done": done, "total": total, "detail": detail}
 
 
@@ -45,7 +45,7 @@ def note(text: str) -> Event:
 
 
 def discard(event: Event) -> None:
-    """Take an event and show nothing: the emitter of ranks that have no display."""
+    """Ignore an event: for ranks without a display."""
 
 
 class _Notes(logging.Handler):
@@ -60,7 +60,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def warnings_as_notes(emit: Emit) -> Iterator[None]:
-    """Send the package's warnings where progress goes: a rank's own output may reach nobody."""
+    """Send the package's warnings as events: nobody may see a rank's own output."""
     logger, handler = logging.getLogger("dml_dist"), _Notes(emit)
     propagate = logger.propagate
     logger.addHandler(handler)

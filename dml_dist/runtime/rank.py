@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
 from dml_dist.runtime.loggers import open_loggers
 from dml_dist.runtime.progress import Emit, discard, note, phase, warnings_as_notes
 from dml_dist.runtime.proxy_facts import keep_proxy_facts
+from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment
 from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
@@ -43,26 +45,31 @@ from dml_dist.train.loop import ProgressEvent, TrainHooks, TrainResult, train
 from dml_dist.train.projections import ProjectionInputs
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.state import resolve_precision
+from dml_dist.train.stopping import first_reason
 
 
-def run_rank(assignment: Assignment, topology: Topology, comm: Comm, emit: Emit) -> dict[str, Any]:
-    """Carry out this rank's share of an assignment; every rank calls it.
+def run_rank(
+    assignment: Assignment, topology: Topology, comm: Comm, emit: Emit, stop: StopRequest
+) -> dict[str, Any]:
+    """Execute this rank's share of an assignment; every rank calls it.
 
     Args:
         assignment: What is to be done.
         topology: This rank's place.
         comm: The collectives of all ranks.
-        emit: Takes progress events; rank 0's alone are passed on.
+        emit: Takes progress events; only those of rank 0 are passed on.
+        stop: Asks training to stop.
 
     Returns:
-        The metrics, the same on every rank but for times.
+        The metrics, the same on every rank except for times; for a training that stopped early,
+        `{"stopped": {"reason": ..., "step": ...}}`.
     """
     _share_cores(assignment.config.launch, topology)
     with warnings_as_notes(emit if topology.is_main else discard):
         context = open_context(assignment.config, topology, comm, emit)
         match assignment.kind:
             case "train":
-                return _train(assignment, context)
+                return _train(assignment, context, stop)
             case "evaluate":
                 return _evaluate(assignment, context)
 
@@ -77,7 +84,7 @@ def _share_cores(launch: LaunchConfig, topology: Topology) -> None:
 # ---------------------------------------------------------------- training
 
 
-def _train(assignment: Assignment, context: RunContext) -> dict[str, Any]:
+def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> dict[str, Any]:
     start = time.monotonic()
     folder = RunFolder(Path(assignment.run_dir))
     plan = context.resolve()
@@ -96,7 +103,12 @@ def _train(assignment: Assignment, context: RunContext) -> dict[str, Any]:
                 RecordWriter(folder.records("evaluations"), attempt, loggers.of("evaluations"))
             )
         hooks = _hooks(folder, plan, context, attempt, steps, evaluations)
+        hooks = replace(hooks, stop_reason=first_reason(lambda step, metrics: stop.reason))
+        stop.is_training = True
         result = train(context.config, plan, context.comm, hooks, resume=True)
+        if result.stopped is not None:
+            return {"stopped": {"reason": result.stopped, "step": result.state.step}}
+        stop.is_training = False
         return _finish(result, folder, context, start, evaluations)
 
 

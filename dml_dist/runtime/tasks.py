@@ -1,4 +1,4 @@
-"""What ranks are asked to do, in a form that crosses process borders, and how errors come back."""
+"""What ranks are asked to do, and how their errors come back, as values to send to processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Assignment:
         kind: Train (and evaluate at the end), or evaluate a checkpoint.
         config: The run's configuration; paths in it are absolute.
         run_dir: The run folder, absolute.
-        command: The command line that asked for it, for the record.
+        command: The command line, for run.json.
         changes: Resumable fields that differ from the run's own, `path: old -> new`.
         split: Evaluate: the split of the index that is embedded.
         checkpoint: Evaluate: `best`, `last` or the folder of a checkpoint.
@@ -49,11 +49,11 @@ class Assignment:
 
 
 def fatal_event(error: DmlDistError, rank: int) -> dict[str, Any]:
-    """Return the event by which a rank says that it gave up and that a restart would not help."""
+    """Return the event by which a rank reports an error that a restart would not fix."""
     return {"kind": "fatal", "error": type(error).__name__, "message": str(error), "rank": rank}
 
 
 def rebuild_error(event: dict[str, Any]) -> DmlDistError:
-    """Return the error that a fatal event tells of."""
+    """Return the error that a fatal event describes."""
     kind = getattr(errors, event["error"], RunError)
     return kind(event["message"])

@@ -96,17 +96,17 @@ def load_checkpoint(folder: Path, manifest: Manifest, state: TrainState) -> None
         error = caught
     except Exception as caught:  # Handed to all ranks by agree: torch.load raises many classes.
         error = CheckpointError(
-            f"required the state of this network and objective in {folder}, got "
-            f"{type(caught).__name__}: {caught}; use the configuration and data the checkpoint "
+            f"{folder} does not hold the state of this network and objective "
+            f"({type(caught).__name__}: {caught}); use the configuration and data the checkpoint "
             "was saved with"
         )
     state.comm.agree(error, what="loading a checkpoint")
 
 
 def delete_interrupted(checkpoints: Path) -> None:
-    """Delete what killed ranks left half written or half deleted; for the run's one writer.
+    """Delete what killed ranks left half written or half deleted; only rank 0 calls this.
 
-    What cannot be deleted stays: it has no checkpoint's name.
+    What cannot be deleted stays: its name is not that of a checkpoint.
     """
     for stale in checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -121,7 +121,7 @@ def _owned(state: TrainState) -> dict[str, OwnedRows | OwnedBuffer]:
 
 
 def _all_or_none(comm: Comm, action: Callable[[], object], temporary: Path, final: Path) -> None:
-    """Do something on every rank; if one rank fails, all raise and nothing half is left."""
+    """Call `action` on every rank; if one fails, all raise and no partial file is left."""
     error: Exception | None = None
     try:
         action()
@@ -129,8 +129,9 @@ def _all_or_none(comm: Comm, action: Callable[[], object], temporary: Path, fina
         error = caught
     except Exception as caught:  # Handed to all ranks by agree.
         error = RunError(
-            f"required to write the checkpoint {final}, got {type(caught).__name__}: {caught}; "
-            "see to the disk and continue from the checkpoint before it with --resume"
+            f"the checkpoint {final} could not be written ({type(caught).__name__}: {caught}); "
+            "check disk space and permissions, then continue from the checkpoint before it with "
+            "--resume"
         )
     try:
         comm.agree(error, what="writing a checkpoint")
@@ -168,7 +169,7 @@ def _write_parts(folder: Path, state: TrainState) -> list[PartFile]:
 
 
 def _take_name(temporary: Path, final: Path) -> None:
-    """Rename the whole folder; an older one of the same name (a damaged one) goes."""
+    """Rename the whole folder; replaces an older one of the same name, which was damaged."""
     sync_folder(temporary)
     if final.exists():
         _delete(final)
@@ -177,10 +178,10 @@ def _take_name(temporary: Path, final: Path) -> None:
 
 
 def _delete_old(checkpoints: Path, manifest: Manifest, keep: int) -> None:
-    """Keep the newest whole checkpoints and the best one; what is older goes, damaged or not.
+    """Keep the newest whole checkpoints and the best one; delete older ones, damaged or not.
 
-    Those of earlier attempts are verified, as long as they are among the newest ones: what a disk
-    damaged must not take the place of a whole one. This attempt has just written its own.
+    Checkpoints of earlier attempts are verified before they count as kept: a damaged one must not
+    take the place of a whole one. Those of this attempt were written just now.
     """
     best = manifest.best.folder if manifest.best else None
     num_whole = 0
@@ -193,7 +194,7 @@ def _delete_old(checkpoints: Path, manifest: Manifest, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint; interrupted, it leaves no folder that has a checkpoint's name."""
+    """Delete a checkpoint; if interrupted, no folder with a checkpoint's name is left."""
     hidden = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -214,8 +215,8 @@ def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
         saved = max((file.high for file in manifest.files if file.table == name), default=0)
         if values.shape != parameter.shape or saved != num_rows:
             raise CheckpointError(
-                f"required {num_rows} rows of {name} and of them shape {tuple(parameter.shape)} "
-                f"here, got {saved} rows and shape {tuple(values.shape)} in {folder}; "
+                f"{name} has {num_rows} rows, and shape {tuple(parameter.shape)} on this rank, "
+                f"but {folder} holds {saved} rows, and shape {tuple(values.shape)}; "
                 "use the data and the loss the checkpoint was saved with"
             )
         with torch.no_grad():
@@ -225,14 +226,14 @@ def _load(folder: Path, manifest: Manifest, state: TrainState) -> None:
 
 
 def _load_replicated(folder: Path, manifest: Manifest, state: TrainState) -> None:
-    """Put in what the loss learns beside tables."""
+    """Load the loss's own parameters, other than tables."""
     has_file = any(file.name == LOSS for file in manifest.files)
     values: dict[str, Tensor] = read_part(folder, LOSS) if has_file else {}
     needed = {name: tuple(parameter.shape) for name, parameter in state.replicated.items()}
     saved = {name: tuple(value.shape) for name, value in values.items()}
     if saved != needed:
         raise CheckpointError(
-            f"required {needed} of the loss, got {saved} in {folder}; "
+            f"the loss has the parameters {needed}, but {folder} holds {saved}; "
             "use the loss the checkpoint was saved with"
         )
     with torch.no_grad():
@@ -243,7 +244,7 @@ def _load_replicated(folder: Path, manifest: Manifest, state: TrainState) -> Non
 def _read_rows(
     folder: Path, manifest: Manifest, table: str, low: int, high: int
 ) -> tuple[Tensor, State]:
-    """Return rows `low` .. `high - 1` of a table with their optimiser state, from any cut."""
+    """Return rows `low` .. `high - 1` of a table and their optimiser state, from any shards."""
     values: list[Tensor] = []
     states: list[tuple[dict[str, Tensor], State]] = []
     files = [file for file in manifest.files if file.table == table]
@@ -257,7 +258,7 @@ def _read_rows(
         states.append(({key: rows[cut] for key, rows in part["rows"].items()}, part["shared"]))
     if not values:
         raise CheckpointError(
-            f"required rows {low} to {high - 1} of {table}, got none of them in {folder}; "
+            f"{folder} holds none of the rows {low} to {high - 1} of {table}; "
             "use the loss the checkpoint was saved with"
         )
     return torch.cat(values), join_rows(states)

@@ -1,4 +1,4 @@
-"""Which checkpoint: the newest whole one, the best one, or one by name; and its network."""
+"""Choosing a checkpoint: the newest whole one, the best one, or one by name."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def best_checkpoint(checkpoints: Path) -> Best | None:
         return None
     except (DataError, TypeError) as error:
         raise CheckpointError(
-            f"required the name of the best checkpoint in {checkpoints / BEST}, got a damaged "
-            f"file ({error}); evaluate the last checkpoint, or one by its folder"
+            f"{checkpoints / BEST}, which names the best checkpoint, is damaged ({error}); "
+            f"evaluate the last checkpoint, or one by its folder"
         ) from None
 
 
@@ -93,15 +93,13 @@ def select_checkpoint(checkpoints: Path, which: str) -> Path:
     if which in ("best", "last"):
         found = newest_checkpoint(checkpoints)
         if found is None:
-            raise CheckpointError(
-                f"required a checkpoint in {checkpoints}, got none; train the run first"
-            )
+            raise CheckpointError(f"there is no checkpoint in {checkpoints}; train the run first")
         return found[0]
     folder = checkpoints / which
     if not (folder / MANIFEST).is_file():
         names = [path.name for path in checkpoint_folders(checkpoints)]
         raise CheckpointError(
-            f"required best, last or one of the checkpoints {names}, got {which!r}"
+            f"{checkpoints} has no checkpoint {which!r}; give best, last or one of {names}"
         )
     return folder
 
@@ -120,7 +118,7 @@ def load_model(
         model.load_state_dict(read_part(folder, MODEL))
     except RuntimeError as error:
         raise CheckpointError(
-            f"required the network of the configuration in {folder / MODEL}, got: "
+            f"{folder / MODEL} does not hold the network of the configuration: "
             f"{str(error)[:600]}; use the run's own configuration"
         ) from error
     return model.eval()

@@ -190,7 +190,7 @@ def read_part(folder: Path, name: str, *, mmap: bool = False) -> Any:
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Return the folders that are named as checkpoints, newest first.
 
-    A later attempt is newer at any step: it went on from a checkpoint of an earlier one.
+    A later attempt is newer at any step: it resumed from a checkpoint of an earlier one.
     """
     if not checkpoints.is_dir():
         return []
@@ -214,19 +214,19 @@ def read_manifest(folder: Path) -> Manifest:
         version = values["format_version"]
     except (OSError, DataError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"required a checkpoint, got {folder}, whose {MANIFEST} cannot be read ({error}); "
+            f"{folder} is no checkpoint: its {MANIFEST} cannot be read ({error}); "
             "use another checkpoint"
         ) from None
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"required a checkpoint of format {FORMAT_VERSION}, got {folder} of format {version}; "
+            f"{folder} has format {version}, but this version reads {FORMAT_VERSION}; "
             "use the version of dml-dist that wrote it"
         )
     try:
         return Manifest.from_json(values)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"required a checkpoint, got {folder}, whose {MANIFEST} is damaged ({error}); "
+            f"the {MANIFEST} of the checkpoint {folder} is damaged ({error}); "
             "use another checkpoint"
         ) from None
 
@@ -254,8 +254,8 @@ def verify_checkpoint(folder: Path, only: Sequence[str] | None = None) -> Manife
             found = str(error)
         if found != f"crc32 {file.crc32:08x}":
             raise CheckpointError(
-                f"required {file.num_bytes} bytes with crc32 {file.crc32:08x} in {path}, "
-                f"got {found}; the checkpoint is damaged"
+                f"the checkpoint is damaged: {path} should have {file.num_bytes} bytes with crc32 "
+                f"{file.crc32:08x}, found {found}"
             )
     return manifest
 
@@ -272,7 +272,7 @@ def is_whole(folder: Path) -> bool:
 def newest_checkpoint(checkpoints: Path) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint that is whole, or None when there is none at all.
 
-    Damaged ones are passed over with a warning that names them.
+    Damaged ones are skipped with a warning that names them.
 
     Raises:
         CheckpointError: If there are checkpoints and all of them are damaged.
@@ -285,11 +285,11 @@ def newest_checkpoint(checkpoints: Path) -> tuple[Path, Manifest] | None:
             problems.append(str(error))
             continue
         for problem in problems:
-            logger.warning("%s: it is passed over, %s is used", problem, folder.name)
+            logger.warning("%s: it is skipped, %s is used", problem, folder.name)
         return folder, manifest
     if problems:
         raise CheckpointError(
-            f"required a whole checkpoint in {checkpoints}, got {len(problems)} damaged ones: "
+            f"all {len(problems)} checkpoints in {checkpoints} are damaged: "
             + "; ".join(problems)
             + "; restore one from a copy, or start a new run in another folder"
         )

@@ -1,4 +1,4 @@
-"""What the training loop is given and what it tells: the only things it shares with its callers."""
+"""What the training loop takes from its caller and what it returns."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dml_dist.runs.records import RecordWriter
 from dml_dist.train.checkpoint_files import Best
 from dml_dist.train.projections import ProjectionInputs
 from dml_dist.train.state import TrainState
+from dml_dist.train.stopping import StopReason
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ProgressEvent:
 
 @dataclass(frozen=True)
 class TrainHooks:
-    """Where a run writes and whom it asks; the same on every rank but for the writers.
+    """What the training loop reads, writes and calls; only the writers differ between ranks.
 
     Attributes:
         checkpoints: Folder of the run's checkpoints, shared by all ranks.
@@ -46,6 +47,8 @@ class TrainHooks:
         class_ids: From index labels to class ids.
         evaluate: From model, split and step to metrics, equal on every rank; every rank calls it.
         report: Takes progress events; called on rank 0 only.
+        stop_reason: Gives why to stop, or None. Asked on every rank about once a second of training
+            and after each validation; if any rank has a reason, all stop with a checkpoint.
         step_records: Writes training records; None on other ranks than 0.
         evaluation_records: Writes validation records; None on other ranks than 0.
         projections: What alternating projections need; None without them.
@@ -58,6 +61,7 @@ class TrainHooks:
     class_ids: Callable[[np.ndarray], np.ndarray]
     evaluate: Callable[[EmbeddingModel, Literal["validation", "test"], int], dict[str, float]]
     report: Callable[[ProgressEvent], None]
+    stop_reason: StopReason = lambda step, metrics: None
     step_records: RecordWriter | None = None
     evaluation_records: RecordWriter | None = None
     projections: ProjectionInputs | None = None
@@ -70,11 +74,12 @@ class TrainResult:
 
     Attributes:
         state: Weights, proxies and optimiser state after the last step.
-        start_step: Updates that an earlier attempt had made.
+        start_step: Updates that earlier attempts made.
         best: The best checkpoint by validation MAP@R, or None without validation.
         last: Folder of the newest checkpoint.
-        changes: What differed from the configuration of the checkpoint that was resumed.
+        changes: Differences to the configuration of the resumed checkpoint.
         seconds: Time of this attempt.
+        stopped: Why the run stopped early; None if it did not.
     """
 
     state: TrainState
@@ -83,3 +88,4 @@ class TrainResult:
     last: Path
     changes: tuple[Difference, ...]
     seconds: float
+    stopped: str | None = None

@@ -1,7 +1,8 @@
 """The training loop, one for all launchers: steps, records, validations, checkpoints.
 
 Every rank calls `train`. What happens at a step depends on the plan and the configuration alone,
-so all ranks meet in the same collectives. `evaluate` and `report` come from outside.
+so all ranks meet in the same collectives. `evaluate` and `report` come from outside. Whether to
+stop early is agreed by all ranks (`StopChecks`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.spans import Spans
 from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
 from dml_dist.train.step import train_step
+from dml_dist.train.stopping import StopChecks
 
 # Keeps the stream of what a network draws (dropout) apart from other streams of the same seed.
 _STREAM = 0x44524F50
@@ -39,17 +41,19 @@ _STREAM = 0x44524F50
 def train(
     config: RunConfig, plan: RunPlan, comm: Comm, hooks: TrainHooks, *, resume: bool = False
 ) -> TrainResult:
-    """Train until the plan's last step; every rank calls this.
+    """Train until the plan's last step, or until `hooks.stop_reason` gives a reason to stop.
+
+    Every rank calls this. A run that stops has written a checkpoint of its last step.
 
     Args:
         config: The run's configuration.
-        plan: Its resolved course.
+        plan: Its resolved plan.
         comm: The ranks.
-        hooks: Where to write and whom to ask.
-        resume: Go on from the newest whole checkpoint, if there is any.
+        hooks: Inputs, outputs and callbacks.
+        resume: Continue from the newest whole checkpoint, if there is one.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be gone on with.
+        CheckpointError: If the checkpoint does not fit the configuration or the plan.
         RunError: If the loss is not finite, or a rank or loader worker was lost.
     """
     start = time.monotonic()
@@ -73,7 +77,7 @@ def train(
     elif state.projections is not None:
         state.projections.begin(state.model)
     start_step = state.step
-    loop.run()
+    stopped = loop.run()
     assert loop.last is not None
     return TrainResult(
         state=state,
@@ -82,11 +86,12 @@ def train(
         last=loop.last,
         changes=tuple(changes),
         seconds=time.monotonic() - start,
+        stopped=stopped,
     )
 
 
 class _Loop:
-    """The state of the loop beside the TrainState: what was best, what was saved, what to log."""
+    """State of the loop beside the TrainState: best and last checkpoint, meters, stop checks."""
 
     def __init__(
         self, config: RunConfig, plan: RunPlan, state: TrainState, hooks: TrainHooks
@@ -97,6 +102,7 @@ class _Loop:
         self.hooks = hooks
         self.best: Best | None = None
         self.last: Path | None = None
+        self.stop_checks = StopChecks(hooks.stop_reason, state.comm)
         self.meter = Meter()
         self.norms = EmbeddingNorms()
         record = config.train.record_spans
@@ -109,14 +115,16 @@ class _Loop:
         load_checkpoint(folder, manifest, self.state)
         self.best = restore_best(self.hooks.checkpoints, manifest.best, self.state.comm)
         self.last = folder
-        if self.state.comm.topology.is_main:  # A run that is at its end saves no more.
+        # Not left to the next save: a run that has made all its steps saves nothing more.
+        if self.state.comm.topology.is_main:
             delete_interrupted(self.hooks.checkpoints)
 
-    def run(self) -> None:
-        """Make all steps that are left."""
+    def run(self) -> str | None:
+        """Make the remaining steps; return why the run stopped early, if it did."""
         state, plan = self.state, self.plan
         self._report(None, 0.0)
         self.meter.restart()
+        self.stop_checks.restart(state.step)
         batches = iter(self._batches())
         try:
             while state.step < plan.total_steps:
@@ -124,7 +132,10 @@ class _Loop:
                 with self.spans("data"):
                     batch = next(batches)
                 self._step(batch, time.perf_counter() - waiting)
-                self._after_step()
+                if (reason := self._after_step()) is not None:
+                    return reason
+            # For requests since the last check: the final evaluation is long and does not ask.
+            return self.stop_checks.check(state.step)
         except RuntimeError as error:
             if (death := worker_death(error)) is None:
                 raise
@@ -203,32 +214,38 @@ class _Loop:
 
     # ------------------------------------------------------------ between steps
 
-    def _after_step(self) -> None:
-        """Log, validate and save where it is due; all ranks decide alike."""
+    def _after_step(self) -> str | None:
+        """Log, validate and save where due; return why to stop, if so. All ranks decide alike."""
         step = self.state.step
+        reason = self.stop_checks.check(step) if self.stop_checks.is_due(step) else None
         validates, saves = self._validates(step), self._saves(step)
         projections = self.state.projections
         prepares = projections is not None and projections.prepares_after(step)
-        pauses = saves or validates or self._tests(step) or prepares
-        # A record at every pause, too: nothing is measured or saved after a bad loss, and the means
-        # of a resumed run run over the same steps as those of an uninterrupted one.
+        pauses = saves or validates or self._tests(step) or prepares or reason is not None
+        # A record at every pause, too: nothing is measured or saved after a bad loss, and no record
+        # of a resumed run needs steps from before the checkpoint.
         if pauses or step % self.config.train.log_every == 0:
             self._log(step)
         if not pauses:
-            return
+            return None
         share_buffers(self.state.model, self.state.comm)
         check_finite(self.state)
-        map_at_r = self._validate(step) if validates else None
+        metrics = self._validate(step) if validates else None
+        map_at_r = float(metrics["map_at_r"]) if metrics else None
         improved = map_at_r is not None and self._is_best(step, map_at_r)
         if self._tests(step):
-            metrics = self._measure("test", step)
-            self._write_evaluation(step, "test", metrics, protocol="literature")
+            tested = self._measure("test", step)
+            self._write_evaluation(step, "test", tested, protocol="literature")
         if projections is not None:
-            # Before the checkpoint, which has to hold what the loader will follow.
+            # Before the checkpoint, which must hold the state that the loader will follow.
             projections.after_step(self.state.model, step, map_at_r)
-        if saves or improved:
+        if reason is None and metrics is not None:
+            reason = self.stop_checks.check(step, metrics)
+        if saves or improved or reason is not None:
             self._save()
         self.meter.restart()
+        self.stop_checks.restart(step)
+        return reason
 
     def _validates(self, step: int) -> bool:
         if not self.plan.num_validation_classes:
@@ -269,16 +286,16 @@ class _Loop:
         self.norms.steps.clear()
 
     def _non_finite(self, step: int, first: int, reading: Reading) -> RunError:
-        """Return the error that tells of a bad loss; every rank calls this."""
+        """Return the error that describes a non-finite loss; every rank calls this."""
         assert reading.first_bad is not None
         row, norm = self.norms.worst(reading.first_bad, self.state.comm)
         parts = ", ".join(f"{name} {value:.6g}" for name, value in reading.bad_values.items())
         kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
         return RunError(
-            f"required a finite loss, got a non-finite one at step {first + reading.first_bad} "
-            f"(seen at step {step}): {parts}; the worst sample is {self.hooks.name_of_row(row)}, "
-            f"whose embedding has norm {norm:.6g}; {kept}; lower the learning rate or set "
-            "train.max_grad_norm"
+            f"the loss is not finite at step {first + reading.first_bad} "
+            f"(noticed at step {step}): {parts}; the worst sample is "
+            f"{self.hooks.name_of_row(row)}, whose embedding has norm {norm:.6g}. "
+            f"Lower the learning rate or set train.max_grad_norm; {kept}"
         )
 
     def _report(self, loss: float | None, images_per_second: float) -> None:
@@ -286,14 +303,14 @@ class _Loop:
             event = ProgressEvent(self.state.step, self.plan.total_steps, loss, images_per_second)
             self.hooks.report(event)
 
-    def _validate(self, step: int) -> float:
-        """Measure the classes held out; return their MAP@R."""
+    def _validate(self, step: int) -> dict[str, float]:
+        """Evaluate the validation classes and return the metrics."""
         metrics = self._measure("validation", step)
         self._write_evaluation(step, "validation", metrics, protocol="validation")
-        return float(metrics["map_at_r"])
+        return metrics
 
     def _is_best(self, step: int, map_at_r: float) -> bool:
-        """Return whether no validation was as good, and note it then."""
+        """Return whether this validation is the best so far; keeps it if so."""
         if math.isnan(map_at_r) or (self.best is not None and map_at_r <= self.best.map_at_r):
             return False
         self.best = Best(self._manifest().folder, step, map_at_r)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: whether the configuration allows it, and where it stands."""
+"""Resuming a run from a checkpoint: which changes of configuration and data are allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_resume(folder: Path, manifest: Manifest, config: RunConfig) -> list[Di
     Args:
         folder: The checkpoint, for errors.
         manifest: What it is.
-        config: The configuration to go on with.
+        config: The configuration to resume with.
 
     Raises:
         CheckpointError: If a difference is not resumable; lists all that are not.
@@ -30,18 +30,18 @@ def check_resume(folder: Path, manifest: Manifest, config: RunConfig) -> list[Di
         saved = RunConfig.model_validate_json(json.dumps(manifest.config))
     except ValidationError as error:
         raise CheckpointError(
-            f"required the configuration of {folder} in this version's schema, got: {error}; "
-            "use the version of dml-dist that saved it"
+            f"this version of dml-dist cannot read the configuration in {folder}: {error}; "
+            "use the version that saved it"
         ) from None
     return resumable_differences(saved, config, folder)
 
 
 def resumable_differences(saved: RunConfig, config: RunConfig, where: Path) -> list[Difference]:
-    """Return the differences between a run's configuration and the one to go on with.
+    """Return the differences between a run's configuration and the one to resume it with.
 
     Args:
         saved: The run's configuration.
-        config: The one to go on with.
+        config: The one to resume with.
         where: The run or checkpoint, for errors.
 
     Raises:
@@ -51,16 +51,16 @@ def resumable_differences(saved: RunConfig, config: RunConfig, where: Path) -> l
     refused = [str(difference) for difference in differences if not difference.resumable]
     if refused:
         raise CheckpointError(
-            f"--resume goes on with the configuration of {where}, got another one in "
-            f"{len(refused)} {'field' if len(refused) == 1 else 'fields'} (run -> given): "
-            f"{'; '.join(refused)}; take these back, or start a new run with another --run-dir or "
-            "name"
+            f"--resume continues {where} with its own configuration, but {len(refused)} "
+            f"{'field differs' if len(refused) == 1 else 'fields differ'} (run -> given): "
+            f"{'; '.join(refused)}; undo these changes, or start a new run with another --run-dir "
+            "or name"
         )
     return differences
 
 
 def check_plan(folder: Path, manifest: Manifest, config: RunConfig, plan: RunPlan) -> None:
-    """Refuse data or a length of the run that a checkpoint cannot go on with.
+    """Refuse data or a number of steps that do not fit a checkpoint.
 
     Raises:
         CheckpointError: If the training images changed, the run would end before the checkpoint,
@@ -69,20 +69,20 @@ def check_plan(folder: Path, manifest: Manifest, config: RunConfig, plan: RunPla
     saved = (manifest.num_images, manifest.num_classes)
     if saved != (plan.num_images, plan.num_classes):
         raise CheckpointError(
-            f"required the training data of {folder} ({saved[0]} images of {saved[1]} classes), "
-            f"got {plan.num_images} images of {plan.num_classes} classes; give data.path the data "
-            "it was saved with, or start a new run"
+            f"{folder} was trained on {saved[0]} images of {saved[1]} classes, but the data now "
+            f"has {plan.num_images} images of {plan.num_classes} classes; set data.path to the "
+            "data it was saved with, or start a new run"
         )
     if manifest.step > plan.total_steps:
         raise CheckpointError(
-            f"required at least the {manifest.step} steps that {folder} has made, got a run of "
-            f"{plan.total_steps} steps in all; raise train.steps or train.epochs, or start a new "
-            "run in another folder"
+            f"{folder} has made {manifest.step} steps already, more than the {plan.total_steps} "
+            "steps of the whole run; raise train.steps or train.epochs, or start a new run in "
+            "another folder"
         )
     if depends_on_total_steps(config.schedule) and manifest.total_steps != plan.total_steps:
         raise CheckpointError(
-            f"required {manifest.total_steps} steps in all as in {folder}, "
-            f"got {plan.total_steps}: the schedule {config.schedule.name} depends on the number "
-            "of steps from the first one on; keep train.steps and train.epochs, or start a new "
-            "run with another schedule"
+            f"the run in {folder} has {manifest.total_steps} steps in all, not "
+            f"{plan.total_steps}: the schedule {config.schedule.name} depends on that number from "
+            "the first step on; keep train.steps and train.epochs, or start a new run with another "
+            "schedule"
         )

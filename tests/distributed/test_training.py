@@ -213,7 +213,7 @@ def test_errors_end_all_ranks_and_keep_the_last_checkpoint(tmp_path: Path, world
         [troubles(Topology(), root)] if world_size == 1 else run_ranks(troubles, world_size, root)
     )
     for found in ranks:
-        assert "non-finite one at step 5 (seen at step 6)" in found["loss"]
+        assert "not finite at step 5 (noticed at step 6)" in found["loss"]
         assert "step_00000003-a1 is kept" in found["loss"]
         assert "File too large" in found["disk"]
         assert "step_00000006-a1" in found["disk"]
@@ -265,7 +265,7 @@ def test_nothing_is_measured_after_a_bad_loss(tmp_path: Path) -> None:
             yield batch
 
     run.batches = spoiled  # type: ignore[method-assign]
-    with pytest.raises(RunError, match=r"non-finite one at step 2 \(seen at step 3\)") as caught:
+    with pytest.raises(RunError, match=r"not finite at step 2 \(noticed at step 3\)") as caught:
         run.train()
     assert "loss nan" in str(caught.value)
     assert f"the worst sample is row {run.seen[1][0]}, " in str(caught.value)

@@ -74,7 +74,7 @@ def test_resume_after_a_cut_checkpoint(config_file: Path, cli: Cli, tmp_path: Pa
     code, output = cli("train", config_file, "--resume")
     assert code == 0, output
     assert "continuing at step 4 of 12" in output
-    assert re.search(f"warning: .*{newest.name}", output), output  # passed over, and said
+    assert re.search(f"warning: .*{newest.name}", output), output  # skipped, and reported
     attempts = json.loads((run / "run.json").read_text())["attempts"]
     assert attempts[1]["changes"] == ["train.steps: 8 -> 12"]
 
@@ -152,7 +152,7 @@ def test_refused_resume_changes_nothing(config_file: Path, cli: Cli, tmp_path: P
     with RunFolder(run).lock():
         code, output = cli("train", config_file, "--resume", *_sets(changes))
     assert code == 2, output
-    assert "no other command works on" in output
+    assert "another command is working on" in output
 
 
 def test_dry_run_without_data(cli: Cli, tmp_path: Path) -> None:

@@ -255,9 +255,9 @@ def test_wrong_exports(run: Path, cli: Cli, tmp_path: Path, glyphs: Path) -> Non
     RunFolder.create(empty, (run / "config.yaml").read_text(), name="x", seed=0)
     cases = [
         ((run, "--out", taken), "required a new folder for the bundle"),
-        ((tmp_path, "--out", "new"), "required the folder of a run"),
-        ((empty, "--out", "new"), "required a checkpoint"),
-        ((run, "--out", "new", "--checkpoint", "step_9"), "required best, last or one of"),
+        ((tmp_path, "--out", "new"), "is not the folder of a run"),
+        ((empty, "--out", "new"), "there is no checkpoint in"),
+        ((run, "--out", "new", "--checkpoint", "step_9"), "give best, last or one of"),
         ((run, "--out", "new", "--split", "validation"), "holds no class out"),
         ((run, "--out", "new", "--split", "dev"), "no image belongs to the split 'dev'"),
         ((run, "--out", "new", "--set", "model.embedding_size=3"), "leave these changes out"),

@@ -1,4 +1,4 @@
-"""A transform that does harm at a chosen image."""
+"""A transform that does harm, or asks to stop, at a chosen image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from dml_dist.config.data import StandardTransformConfig
 from dml_dist.data.transforms import StandardTransform
 
-Action = Literal["kill", "kill parent", "kill other", "stop", "sleep", "raise", "remove", "none"]
+Action = Literal[
+    "kill", "kill parent", "kill other", "stop", "sleep", "raise", "remove", "terminate", "none"
+]
 
 
 class Act(StandardTransform):
@@ -23,7 +25,8 @@ class Act(StandardTransform):
     Args:
         mark: File that is made before the deed; where it exists nothing happens, unless `again`.
         action: SIGKILL to this process, to its parent or to the process whose number stands in the
-            file `path`; SIGSTOP to this process; sleep; raise an error; remove the file `path`.
+            file `path`; SIGSTOP or SIGTERM to this process; sleep; raise an error; remove the file
+            `path`.
         after: Number of images that the process transforms before.
         during: Whether training's or evaluation's images count.
         rank: The rank that acts; its loader workers act if there are any.
@@ -88,6 +91,8 @@ class Act(StandardTransform):
                 os.kill(int(self._path.read_text()), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
             case "sleep":
                 time.sleep(self._seconds)
             case "raise":

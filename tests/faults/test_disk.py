@@ -104,7 +104,7 @@ def test_full_disk_at_any_step(
 def test_full_disk_under_ray(
     config_file: Path, disk: tuple[Path, Resize], cli: Cli, whole_on_two: Path, tmp_path: Path
 ) -> None:
-    """No restart of the ranks mends it: the command ends, and goes on where there is room."""
+    """No restart of the ranks fixes it: the command ends, and resumes where there is space."""
     mounted, change = disk
     run = mounted / "run"
     for share in (0.2, 0.9):

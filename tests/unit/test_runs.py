@@ -44,7 +44,9 @@ def test_an_empty_folder_is_taken_and_relative_paths_become_absolute(
 
 def test_an_existing_run_is_refused_with_its_state(tmp_path: Path) -> None:
     run = make(tmp_path / "demo")
-    with pytest.raises(ConfigError, match=r"'demo' \(unfinished, no checkpoint yet\)"):
+    with pytest.raises(
+        ConfigError, match=r"'demo' already \(running since 2.*, no checkpoint yet\)"
+    ):
         make(tmp_path / "demo")
     run.begin_attempt(**ATTEMPT)
     for name in ("step_00000050-a1", "step_00000400-a1", "notes", "step_00000100-a1"):
@@ -54,7 +56,7 @@ def test_an_existing_run_is_refused_with_its_state(tmp_path: Path) -> None:
     for part in ("last checkpoint at step 400", "--resume", "--run-dir", str(run.path)):
         assert part in str(caught.value)
     run.finish({"trained": {}})
-    with pytest.raises(ConfigError, match=r"\(finished 2.*, last checkpoint at step 400\)"):
+    with pytest.raises(ConfigError, match=r"\(finished since 2.*, last checkpoint at step 400\)"):
         make(tmp_path / "demo")
     assert run.config_path.read_text() == "name: demo\n"
 
@@ -106,7 +108,7 @@ def test_attempts_are_numbered_and_keep_what_changed(tmp_path: Path) -> None:
     assert second.platform
 
 
-def test_finish_writes_the_metrics_and_going_on_unmarks_the_run(tmp_path: Path) -> None:
+def test_finish_writes_the_metrics_and_another_attempt_unmarks_the_run(tmp_path: Path) -> None:
     run = make(tmp_path / "demo")
     run.begin_attempt(**ATTEMPT)
     run.add_facts({"training classes": 450})
@@ -120,6 +122,44 @@ def test_finish_writes_the_metrics_and_going_on_unmarks_the_run(tmp_path: Path) 
     run.begin_attempt(**ATTEMPT)
     assert run.info().finished is None
     assert run.metrics_path.exists()
+
+
+def test_a_run_is_finished_only_at_its_end(tmp_path: Path) -> None:
+    run = make(tmp_path / "demo")
+    assert run.info().status.state == "running"
+    run.end("stopped", "SIGTERM", 40)
+    status = run.info().status
+    assert (status.state, status.reason, status.step) == ("stopped", "SIGTERM", 40)
+    assert json.loads(run.info_path.read_text())["status"] == {
+        "state": "stopped",
+        "time": status.time,
+        "reason": "SIGTERM",
+        "step": 40,
+    }
+    with pytest.raises(ConfigError, match=r"\(stopped since 2.*continue it with --resume"):
+        make(run.path)
+    run.begin_attempt(**ATTEMPT)
+    status = run.info().status
+    assert (status.state, status.reason, status.step) == ("running", None, None)
+    run.end("failed", "the disk is full")
+    status = run.info().status
+    assert (status.state, status.reason, status.step) == ("failed", "the disk is full", None)
+    assert run.info().finished is None
+    run.finish({})
+    assert run.info().finished == run.info().status.time
+
+
+@pytest.mark.parametrize("finished", [None, "2026-01-02T03:04:05+00:00"])
+def test_runs_from_before_there_was_a_status_are_read(tmp_path: Path, finished: str | None) -> None:
+    run = make(tmp_path / "demo")
+    values = json.loads(run.info_path.read_text())
+    del values["status"]
+    run.info_path.write_text(json.dumps({**values, "finished": finished}))
+    info = run.info()
+    assert info.finished == finished
+    assert info.status.state == ("finished" if finished else "running")
+    run.begin_attempt(**ATTEMPT)
+    assert "finished" not in json.loads(run.info_path.read_text())
 
 
 @pytest.mark.parametrize("text", ['{"name": "x"', "{}", '{"attempts": [], "color": 1}', "[]"])

@@ -1,0 +1,61 @@
+"""SIGTERM and SIGINT: training ends with a checkpoint, everything else ends at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# torchrun and cluster managers may pass on a signal that this process has received already.
+_SECONDS_OF_ONE_SIGNAL = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and whether training will see it.
+
+    Attributes:
+        reason: Why to stop, or None.
+        is_training: Whether the training loop runs, which asks for the reason between steps.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.is_training = False
+        self._first = 0.0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: Outside of training, and at a second signal.
+        """
+        if self.reason is None:
+            self.reason, self._first = signal.Signals(number).name, time.monotonic()
+            if self.is_training:
+                return
+        elif time.monotonic() - self._first < _SECONDS_OF_ONE_SIGNAL:
+            return
+        for one in _SIGNALS:  # A third one ends the process, whatever it does.
+            signal.signal(one, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Give a request that is made by the signals of this process, if this is its main thread."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in _SIGNALS:
+        signal.signal(number, request.on_signal)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""Without a cluster: Ray's private names may vanish, and requests to stop reach the ranks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dml_dist.orchestration import ray_mailbox, ray_private
+from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, heartbeat
+from dml_dist.runtime.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings() -> Iterator[None]:
+    ray_private._warn.cache_clear()
+    yield
+    ray_private._warn.cache_clear()
+
+
+def test_without_the_node_dead_daemons_are_not_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray._private.worker
+
+    assert ray_private.dead_daemons() == ""
+    assert caplog.records == []
+    monkeypatch.delattr(ray._private.worker, "_global_node")
+    for _ in range(3):  # As a watching thread does.
+        assert ray_private.dead_daemons() == ""
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "_global_node" in record.getMessage()
+    assert "the death of Ray's own processes is not reported" in record.getMessage()
+
+
+def test_dead_daemons_are_those_that_a_cluster_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._private.worker
+
+    dead = [("raylet", None), ("log_monitor", None), ("gcs_server", None)]
+    node = SimpleNamespace(dead_processes=lambda: dead)
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    assert ray_private.dead_daemons() == "gcs_server and raylet"
+    node.dead_processes = lambda everything: dead  # Another signature.
+    assert ray_private.dead_daemons() == ""
+
+
+def test_without_the_method_the_trainer_has_no_controller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray.train.torch import TorchTrainer
+
+    assert issubclass(ray_private.trainer_class(), TorchTrainer)
+    assert caplog.records == []
+    for base in TorchTrainer.__mro__:
+        if "_register_sigint_handler" in vars(base):
+            monkeypatch.delattr(base, "_register_sigint_handler")
+    assert ray_private.trainer_class().controller is None
+    ray_private.trainer_class()
+    (record,) = caplog.records
+    assert "_register_sigint_handler" in record.getMessage()
+
+
+def test_without_the_context_reports_are_not_silenced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray.train.v2._internal.execution.context as context
+
+    ray_private.silence_reports()
+    assert logging.getLogger(context.__file__).level == logging.WARNING
+    monkeypatch.setitem(sys.modules, context.__name__, None)
+    ray_private.silence_reports()
+    (record,) = caplog.records
+    assert "Ray Train may log more than asked for" in record.getMessage()
+
+
+class Remote:
+    """An actor handle whose calls are made here: `handle.method.remote(...)`."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._target, name))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_request_reaches_the_ranks_and_the_driver_knows_who_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
+    monkeypatch.setattr(ray_mailbox, "_SECONDS_BETWEEN_HEARTBEATS", 0.01)
+    mailbox, events = Remote(Mailbox()), []
+    driver, ranks = StopRequest(), [StopRequest(), StopRequest()]
+    with (
+        Drain(mailbox, events.append, driver),
+        heartbeat(mailbox, 0, ranks[0]),
+        heartbeat(mailbox, 1, ranks[1]),
+    ):
+        mailbox.push.remote({"kind": "note", "text": "hello"})
+        ranks[1].is_training = True  # Rank 0 alone counts.
+        wait_until(lambda: events)
+        assert not driver.is_training
+        ranks[0].is_training = True
+        wait_until(lambda: driver.is_training)
+        assert [rank.reason for rank in ranks] == [None, None]
+        mailbox.request_stop.remote("SIGTERM")
+        wait_until(lambda: all(rank.reason == "SIGTERM" for rank in ranks))
+        ranks[0].is_training = False
+        wait_until(lambda: not driver.is_training)
+    assert events == [{"kind": "note", "text": "hello"}]
