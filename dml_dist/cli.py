@@ -226,7 +226,7 @@ def report(
 ) -> None:
     """Write the page of a run, or of a comparison, anew."""
     from dml_dist.report import write_report
-    from dml_dist.report.study.compare import write_comparison
+    from dml_dist.report.study.comparison import write_comparison
     from dml_dist.runs.study import ComparisonFolder
 
     is_comparison = ComparisonFolder(run).config_path.is_file()

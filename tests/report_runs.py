@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from dml_dist.report import GalleryClass, GalleryNeighbor, GalleryQuery, write_gallery
 from dml_dist.report.proxy_diagnostics import ProxyFacts, write_proxy_facts
+from dml_dist.runs.artifacts import (
+    ClassTable,
+    PerClass,
+    SavedEmbeddings,
+    write_class_table,
+    write_embeddings,
+)
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter
 
@@ -83,20 +88,17 @@ def new_run(path: Path) -> RunFolder:
 
 def write_classes(run: RunFolder, recall: list[float], super_class: str | None = None) -> None:
     """Write per_class.parquet: classes "class 0", "class 1" (EVIL), ... of 4 images each."""
-    count = len(recall)
-    table = pa.table(
-        {
-            "label": np.arange(count),
-            "class_name": [EVIL if at == 1 else f"class {at}" for at in range(count)],
-            "super_class": pa.array([super_class] * count, pa.string()),
-            "num_images": np.full(count, 4),
-            "num_queries": np.full(count, 4),
-            "recall_at_1": np.array(recall),
-            "r_precision": np.array(recall) / 2,
-            "map_at_r": np.array(recall) / 3,
-        }
+    count, values = len(recall), np.array(recall)
+    results = PerClass(
+        label=np.arange(count),
+        num_images=np.full(count, 4),
+        num_queries=np.full(count, 4),
+        recall_at_1=values,
+        r_precision=values / 2,
+        map_at_r=values / 3,
     )
-    pq.write_table(table, run.per_class)
+    names = [EVIL if at == 1 else f"class {at}" for at in range(count)]
+    write_class_table(run.per_class, ClassTable(results, names, [super_class] * count))
 
 
 def write_vectors(run: RunFolder, num_classes: int, per_class: int = 4, width: int = 8) -> None:
@@ -105,12 +107,8 @@ def write_vectors(run: RunFolder, num_classes: int, per_class: int = 4, width: i
     labels = np.repeat(np.arange(num_classes), per_class)
     centers = generator.normal(size=(num_classes, width))
     vectors = centers[labels] + 0.3 * generator.normal(size=(len(labels), width))
-    np.savez(
-        run.embeddings,
-        embeddings=vectors.astype(np.float32),
-        rows=np.arange(len(labels)),
-        labels=labels,
-    )
+    saved = SavedEmbeddings(vectors.astype(np.float32), np.arange(len(labels)), labels)
+    write_embeddings(run.embeddings, saved)
 
 
 def proxy_facts(num_classes: int = 30) -> ProxyFacts:

@@ -22,11 +22,12 @@ from dml_dist.data.reader import ShardReader
 from dml_dist.errors import DataError
 from dml_dist.export import bundle as files
 from dml_dist.export.onnx import EXTRA, export_onnx, require_extra
-from dml_dist.files import read_json, write_json_atomic
+from dml_dist.files import write_json_atomic
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.parallel.comm import Comm
+from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.provenance import git_revision, installed_versions
 from dml_dist.runtime.context import RunContext, open_context
@@ -147,7 +148,7 @@ def _write(
             name=config.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             run=_origin(config, folder, checkpoint, options),
-            metrics=read_json(folder.metrics_path) if folder.metrics_path.is_file() else {},
+            metrics=read_metrics(folder.metrics_path),
             model=config.model.model_dump(mode="json"),
             distance=config.evaluation.distance,
             normalized=embedder.normalized,

@@ -26,9 +26,9 @@ from dml_dist.export.bundle import (
     Embedder,
     read_bundle,
 )
+from dml_dist.export.search_figure import Tile, write_picture
 from dml_dist.models.build_model import build_model
 from dml_dist.parallel.comm import Comm
-from dml_dist.report.search_figure import Tile, write_picture
 from dml_dist.search.exact import store_rows
 from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.propose import resolve_backend

@@ -12,9 +12,9 @@ from rich.console import Console
 from dml_dist.config.load import differing_paths, load_config, with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
-from dml_dist.files import write_json_atomic
 from dml_dist.orchestration.launch import joined, launch, on_main
 from dml_dist.orchestration.tables import print_metrics
+from dml_dist.runs.artifacts import write_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.progress import Display, discard
 from dml_dist.runtime.signals import StopRequest
@@ -59,7 +59,7 @@ def run_evaluation(
     with joined(config.launch) as comm:
         with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
             metrics = launch(assignment, comm, emit, StopRequest())
-        on_main(comm, lambda: write_json_atomic(target, metrics))
+        on_main(comm, lambda: write_metrics(target, metrics))
         if comm.rank == 0:
             print_metrics(metrics, console)
             console.print(f"metrics: {target}", highlight=False, soft_wrap=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
+from typing import Literal, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
+import yaml
 
-from dml_dist.files import write_bytes_atomic, write_text_atomic
+from dml_dist.errors import DataError
+from dml_dist.report.class_results import draw_classes, read_class_results, weakest_rows
 from dml_dist.report.curves import draw_curves
 from dml_dist.report.figures import Picture
 from dml_dist.report.formatting import (
+    MISSING,
+    ResultRow,
     format_count,
     format_metric,
     format_seconds,
@@ -23,22 +25,44 @@ from dml_dist.report.formatting import (
     number,
     recall_key,
 )
-from dml_dist.report.gallery import Gallery
-from dml_dist.report.insights import Insights, find_insights
+from dml_dist.report.gallery import Gallery, read_gallery
+from dml_dist.report.proxy_diagnostics import draw_proxies, read_proxy_facts
+from dml_dist.report.render import write_page
+from dml_dist.report.space import draw_space, read_space
 from dml_dist.report.summary import RunSummary, read_summary
 from dml_dist.report.tiles import TileMaker
 from dml_dist.runs.folder import Attempt, RunFolder, RunStatus
 
-_FOLDER = Path(__file__).parent
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class _Figure:
-    """A headline number: the value, what it is, and where it started."""
+class _Headline:
+    """A headline number: the value, its name, and its value before training."""
 
     label: str
     value: str
     before: str | None = None
+
+
+class _Parts:
+    """Reads the parts of a run's folder that the page can do without."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.damaged: list[str] = []
+        self.missing: list[str] = []
+
+    def read(self, name: str, reader: Callable[[Path], _Value | None]) -> _Value | None:
+        """Return a part; None when it is missing or damaged, which is noted."""
+        try:
+            value = reader(self._folder)
+        except DataError as error:
+            self.damaged.append(str(error))
+            return None
+        if value is None:
+            self.missing.append(name)
+        return value
 
 
 def write_report(run_dir: Path) -> Path:
@@ -55,77 +79,106 @@ def write_report(run_dir: Path) -> Path:
         DataError: If run.json is damaged.
     """
     summary = read_summary(run_dir)
-    insights = find_insights(summary)
+    distance, seed = _distance(summary.config), summary.info.seed
+    parts = _Parts(summary.folder)
+    gallery = parts.read("retrieval gallery", read_gallery) or Gallery(())
+    classes = parts.read("results per class", read_class_results)
+    space = parts.read("embeddings", lambda folder: read_space(folder, distance))
+    proxies = parts.read("proxy statistics", read_proxy_facts)
+
     curves = draw_curves(summary)
-    report_dir = RunFolder(run_dir).report_dir
-    report_dir.mkdir(exist_ok=True)
-    for picture in [*curves, *insights.pictures]:
-        write_bytes_atomic(report_dir / f"{picture.name}.png", picture.png)
-    gallery = summary.gallery or Gallery(())
+    class_pictures = [] if classes is None else [draw_classes(classes)]
+    space_pictures = [] if space is None else list(draw_space(space, classes, seed))
+    proxy_pictures = [] if proxies is None else draw_proxies(proxies)
     tiles = TileMaker(gallery)
-    page = _template().render(
-        summary=summary,
-        insights=insights,
+    table = summary.table()
+    class_tiles = tiles.by_class(gallery.classes)
+    sections: list[tuple[str, str, bool]] = [
+        ("results", "Results", bool(table)),
+        ("curves", "Curves", bool(curves)),
+        ("classes", "Classes", bool(class_pictures or class_tiles)),
+        ("retrieval", "Retrieval", bool(gallery.queries)),
+        ("space", "Embedding space", bool(space_pictures)),
+        ("proxies", "Proxies", proxies is not None),
+    ]
+    return write_page(
+        RunFolder(run_dir).report_dir,
+        "page.html",
+        [*curves, *class_pictures, *space_pictures, *proxy_pictures],
+        kind="run",
+        command="report",
+        name=summary.info.name,
+        status=summary.info.status.state,
+        warnings=_warnings(summary, parts),
+        missing=_missing(summary, parts),
+        sections=sections,
+        facts=_facts(summary),
+        config=summary.config,
+        config_name="config.yaml",
         info=summary.info,
-        style=Markup((_FOLDER / "page.css").read_text("utf-8")),
-        figures=_figures(summary),
-        warnings=_warnings(summary, insights),
-        missing=_missing(summary, insights),
-        table=summary.table(),
+        headline=_headline(summary),
+        table=table,
+        columns=_columns(table),
         best=summary.best_validation,
-        curves=_drawn([curve for curve in curves if not curve.small]),
-        small_curves=_drawn([curve for curve in curves if curve.small]),
-        class_pictures=_drawn([insights.class_picture] if insights.class_picture else []),
-        space=_drawn(insights.space),
-        proxy_pictures=_drawn(insights.proxy_pictures),
+        curves=_of_size(curves, small=False),
+        small_curves=_of_size(curves, small=True),
+        class_pictures=class_pictures,
+        weakest=[] if classes is None else weakest_rows(classes),
+        classes=class_tiles,
         gallery=tiles.by_outcome(gallery.queries),
-        classes=tiles.by_class(gallery.classes),
         num_queries=len(gallery.queries),
         num_misses=sum(not query.is_hit for query in gallery.queries),
         overall=_overall(summary),
-        facts=_facts(summary),
+        space=space_pictures,
+        proxies=proxies,
+        proxy_pictures=proxy_pictures,
         when=_when,
     )
-    path = report_dir / "index.html"
-    write_text_atomic(path, page)
-    return path
 
 
-def _drawn(pictures: Sequence[Picture]) -> list[tuple[Picture, Markup]]:
-    return [(picture, Markup(picture.svg)) for picture in pictures]
+def _of_size(curves: Sequence[Picture], *, small: bool) -> list[Picture]:
+    return [curve for curve in curves if curve.small == small]
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html")
+def _distance(config: str | None) -> Literal["cosine", "euclidean"]:
+    """Return the distance of a run's configuration; cosine when it cannot be read."""
+    try:
+        values = yaml.safe_load(config or "")
+        euclidean = values["evaluation"]["distance"] == "euclidean"
+    except (yaml.YAMLError, KeyError, TypeError):
+        return "cosine"
+    return "euclidean" if euclidean else "cosine"
 
 
-def _figures(summary: RunSummary) -> list[_Figure]:
-    """Return the headline: two scores before and after training, duration, speed."""
+def _columns(table: Sequence[ResultRow]) -> list[tuple[str, str]]:
+    """Return heading and field of the columns with a value."""
+    every = [("untrained", "untrained"), ("trained", "trained"), ("best validation", "validation")]
+    return [
+        (heading, field)
+        for heading, field in every
+        if any(getattr(row, field) != MISSING for row in table)
+    ]
+
+
+def _headline(summary: RunSummary) -> list[_Headline]:
+    """Return two scores before and after training, the duration and the speed."""
     untrained, trained = summary.result("untrained"), summary.result("trained")
-    figures = []
+    found = []
     for key in (recall_key(trained), "map_at_r"):
         if key in trained:
             before = format_metric(key, untrained[key]) if key in untrained else None
             label = f"{metric_label(key)} on test classes"
-            figures.append(_Figure(label, format_metric(key, trained[key]), before))
+            found.append(_Headline(label, format_metric(key, trained[key]), before))
     if summary.total_seconds is not None:
-        figures.append(_Figure("total time", format_seconds(summary.total_seconds)))
+        found.append(_Headline("total time", format_seconds(summary.total_seconds)))
     if summary.images_per_second is not None:
         speed = format_count(round(summary.images_per_second))
-        figures.append(_Figure("training images per second", speed))
-    return figures
+        found.append(_Headline("training images per second", speed))
+    return found
 
 
 def _overall(summary: RunSummary) -> str | None:
-    """Return what share of all queries hit, as half a sentence."""
+    """Return the share of all queries that hit, as half a sentence."""
     trained = summary.result("trained")
     key = recall_key(trained)
     if key is None:
@@ -133,15 +186,15 @@ def _overall(summary: RunSummary) -> str | None:
     return f"{metric_label(key)} over all queries is {format_metric(key, trained[key])}"
 
 
-def _warnings(summary: RunSummary, insights: Insights) -> list[str]:
+def _warnings(summary: RunSummary, parts: _Parts) -> list[str]:
     """Return what a reader should know before trusting or repeating the numbers."""
-    warnings = [*summary.damaged, *insights.damaged]
+    warnings = [*summary.damaged, *parts.damaged]
     attempts = summary.info.attempts
     dirty = [attempt for attempt in attempts if attempt.git.dirty]
     if dirty:
         warnings.append(
-            "The source tree had changes that are not committed"
-            f"{_of_attempts(dirty, attempts)}: the git revision alone does not give this code."
+            f"The source tree had uncommitted changes{_of_attempts(dirty, attempts)}: "
+            "the git revision alone does not give this code."
         )
     if len(attempts) > 1:
         changed = sum(bool(attempt.changes) for attempt in attempts)
@@ -153,7 +206,7 @@ def _warnings(summary: RunSummary, insights: Insights) -> list[str]:
     if len({tuple(sorted(attempt.versions.items())) for attempt in attempts}) > 1:
         warnings.append("Attempts ran with different versions of packages.")
     if summary.metrics and not summary.info.finished:
-        warnings.append("The run went on after its results were written: they are older.")
+        warnings.append("The run continued after its results were written: they are older.")
     return warnings
 
 
@@ -165,43 +218,45 @@ def _of_attempts(some: Sequence[Attempt], every: Sequence[Attempt]) -> str:
     return f" in attempt{'s' if len(some) > 1 else ''} {numbers}"
 
 
-def _unfinished(status: RunStatus) -> str:
-    match status.state:
-        case "stopped":
-            where = "" if status.step is None else f" at step {status.step:,}"
-            return f"The run was stopped{where} ({status.reason}); continue it with --resume."
-        case "failed":
-            return f"The run failed: {status.reason}."
-        case _:
-            return "The run has not finished: it is still running, or it was killed."
-
-
-def _missing(summary: RunSummary, insights: Insights) -> list[str]:
-    """Return what the folder does not hold yet, one sentence each."""
-    missing = []
-    last = summary.steps[-1] if summary.steps else None
-    if not summary.info.finished:
-        text = _unfinished(summary.info.status)
-        if last is not None:
-            text += f" Its last training record is of step {last['step']:,}."
-        missing.append(text)
-    if last is None:
+def _missing(summary: RunSummary, parts: _Parts) -> list[str]:
+    """Return what the folder does not hold, one sentence each."""
+    missing = [*_unfinished(summary)]
+    if not summary.steps:
         missing.append("There are no training records, so no loss curve.")
     if not summary.under("validation"):
         missing.append("There are no validation records.")
     if not summary.result("trained"):
-        missing.append("There is no result on the test classes yet.")
-    if summary.gallery is None:
-        missing.append("There is no retrieval gallery; the final evaluation writes it.")
-    if insights.class_picture is None and not insights.damaged:
-        missing.append("There are no results of single classes; the final evaluation writes them.")
-    if not insights.space and not insights.damaged:
-        missing.append("There are no embeddings to map: evaluation.save_embeddings keeps them.")
-    if insights.proxies is None and summary.result("trained") and not insights.damaged:
-        missing.append("There is nothing about proxies: the loss has none, or none were kept.")
+        missing.append("There is no result on the test classes.")
+    elif not summary.result("untrained"):
+        missing.append("There is no result of the untrained network to compare with.")
+    if parts.missing:
+        missing.append(
+            f"The run's folder does not hold: {', '.join(parts.missing)}. A final evaluation "
+            "writes these, embeddings with evaluation.save_embeddings and proxy statistics for a "
+            "loss with proxies."
+        )
     if summary.config is None:
         missing.append("config.yaml is missing.")
     return missing
+
+
+def _unfinished(summary: RunSummary) -> list[str]:
+    """Return why a run is not finished and how far it is, as one note."""
+    status = summary.info.status
+    reason = f": {status.reason.rstrip('.')}" if status.reason else ""
+    match status.state:
+        case "finished":
+            return []
+        case "running":
+            text = "The run has not finished: it is running, or its processes were killed."
+        case "stopped":
+            at = "" if status.step is None else f" after step {status.step:,}"
+            text = f"The run was stopped{at}{reason}. It can be resumed."
+        case "failed":
+            text = f"The run failed{reason}. It can be resumed."
+    if summary.steps:
+        text += f" Its last training record is of step {summary.steps[-1]['step']:,}."
+    return [text]
 
 
 def _facts(summary: RunSummary) -> list[tuple[str, str]]:

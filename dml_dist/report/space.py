@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dml_dist.errors import DataError
-from dml_dist.report.classes import ClassResults
 from dml_dist.report.figures import (
     SERIES,
     Colors,
@@ -24,6 +21,7 @@ from dml_dist.report.figures import (
     new_figure,
     whole_numbers,
 )
+from dml_dist.runs.artifacts import ClassTable, read_embeddings
 from dml_dist.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -85,20 +83,12 @@ def read_space(run_dir: Path, distance: Literal["cosine", "euclidean"]) -> Space
     path = RunFolder(run_dir).embeddings
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as values:
-            vectors, labels = values["embeddings"], values["labels"]
-        if vectors.ndim != 2 or labels.shape != vectors.shape[:1]:
-            raise ValueError(f"shapes {vectors.shape} and {labels.shape}")
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"required embeddings, got {path}, which is damaged ({error!r}); "
-            "evaluate the run again to write it anew"
-        ) from None
+    saved = read_embeddings(path)
+    vectors = saved.embeddings
     if distance == "cosine":
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return Space(vectors, labels, distance)
+    return Space(vectors, saved.labels, distance)
 
 
 # ---------------------------------------------------------------- distances
@@ -188,14 +178,14 @@ class _Groups:
     what: str
 
 
-def draw_maps(space: Space, results: ClassResults | None, seed: int) -> list[Picture]:
+def draw_maps(space: Space, classes: ClassTable | None, seed: int) -> list[Picture]:
     """Draw the embeddings in the plane: by PCA, and by UMAP where umap-learn is installed."""
     if len(space.labels) < 3 or space.vectors.shape[1] < 2:
         return []
     chosen = np.random.default_rng([seed, 2]).permutation(len(space.labels))
     chosen = np.sort(chosen[:MOST_POINTS])
     vectors = space.vectors[chosen].astype(np.float64)
-    groups = _groups(space.labels, chosen, results)
+    groups = _groups(space.labels, chosen, classes)
     drawn = (
         f"{len(chosen):,} of {len(space.labels):,} test images, drawn at random"
         if len(chosen) < len(space.labels)
@@ -248,23 +238,23 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray | None:
         return np.asarray(mapper.fit_transform(vectors.astype(np.float32)), dtype=np.float64)
 
 
-def _groups(labels: np.ndarray, chosen: np.ndarray, results: ClassResults | None) -> _Groups:
+def _groups(labels: np.ndarray, chosen: np.ndarray, classes: ClassTable | None) -> _Groups:
     """Choose what is colored: the super-classes if they are few, else the weakest classes."""
     nothing = _Groups(np.full(len(chosen), -1), [], "")
-    if results is None:
+    if classes is None:
         return nothing
-    position = {int(label): at for at, label in enumerate(results.labels)}
+    position = {int(label): at for at, label in enumerate(classes.results.label)}
     of_point = np.array([position.get(int(label), -1) for label in labels[chosen]])
-    super_names = sorted({name for name in results.super_classes if name})
+    super_names = sorted({name for name in classes.super_classes if name})
     if 2 <= len(super_names) <= len(SERIES):
         number = {name: at for at, name in enumerate(super_names)}
-        of_class = np.array([number.get(name or "", -1) for name in results.super_classes])
+        of_class = np.array([number.get(name or "", -1) for name in classes.super_classes])
         what = "Colors: super-classes."
         return _Groups(np.where(of_point >= 0, of_class[of_point], -1), super_names, what)
-    weakest = results.weakest(len(SERIES))
-    of_class = np.full(len(results), -1)
+    weakest = classes.results.worst_first()[: len(SERIES)]
+    of_class = np.full(len(classes), -1)
     of_class[weakest] = np.arange(len(weakest))
-    names = [results.names[at] for at in weakest]
+    names = [classes.names[at] for at in weakest]
     what = f"Colored: the {len(names)} classes with the lowest R@1; gray: all others."
     return _Groups(np.where(of_point >= 0, of_class[of_point], -1), names, what)
 
@@ -307,8 +297,8 @@ def _short(name: str, limit: int = 26) -> str:
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
-def draw_space(space: Space, results: ClassResults | None, seed: int) -> Sequence[Picture]:
+def draw_space(space: Space, classes: ClassTable | None, seed: int) -> Sequence[Picture]:
     """Draw all there is to see of the embeddings."""
     distances = measure_distances(space, seed)
     pictures = [] if distances is None else [draw_distances(distances, space)]
-    return [*draw_maps(space, results, seed), *pictures]
+    return [*draw_maps(space, classes, seed), *pictures]

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dml_dist.errors import DataError
-from dml_dist.files import read_json
+from dml_dist.config.yaml_text import read_text
+from dml_dist.errors import ConfigError, DataError
 from dml_dist.report.formatting import ResultRow, group, is_metric, number, result_table
-from dml_dist.report.gallery import Gallery, read_gallery
+from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder, RunInfo
 from dml_dist.runs.records import read_records
 
@@ -51,7 +51,6 @@ class RunSummary:
         steps: Training records in order of steps.
         evaluations: Evaluation records in order of steps.
         metrics: Content of metrics.json; empty when missing.
-        gallery: The retrieval gallery; None when missing.
         damaged: What could not be read, one sentence each.
     """
 
@@ -61,7 +60,6 @@ class RunSummary:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     metrics: Mapping[str, Any]
-    gallery: Gallery | None
     damaged: tuple[str, ...]
 
     def training(self, key: str) -> Series:
@@ -138,24 +136,23 @@ def read_summary(run_dir: Path) -> RunSummary:
     """
     run = RunFolder.open(run_dir)
     damaged: list[str] = []
-    metrics: Any = {}
-    gallery = None
+    metrics: Mapping[str, Any] = {}
+    config = None
     try:
-        metrics = read_json(run.metrics_path) if run.metrics_path.is_file() else {}
+        metrics = read_metrics(run.metrics_path)
     except DataError as error:
         damaged.append(str(error))
     try:
-        gallery = read_gallery(run.path)
-    except DataError as error:
+        config = read_text(run.config_path) if run.config_path.is_file() else None
+    except ConfigError as error:
         damaged.append(str(error))
     return RunSummary(
         folder=run.path,
         info=run.info(),
-        config=run.config_path.read_text("utf-8") if run.config_path.is_file() else None,
+        config=config,
         steps=read_records(run.records("steps")),
         evaluations=read_records(run.records("evaluations")),
-        metrics=metrics if isinstance(metrics, Mapping) else {},
-        gallery=gallery,
+        metrics=metrics,
         damaged=tuple(damaged),
     )
 

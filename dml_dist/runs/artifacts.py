@@ -1,6 +1,13 @@
-"""Arrays that a run keeps of its final evaluation: results of each class, and embeddings.
+"""Results that an evaluation leaves in a run's folder: metrics, results per class, embeddings.
 
-per_class.parquet, one row a class of the evaluated images, in rising order of labels:
+metrics.json, and metrics-SPLIT-CHECKPOINT.json of `dml-dist evaluate`:
+
+    untrained     metrics of the untrained network on the test split
+    trained       metrics of the checkpoint
+    checkpoint    its folder and step
+    seconds       part of the run -> duration
+
+per_class.parquet, one row for each class of the evaluated images, by rising label:
 
     label         int64          label in the index
     class_name    string
@@ -10,21 +17,51 @@ per_class.parquet, one row a class of the evaluated images, in rising order of l
     recall_at_1   float64        mean over the counted queries; NaN when there is none
     r_precision   float64        likewise
     map_at_r      float64        likewise
+
+embeddings.npz: arrays `embeddings`, `rows` and `labels`, as in `SavedEmbeddings`.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dml_dist.errors import DataError
-from dml_dist.files import open_atomic
+from dml_dist.files import open_atomic, read_json, write_json_atomic
+
+# ---------------- metrics
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the metrics of an evaluation, completely or not at all."""
+    write_json_atomic(path, metrics)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Return what `write_metrics` wrote; empty when there is no file.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    metrics = read_json(path)
+    if not isinstance(metrics, dict):
+        raise DataError(
+            f"The metrics in {path} are not a JSON object but {type(metrics).__name__}; "
+            "evaluate the run again to replace the file"
+        )
+    return metrics
+
+
+# ---------------- results per class
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,30 +91,51 @@ class PerClass:
     def worst_first(self) -> np.ndarray:
         """Return the positions of classes with a counted query, lowest Recall@1 first.
 
-        Equal ones stand by MAP@R, then by label.
+        Equal ones are ordered by MAP@R, then by label.
         """
         order = np.lexsort((self.label, self.map_at_r, self.recall_at_1))
         return order[self.num_queries[order] > 0]
 
 
-def write_per_class(
-    path: Path, result: PerClass, class_names: Sequence[str], super_classes: Sequence[str | None]
-) -> None:
-    """Write per_class.parquet, at once or not at all.
+@dataclass(frozen=True, eq=False)
+class ClassTable:
+    """What per_class.parquet holds.
 
-    Args:
-        path: The file.
-        result: C classes.
-        class_names: Their names, in the order of `result`.
-        super_classes: Their super-classes, likewise; None or "" when there is none.
+    Attributes:
+        results: C classes.
+        names: Their names.
+        super_classes: Their super-classes, None where there is none.
     """
+
+    results: PerClass
+    names: list[str]
+    super_classes: list[str | None]
+
+    def __len__(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def take(self, positions: np.ndarray) -> ClassTable:
+        """Return the classes at some positions."""
+        values = {
+            field.name: getattr(self.results, field.name)[positions] for field in fields(PerClass)
+        }
+        return ClassTable(
+            PerClass(**values),
+            [self.names[at] for at in positions],
+            [self.super_classes[at] for at in positions],
+        )
+
+
+def write_class_table(path: Path, table: ClassTable) -> None:
+    """Write per_class.parquet, completely or not at all; an empty super-class counts as none."""
     columns = {
-        "label": pa.array(result.label, pa.int64()),
-        "class_name": pa.array(list(class_names), pa.string()),
-        "super_class": pa.array([name or None for name in super_classes], pa.string()),
+        "label": pa.array(table.results.label, pa.int64()),
+        "class_name": pa.array(table.names, pa.string()),
+        "super_class": pa.array([name or None for name in table.super_classes], pa.string()),
         **{
-            field.name: pa.array(getattr(result, field.name))
-            for field in fields(result)
+            field.name: pa.array(getattr(table.results, field.name))
+            for field in fields(PerClass)
             if field.name != "label"
         },
     }
@@ -85,11 +143,11 @@ def write_per_class(
         pq.write_table(pa.table(columns), file)
 
 
-def read_per_class(path: Path) -> tuple[PerClass, list[str], list[str | None]]:
-    """Return what `write_per_class` wrote: results, class names, super-classes.
+def read_class_table(path: Path) -> ClassTable:
+    """Return what `write_class_table` wrote.
 
     Raises:
-        DataError: If the file is missing, damaged or incomplete.
+        DataError: If the file is missing or damaged, or a column is missing.
     """
     try:
         table = pq.read_table(path, partitioning=None)
@@ -101,10 +159,10 @@ def read_per_class(path: Path) -> tuple[PerClass, list[str], list[str | None]]:
         super_classes = table["super_class"].to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(
-            f"required the results of each class, got {path}, which cannot be read ({error}); "
-            "evaluate the run again"
+            f"The results per class in {path} cannot be read: the file is missing or damaged "
+            f"({error!r}); evaluate the run again to replace it"
         ) from None
-    return PerClass(**values), names, super_classes
+    return ClassTable(PerClass(**values), names, super_classes)
 
 
 # ---------------- embeddings
@@ -126,22 +184,26 @@ class SavedEmbeddings:
 
 
 def write_embeddings(path: Path, saved: SavedEmbeddings) -> None:
-    """Write embeddings.npz, at once or not at all."""
+    """Write embeddings.npz, completely or not at all."""
     with open_atomic(path) as file:
         np.savez(file, embeddings=saved.embeddings, rows=saved.rows, labels=saved.labels)
 
 
 def read_embeddings(path: Path) -> SavedEmbeddings:
-    """Read what `write_embeddings` wrote.
+    """Return what `write_embeddings` wrote.
 
     Raises:
-        DataError: If the file is missing, damaged or another one.
+        DataError: If the file is missing or damaged, or its arrays do not fit together.
     """
     try:
         with np.load(path, allow_pickle=False) as values:
-            return SavedEmbeddings(values["embeddings"], values["rows"], values["labels"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            saved = SavedEmbeddings(values["embeddings"], values["rows"], values["labels"])
+        shapes = saved.embeddings.shape, saved.rows.shape, saved.labels.shape
+        if len(shapes[0]) != 2 or shapes[1:] != (shapes[0][:1],) * 2:
+            raise ValueError(f"embeddings, rows and labels have shapes {shapes}")
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"required embeddings of an evaluation, got {path}, which cannot be read ({error}); "
-            "evaluate the run again"
+            f"The embeddings in {path} cannot be read: the file is missing or damaged "
+            f"({error!r}); evaluate the run again to replace it"
         ) from None
+    return saved

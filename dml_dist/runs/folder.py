@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from dml_dist.errors import ConfigError, DataError, RunError
 from dml_dist.files import hold, read_json, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.runs.artifacts import write_metrics
 from dml_dist.runs.provenance import GitState, git_revision, installed_versions
 from dml_dist.urls import is_url
 
@@ -378,7 +379,7 @@ class RunFolder:
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json and mark the run finished, in this order."""
-        write_json_atomic(self.metrics_path, metrics)
+        write_metrics(self.metrics_path, metrics)
         self._write(replace(self.info(), status=RunStatus("finished", _now())))
 
     def end(self, state: _Ended, reason: str, step: int | None = None) -> None:

@@ -27,7 +27,7 @@ from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.report.gallery import write_gallery
-from dml_dist.runs.artifacts import PerClass, write_per_class
+from dml_dist.runs.artifacts import ClassTable, PerClass, write_class_table
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter
 from dml_dist.runtime.context import RunContext, open_context
@@ -289,7 +289,8 @@ def _write_per_class(path: Path, result: PerClass, rows: np.ndarray, index: Inde
     labels, first = np.unique(index.label[rows], return_index=True)
     assert np.array_equal(labels, result.label)
     names = [index.class_names[label] for label in labels]
-    write_per_class(path, result, names, index.super_class[rows[first]].tolist())
+    super_classes = index.super_class[rows[first]].tolist()
+    write_class_table(path, ClassTable(result, names, super_classes))
 
 
 def _evaluate(assignment: Assignment, context: RunContext) -> dict[str, Any]:

@@ -19,8 +19,13 @@ from dml_dist.files import hold, write_bytes_atomic, write_text_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.report.formatting import format_metric
-from dml_dist.report.study.compare import SINGLE_RUNS, TIME, comparison_rows, write_comparison
-from dml_dist.report.study.differences import difference_rows
+from dml_dist.report.study.comparison import write_comparison
+from dml_dist.report.study.comparison_tables import (
+    SINGLE_RUNS,
+    TIME,
+    comparison_rows,
+    difference_rows,
+)
 from dml_dist.report.study.read import read_comparison
 from dml_dist.report.study.references import read_references
 from dml_dist.runs.study import (

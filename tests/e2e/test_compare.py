@@ -167,19 +167,19 @@ def check_page(folder: Path, cli: Cli) -> None:
     page = Page(folder / "report/index.html")
     assert not page.open
     assert "://" not in page.raw.replace("http://www.w3.org", "")  # stands alone
-    for text in ("literature protocol", "has not", "2 trials of 4 steps", "No published number"):
+    for text in ("literature protocol", "not used", "2 trials of 4 steps", "No published number"):
         assert text in page.text, text
     for method in comparison.methods:
         interval = method.interval("recall_at_1")
         assert f"{100 * interval.mean:.2f} ± {100 * interval.half:.2f} %" in page.text
-    assert comparison.mark is not None
+    assert comparison.target_recall is not None
     curve = comparison.methods[0].runs[0].curve
     assert curve.steps.tolist() == [0, 4, 8]
     assert (curve.seconds[1:] > curve.seconds[:-1]).all()
     rows = rows_of(folder, "comparison.csv")
     assert [row["method"] for row in rows] == ["triplet", "nca"]
-    assert float(rows[0]["mark"]) == comparison.mark
-    assert rows[0]["steps_to_mark"] in ("0.0", "4.0", "8.0")
+    assert float(rows[0]["target_recall"]) == comparison.target_recall
+    assert rows[0]["steps_to_target"] in ("0.0", "4.0", "8.0")
     before = page.raw
     (folder / "report/index.html").unlink()
     code, output = cli("report", folder)

@@ -26,13 +26,13 @@ from dml_dist.data.index import read_index
 from dml_dist.data.reader import ShardReader
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.export import export
+from dml_dist.export import search_figure as search_picture
 from dml_dist.export.bundle import read_bundle
 from dml_dist.export.export import ExportOptions, run_export, thumbnail, thumbnails
 from dml_dist.export.search import embed_images, nearest
+from dml_dist.export.search_figure import Tile
 from dml_dist.orchestration.train import run_training
 from dml_dist.parallel.comm import Comm
-from dml_dist.report import search_figure as search_picture
-from dml_dist.report.search_figure import Tile
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.context import open_context
 from dml_dist.runtime.progress import Event, discard

@@ -11,11 +11,11 @@ from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.retrieval import evaluate
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.artifacts import (
-    SavedEmbeddings,
+    ClassTable,
+    read_class_table,
     read_embeddings,
-    read_per_class,
+    write_class_table,
     write_embeddings,
-    write_per_class,
 )
 from dml_dist.runtime.context import collect_embeddings
 from dml_dist.search import gallery_shard as gallery
@@ -146,15 +146,15 @@ def test_the_file_of_classes_holds_what_was_written(tmp_path: Path) -> None:
     result = evaluate(CASES["lone classes"].embeddings, CASES["lone classes"].labels).per_class
     names = [f"class {label}" for label in result.label]
     supers = ["", None, *["s"] * (len(result) - 2)]
-    write_per_class(tmp_path / "c.parquet", result, names, supers)
-    again, names_again, supers_again = read_per_class(tmp_path / "c.parquet")
+    write_class_table(tmp_path / "c.parquet", ClassTable(result, names, supers))
+    again = read_class_table(tmp_path / "c.parquet")
     for name in ("label", "num_images", "num_queries", "recall_at_1", "r_precision", "map_at_r"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
-        assert getattr(again, name).dtype == getattr(result, name).dtype
-    assert (names_again, supers_again) == (names, [None, None, *supers[2:]])
+        np.testing.assert_array_equal(getattr(again.results, name), getattr(result, name))
+        assert getattr(again.results, name).dtype == getattr(result, name).dtype
+    assert (again.names, again.super_classes) == (names, [None, None, *supers[2:]])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(DataError, match="evaluate the run again"):
-        read_per_class(tmp_path / "c.parquet")
+        read_class_table(tmp_path / "c.parquet")
 
 
 # ---------------------------------------------------------------- embeddings
@@ -170,7 +170,6 @@ def test_the_file_of_embeddings_holds_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.embeddings, x)
     assert again.rows.tolist() == [10, 11, 12, 13, 14]
     assert again.labels.tolist() == [0, 1, 0, 1, 0]
-    assert isinstance(again, SavedEmbeddings)
     (tmp_path / "e.npz").write_bytes(b"PK torn")
     with pytest.raises(DataError, match="evaluate the run again"):
         read_embeddings(tmp_path / "e.npz")

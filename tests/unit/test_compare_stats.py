@@ -1,4 +1,4 @@
-"""Intervals against scipy, and marks reached on curves worked by hand."""
+"""Intervals against scipy, and target recalls on curves worked by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dml_dist.report.study.differences import format_gain
+from dml_dist.report.study.comparison_tables import format_gain
 from dml_dist.report.study.stats import (
     Curve,
     Interval,
@@ -61,8 +61,8 @@ def test_the_band_is_that_of_common_steps() -> None:
     assert len(band_of([curve([0.1], [1.0]), curve([0.1], [2.0])]).mean) == 0
 
 
-def test_the_step_at_which_a_mark_is_reached() -> None:
-    # The mean is 0.2, 0.4, 0.3, 0.5: a curve that falls again has reached its mark.
+def test_the_step_at_which_a_target_recall_is_reached() -> None:
+    # The mean is 0.2, 0.4, 0.3, 0.5: a curve that falls again has reached its target.
     curves = [curve([0.1, 0.5, 0.3, 0.4]), curve([0.3, 0.3, 0.3, 0.6])]
     found = reached(curves, 0.4)
     assert (found.steps, found.seconds) == (20, 10)
@@ -77,7 +77,7 @@ def test_the_step_at_which_a_mark_is_reached() -> None:
     assert reached([], 0.1).steps is None
 
 
-def test_a_mark_that_is_the_curves_own_best_is_reached() -> None:
+def test_a_target_recall_that_is_the_curves_own_best_is_reached() -> None:
     curves = [curve([0.1, 0.7]), curve([0.2, 0.1]), curve([0.3, 0.2])]
     best = float(band_of(curves).mean.recall.max())
     assert reached(curves, best).steps == 20

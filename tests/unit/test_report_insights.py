@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dml_dist.report import write_gallery, write_report
-from dml_dist.report.classes import read_class_results
+from dml_dist.report.class_results import read_class_results, weakest_rows
 from dml_dist.report.proxy_diagnostics import read_proxy_facts, write_proxy_facts
 from dml_dist.report.space import (
     MOST_POINTS,
@@ -80,13 +80,12 @@ def test_damaged_and_missing_parts_are_named_and_left_out(tmp_path: Path) -> Non
         path.write_bytes(path.read_bytes()[:100])
     page = Page(write_report(run.path))
     for name in ("per_class.parquet", "embeddings.npz", "proxies.npz"):
-        assert f"{name}, which is damaged" in page.text, name
+        assert f"{name} cannot be read" in page.text, name
         (path,) = run.path.rglob(name)
         path.unlink()
     assert "Embedding space" not in page.text
     page = Page(write_report(run.path))
-    for text in ("no results of single classes", "no embeddings to map", "nothing about proxies"):
-        assert text in page.text, text
+    assert "does not hold: results per class, embeddings, proxy statistics." in page.text
     assert page.open == []
 
 
@@ -134,10 +133,10 @@ def test_classes_without_a_query_are_left_out(tmp_path: Path) -> None:
     results = read_class_results(run.path)
     assert results is not None
     assert results.names == ["class 0", EVIL, "class 2"]
-    assert results.labels.tolist() == [0, 1, 2]
+    assert results.results.label.tolist() == [0, 1, 2]
     assert results.super_classes == ["s"] * 3
     # Lowest R@1 first, then the lowest MAP@R.
-    assert results.weakest(2).tolist() == [2, 1]
+    assert [row.name for row in weakest_rows(results)] == ["class 2", EVIL, "class 0"]
 
 
 @pytest.mark.parametrize("num_classes", [5, 260])

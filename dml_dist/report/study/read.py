@@ -1,4 +1,4 @@
-"""What a comparison's folder says: results of its methods, curves, trials, and what is missing."""
+"""Reads a comparison's folder: results of its methods, curves, trials, and missing runs."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ class MethodResult:
         """Mean, lowest and highest R@1 over the seeds while training."""
         return band_of([run.curve for run in self.runs])
 
-    def reached(self, mark: float) -> Reached:
-        """Return where its curves first are at least as high as a mark."""
-        return reached([run.curve for run in self.runs], mark)
+    def reached(self, target: float) -> Reached:
+        """Return where its curves first reach a target recall."""
+        return reached([run.curve for run in self.runs], target)
 
     @property
     def best_trial(self) -> float | None:
@@ -141,9 +141,9 @@ class Comparison:
 
     @property
     def reference(self) -> MethodResult | None:
-        """The method whose best R@1 is the mark, if it has curves."""
-        mark = compare_section(self.config).mark
-        found = next((one for one in self.methods if one.name == mark), None)
+        """The method that sets the target recall, if it has curves."""
+        name = compare_section(self.config).mark
+        found = next((one for one in self.methods if one.name == name), None)
         return found if found is not None and len(found.band.mean) else None
 
     @property
@@ -154,7 +154,7 @@ class Comparison:
         return [(one, found[bases[one.name]]) for one in self.methods if one.name in bases]
 
     @property
-    def mark(self) -> float | None:
+    def target_recall(self) -> float | None:
         """The highest R@1 of the reference's mean curve."""
         found = self.reference
         return None if found is None else float(found.band.mean.recall.max())

@@ -1,4 +1,4 @@
-"""Numbers of a comparison: means with intervals, and the step at which a mark is reached."""
+"""Statistics of a comparison: means with intervals, and when a target recall is reached."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from dml_dist.report.formatting import MISSING
 
 LEVEL = 0.95
-"""Of the intervals."""
+"""Confidence level of the intervals."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and where the true one lies with probability LEVEL, by Student's t.
+    """A mean over seeds with its confidence interval of LEVEL, by Student's t.
 
     Attributes:
         mean: NaN of no value.
@@ -65,7 +65,7 @@ def format_interval(interval: Interval, *, signed: bool = False) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """R@1 of one run, or the mean of some, while it was trained.
+    """R@1 of one run during training, or the mean of some runs.
 
     Attributes:
         steps: (n,) float64, rising.
@@ -114,10 +114,10 @@ def band_of(curves: Sequence[Curve]) -> Band:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where curves first are at least as high as a mark, at the steps that were evaluated.
+    """Where curves first reach a target recall, among the evaluated steps.
 
     Attributes:
-        steps: Of the mean curve; None if it never is.
+        steps: Of the mean curve; None if it never reaches the target.
         seconds: Its training time there.
         of_runs: Steps of the single runs that reach it.
         num_runs: Number of all runs.
@@ -129,11 +129,11 @@ class Reached:
     num_runs: int
 
 
-def reached(curves: Sequence[Curve], mark: float) -> Reached:
-    """Return where the mean of some curves, and each of them, first reaches a mark."""
+def reached(curves: Sequence[Curve], target: float) -> Reached:
+    """Return where the mean of some curves, and each of them, first reaches a target recall."""
     mean = band_of(curves).mean
-    at = _first(mean, mark)
-    found = [curve.steps[place] for curve in curves if (place := _first(curve, mark)) is not None]
+    at = _first(mean, target)
+    found = [curve.steps[place] for curve in curves if (place := _first(curve, target)) is not None]
     return Reached(
         steps=None if at is None else float(mean.steps[at]),
         seconds=None if at is None else float(mean.seconds[at]),
@@ -142,7 +142,7 @@ def reached(curves: Sequence[Curve], mark: float) -> Reached:
     )
 
 
-def _first(curve: Curve, mark: float) -> int | None:
+def _first(curve: Curve, target: float) -> int | None:
     # A mean of the same numbers may differ in its last bit.
-    high = np.flatnonzero(curve.recall >= mark - 1e-12)
+    high = np.flatnonzero(curve.recall >= target - 1e-12)
     return int(high[0]) if len(high) else None

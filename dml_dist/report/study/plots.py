@@ -1,4 +1,4 @@
-"""The convergence of methods: R@1 against the step, and against the time spent on training."""
+"""Figures of a comparison: convergence of its methods, and results against a field."""
 
 from __future__ import annotations
 
@@ -18,14 +18,7 @@ from dml_dist.report.figures import (
 )
 from dml_dist.report.formatting import format_metric, metric_label
 from dml_dist.report.study.read import Comparison
-from dml_dist.report.study.stats import Band
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-from typing import TYPE_CHECKING
-
-from dml_dist.report.study.stats import LEVEL
+from dml_dist.report.study.stats import LEVEL, Band
 from dml_dist.runs.study import axis_values, compare_section
 
 if TYPE_CHECKING:
@@ -33,27 +26,27 @@ if TYPE_CHECKING:
 
 _SIZE = (7.4, 4.2)  # inches
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)))
-"""One for each round through the colors."""
+"""Line styles, one for each cycle through the colors."""
 _COLUMNS = 4  # of the legend
 
 
 def draw_convergence(comparison: Comparison) -> list[Picture]:
-    """Draw mean lines with bands from the lowest to the highest run; none without curves."""
+    """Draw mean curves with bands from the lowest to the highest run; none without curves."""
     bands = [(method.name, method.band) for method in comparison.methods if len(method.band.mean)]
     if not bands:
         return []
     label = metric_label(comparison.recall_key)
     what = (
-        "test classes watched during training (“literature protocol”; nothing was selected by it)"
+        "test classes evaluated during training (“literature protocol”; nothing selected by them)"
         if comparison.protocol == "literature"
         else "validation classes"
     )
-    text = f"{label} on {what}: mean of the seeds, from the lowest to the highest run."
-    mark, reference = comparison.mark, comparison.reference
-    if mark is not None and reference is not None:
-        best = format_metric(comparison.recall_key, mark)
-        text += f" Dotted: the best of {reference.name}, {best}."
-    draw = partial(_draw, bands, mark, label)
+    text = f"{label} on {what}: mean over the seeds, band from the lowest to the highest run."
+    target, reference = comparison.target_recall, comparison.reference
+    if target is not None and reference is not None:
+        best = format_metric(comparison.recall_key, target)
+        text += f" Dotted: the target recall, {best}, the best of {reference.name}."
+    draw = partial(_draw, bands, target, label)
     return [
         draw_picture(
             "convergence-steps",
@@ -63,21 +56,21 @@ def draw_convergence(comparison: Comparison) -> list[Picture]:
         draw_picture(
             "convergence-time",
             "Against the time spent on training, without evaluations, checkpoints and start-up, "
-            f"as it was with {_others(comparison)}. {text}",
+            f"measured with {_concurrency(comparison)}. {text}",
             partial(draw, against="seconds of training"),
         ),
     ]
 
 
-def _others(comparison: Comparison) -> str:
+def _concurrency(comparison: Comparison) -> str:
     section = comparison.config.compare
     parallel = 1 if section is None else section.parallel
-    return "one run at a time" if parallel == 1 else f"{parallel} runs side by side"
+    return "one run at a time" if parallel == 1 else f"{parallel} runs at a time"
 
 
 def _draw(
     bands: list[tuple[str, Band]],
-    mark: float | None,
+    target: float | None,
     label: str,
     colors: Colors,
     *,
@@ -102,8 +95,8 @@ def _draw(
             markersize=4,
             label=name,
         )
-    if mark is not None:
-        axes.axhline(100 * mark, color=colors["muted"], linewidth=1, linestyle=(0, (1, 2)))
+    if target is not None:
+        axes.axhline(100 * target, color=colors["muted"], linewidth=1, linestyle=(0, (1, 2)))
     if against.startswith("step"):
         whole_numbers(axes.xaxis)
     axes.set_xlim(left=0)
@@ -131,7 +124,7 @@ def draw_axis(comparison: Comparison) -> list[Picture]:
         label = metric_label(key)
         text = (
             f"{label} on test classes against {axis.path}: mean over the seeds, with its "
-            f"{LEVEL:.0%} interval by Student t."
+            f"{LEVEL:.0%} interval by Student's t."
         )
         draw = partial(_draw_axis, _lines(comparison, key), axis.path, label)
         pictures.append(draw_picture(name, text, draw))
