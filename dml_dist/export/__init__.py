@@ -1,1 +1,1 @@
-"""A trained network as a bundle that stands alone, and search in it."""
+"""Export of a trained network as a self-contained bundle, and search in it."""

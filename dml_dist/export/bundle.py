@@ -1,16 +1,16 @@
-"""A bundle: all that a search for similar images needs, in one folder that stands alone.
+"""A bundle: everything that image search needs, in one self-contained folder.
 
-    manifest.json         what it is, and every other file with its size and crc32
+    manifest.json         metadata, and every other file with its size and crc32
     model.onnx            (batch, 3, H, W) float32 images -> (batch, D) float32 embeddings
-                          (beyond 2 GB its weights lie beside it, in model.onnx.data)
+                          (weights beyond 2 GB are in model.onnx.data)
     model.pt              the network's state dict, for torch
-    preprocessing.json    how an image becomes an input of the network
+    preprocessing.json    how to make an input of the network from an image
     labels.json           label -> class name, of the classes in the gallery
     gallery.faiss         Faiss IndexFlatL2 of the gallery's embeddings
     gallery.parquet       one row for each of them, in the same order: key, label, super_class,
-                          tar_shard, thumbnail (encoded image, null where there is none)
+                          tar_shard, thumbnail (encoded image or null)
 
-It is written into a hidden folder and takes its name by one rename.
+It is written into a hidden folder, which is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ _BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle is.
+    """Content of manifest.json.
 
     Attributes:
         name: Name of the run.
         created: UTC time, ISO 8601.
-        run: Where the network comes from: folder, seed, checkpoint, step, split, git, versions.
-        metrics: The run's metrics, as far as it has any.
+        run: Origin of the network: folder, seed, checkpoint, step, split, git, versions.
+        metrics: The run's metrics; empty if it has none.
         model: The model section of the run's configuration.
-        distance: How embeddings are compared.
+        distance: Distance between embeddings.
         normalized: Whether the ONNX network divides embeddings by their norm (for cosine).
         embedding_size: D.
-        onnx: Opset, exporter, and how far its output was from torch's.
-        gallery: Number of images and classes, where they are, and their thumbnails.
+        onnx: Opset, exporter, and the largest difference of its output from torch's.
+        gallery: Number of images and classes, their location, and their thumbnails.
         files: Name -> size in bytes and crc32.
         format_version: Version of this format.
     """
@@ -90,18 +90,18 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A bundle that was read and found whole.
+    """A bundle that was read and verified.
 
     Attributes:
         path: Its folder.
-        manifest: What it is.
+        manifest: Content of manifest.json.
         model: Configuration of the network.
         transform: Configuration of the preprocessing.
-        stored_ND: The gallery's float32 rows, (N, D), as the index holds them.
+        stored_ND: The gallery's float32 rows, (N, D), as in the index.
         keys: N keys of the samples.
         labels: (N,) int64.
         class_names: Label -> name.
-        thumbnails: N encoded images, None where there is none.
+        thumbnails: N encoded images or None.
     """
 
     path: Path
@@ -116,7 +116,7 @@ class Bundle:
 
 
 class Embedder(nn.Module):
-    """What the ONNX file holds: the network, and the normalisation that cosine asks for."""
+    """The module in the ONNX file: the network, with normalization for cosine distance."""
 
     def __init__(self, model: EmbeddingModel, normalized: bool) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Embedder(nn.Module):
 
 
 def require_new(path: Path) -> None:
-    """Refuse a place where something is already.
+    """Check that a path is free or an empty folder.
 
     Raises:
         ConfigError: If `path` is a file or a folder that is not empty.
@@ -143,17 +143,16 @@ def require_new(path: Path) -> None:
     if path.exists() or path.is_symlink():
         what = "a file" if path.is_file() else "a folder that is not empty"
         raise ConfigError(
-            f"required a new folder for the bundle, got {path}, {what}; give another --out, or "
-            "remove it"
+            f"a bundle needs a new folder, but {path} is {what}; give another --out, or remove it"
         )
 
 
 @contextmanager
 def new_bundle(path: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `path` that takes its name when the block ends without error.
+    """Yield a hidden folder beside `path`, renamed to `path` when the block ends without error.
 
     Raises:
-        ConfigError: If there is something at `path`.
+        ConfigError: If `path` is a file or a folder that is not empty.
     """
     require_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,11 +185,11 @@ def write_gallery(
 
     Args:
         folder: The bundle's folder.
-        stored_ND: Rows that distances are taken of, (N, D) float32.
-        keys: Keys of the samples, N; so for all that follows.
+        stored_ND: Rows that distances are computed from, (N, D) float32.
+        keys: N keys of the samples; all further arguments have N items.
         labels: (N,) int64.
         super_classes: Names, "" for none.
-        tar_shards: Files that the images are in.
+        tar_shards: The files with the images.
         thumbnails: Encoded images.
     """
     import faiss
@@ -211,7 +210,7 @@ def write_gallery(
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, with the sizes and checksums of all files that are there now."""
+    """Write the manifest, with the sizes and checksums of all files in the folder."""
     files = {file.name: _facts_of(file) for file in sorted(folder.iterdir())}
     write_json_atomic(folder / MANIFEST, {**asdict(manifest), "files": files})
 
@@ -233,7 +232,7 @@ def _flush(file: Path) -> None:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle, verified.
+    """Read and verify a bundle.
 
     Raises:
         DataError: If the folder is no bundle, of another version, or damaged.
@@ -242,10 +241,10 @@ def read_bundle(path: Path) -> Bundle:
     for name, facts in manifest.files.items():
         file = path / Path(name).name
         if not file.is_file() or _facts_of(file) != facts:
-            state = "is not there" if not file.is_file() else "was changed or damaged"
+            state = "is missing" if not file.is_file() else "was changed or damaged"
             raise DataError(
-                f"required the file {name} of the bundle {path} as it was exported, but it "
-                f"{state}; copy the bundle again, or export it anew"
+                f"the file {name} of the bundle {path} {state} since the export; copy the bundle "
+                "again, or export it again"
             )
     try:
         model = ModelConfig.model_validate_json(json.dumps(manifest.model))
@@ -268,40 +267,39 @@ def read_bundle(path: Path) -> Bundle:
         )
     except (KeyError, TypeError, ValueError, ValidationError, RuntimeError, pa.ArrowException) as e:
         raise DataError(
-            f"required a bundle that this version can read, got {path}, whose content does not "
-            f"fit together ({e!r}); export it anew"
+            f"this version cannot read the bundle {path}: its files do not fit together ({e!r}); "
+            "export it again"
         ) from None
     if len(bundle.keys) != len(stored_ND) or not bundle.keys:
         raise DataError(
-            f"required as many rows in {GALLERY} as in {INDEX}, at least one, got "
-            f"{len(bundle.keys)} and {len(stored_ND)} in {path}; export the bundle anew"
+            f"{GALLERY} and {INDEX} must have the same number of rows, at least one, but have "
+            f"{len(bundle.keys)} and {len(stored_ND)} in {path}; export the bundle again"
         )
     return bundle
 
 
 def _read_manifest(path: Path) -> Manifest:
-    found = "which does not exist"
+    found = "it does not exist"
     if path.exists():
         empty = path.is_dir() and not any(path.iterdir())
-        found = "which is empty" if empty else f"which holds no {MANIFEST}"
+        found = "it is empty" if empty else f"it has no {MANIFEST}"
     if not (path / MANIFEST).is_file():
         raise DataError(
-            f"required the folder of a bundle, got {path}, {found}; make one with "
-            "`dml-dist export RUN --out BUNDLE`"
+            f"{path} is not the folder of a bundle: {found}; make one with `dml-dist export RUN "
+            "--out BUNDLE`"
         )
     values = read_json(path / MANIFEST)
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION or "onnx" not in values:
         raise DataError(
-            f"required a bundle of format {FORMAT_VERSION}, got {path / MANIFEST} of format "
-            f"{version}; export the run anew with this version of dml-dist"
+            f"{path / MANIFEST} has format {version}, but this version of dml-dist reads format "
+            f"{FORMAT_VERSION}; export the run again with this version"
         )
     try:
         return Manifest(**values)
     except TypeError as error:
         raise DataError(
-            f"required the manifest of a bundle, got {path / MANIFEST}, which is damaged "
-            f"({error}); export the run anew"
+            f"the manifest {path / MANIFEST} is damaged ({error}); export the run again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""`dml-dist export`: a run's network and a gallery as a bundle (`export/bundle.py`)."""
+"""`dml-dist export`: writes a run's network and a gallery as a bundle (`export/bundle.py`)."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _CHECKED_IMAGES = 5
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export.
+    """Options of an export.
 
     Attributes:
         split: `validation`, or the split of the index whose images are the gallery.
         checkpoint: `best`, `last` or the folder of a checkpoint.
-        thumbnails_mb: Bound on the bytes of all thumbnails, MiB; 0 keeps none.
+        thumbnails_mb: Largest size of all thumbnails in MiB; 0 for none.
     """
 
     split: str = "test"
@@ -69,16 +69,16 @@ def run_export(
 
     Args:
         run_dir: The run's folder.
-        out: The bundle's folder, which must be new.
+        out: The bundle's folder, new or empty.
         console: Where progress goes.
-        options: What to export.
+        options: Split, checkpoint and thumbnails.
         overrides: Changes to the run's configuration: evaluation, launch, paths.
 
     Raises:
-        ConfigError: If the folder is no run, `out` is taken, or a package is missing.
+        ConfigError: If the folder is no run, `out` is not free, or a package is missing.
         CheckpointError: If the checkpoint is missing or damaged.
         DataError: If the data is missing or damaged, or the split has no gallery image.
-        RunError: If torch cannot export the network, or ONNX gives other embeddings.
+        RunError: If torch cannot export the network, or ONNX gives different embeddings.
     """
     out = out.absolute()
     files.require_new(out)
@@ -106,8 +106,8 @@ def _gallery_rows(context: RunContext, split: str) -> np.ndarray:
     rows = rows[context.index.role[rows] != "query"]
     if not len(rows):
         raise DataError(
-            f"required gallery images in the split {split!r}, got queries alone in "
-            f"{context.index.root}; give another --split"
+            f"the split {split!r} of {context.index.root} has queries only, no gallery images; "
+            "give another --split"
         )
     return rows
 
@@ -169,7 +169,7 @@ def _write_gallery(
     options: ExportOptions,
     emit: Emit,
 ) -> dict[str, Any]:
-    """Write index, table and label map; return what the manifest says of them."""
+    """Write index, table and label map; return their entry of the manifest."""
     index, config = context.index, context.config
     embeddings, labels, _ = context.embed(model, rows, f"embed {options.split}")
     small = thumbnails(reader, rows, int(options.thumbnails_mb * 2**20), emit)
@@ -196,7 +196,7 @@ def _write_gallery(
             "number": len(kept),
             "num_bytes": sum(map(len, kept)),
             "longer_side": THUMBNAIL_SIDE,
-            "source": "the samples of `data`, made smaller; tar_shard and key name them",
+            "source": "the samples of `data`, resized; tar_shard and key identify them",
         },
     }
 
@@ -204,7 +204,7 @@ def _write_gallery(
 def _origin(
     config: RunConfig, folder: RunFolder, checkpoint: Path, options: ExportOptions
 ) -> dict[str, Any]:
-    """Return where the network comes from, for the manifest."""
+    """Return the origin of the network, for the manifest."""
     info = folder.info()
     git = git_revision(Path(__file__).parent)
     trained = info.attempts[-1] if info.attempts else None
@@ -230,7 +230,7 @@ def _origin(
 
 
 def preprocessing(config: TransformConfig) -> dict[str, Any]:
-    """Return how an image becomes an input of the network, as plain values for any program."""
+    """Return the steps from an image to an input of the network, as plain JSON values."""
     values: dict[str, Any] = {"transform": config.model_dump(mode="json")}
     if isinstance(config, StandardTransformConfig):
         values["steps"] = [
@@ -254,19 +254,19 @@ def preprocessing(config: TransformConfig) -> dict[str, Any]:
 
 
 def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) -> list[bytes | None]:
-    """Return a thumbnail of each row, None for those beyond the bound on all bytes.
+    """Return a thumbnail of each row, None once their total size has reached a bound.
 
     Args:
-        reader: Where the images are.
+        reader: Reads the images.
         rows: (N,) int64 index rows.
-        bound: Bytes; the last thumbnail may go beyond it.
+        bound: Bytes; the last thumbnail may exceed it.
         emit: Takes progress events.
     """
     found: list[bytes | None] = []
     total = 0
     for number, row in enumerate(rows):
         if total >= bound:
-            emit(note(f"thumbnails of the first {number:,} images alone: they are {total:,} bytes"))
+            emit(note(f"thumbnails of the first {number:,} images only: they take {total:,} bytes"))
             return found + [None] * (len(rows) - number)
         data = thumbnail(reader.read(row))
         found.append(data)
@@ -277,7 +277,7 @@ def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) ->
 
 
 def thumbnail(data: bytes) -> bytes:
-    """Return an image as a JPEG of THUMBNAIL_SIDE pixels at most, without loss where it is small.
+    """Return an image as a JPEG of THUMBNAIL_SIDE pixels at most, as a PNG if it is small.
 
     Args:
         data: An encoded image that can be decoded.

@@ -1,4 +1,4 @@
-"""A network as ONNX, compared with torch; the packages for it are an optional extra."""
+"""ONNX export, verified against torch; its packages are an optional extra."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EXTRA = ("onnx", "onnxscript", "onnxruntime")
 """Packages of the optional extra `export`; torch's exporter needs the first two."""
 
 TOLERANCE = 1e-4
-"""Largest difference of ONNX's and torch's float32 embeddings, over the largest coordinate."""
+"""Largest allowed difference between ONNX and torch, relative to the largest coordinate."""
 
 
 def require_extra() -> None:
-    """Refuse to go on without the packages of the extra.
+    """Check that the packages of the extra are installed.
 
     Raises:
         ConfigError: If one is missing; it names the extra.
@@ -32,8 +32,8 @@ def require_extra() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise ConfigError(
-                f"required the package {package} to export a network as ONNX, got {error}; "
-                "install the extra: pip install 'dml-dist[export]'"
+                f"export to ONNX needs the package {package}, which cannot be imported ({error}); "
+                "run `pip install 'dml-dist[export]'`"
             ) from None
 
 
@@ -68,15 +68,14 @@ def export_onnx(embedder: Embedder, images: Tensor, path: Path) -> dict[str, Any
         program.save(str(path))
     except Exception as error:  # The exporter raises many classes, some private.
         raise RunError(
-            f"required a network that torch can export as ONNX, got {type(error).__name__}: "
-            f"{str(error)[:600]}; a custom backbone may not branch on values of its input"
+            f"torch cannot export this network as ONNX ({type(error).__name__}: "
+            f"{str(error)[:600]}); a custom backbone must not branch on values of its input"
         ) from error
     difference = _difference(embedder, images, path)
     if not difference <= TOLERANCE:
         raise RunError(
-            f"required ONNX embeddings within {TOLERANCE:g} of torch's (over the largest "
-            f"coordinate), got a difference of {difference:.2e}; do not use this network outside "
-            "of torch"
+            f"ONNX embeddings differ from torch's by {difference:.2e} of the largest coordinate, "
+            f"more than the tolerance {TOLERANCE:g}; use this network with torch only"
         )
     return {
         "input": INPUT,
@@ -89,7 +88,7 @@ def export_onnx(embedder: Embedder, images: Tensor, path: Path) -> dict[str, Any
 
 @torch.no_grad()
 def _difference(embedder: Embedder, images: Tensor, path: Path) -> float:
-    """Return the largest difference of coordinates between ONNX and torch, over the largest one."""
+    """Return the largest difference between ONNX and torch, relative to the largest coordinate."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

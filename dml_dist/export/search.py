@@ -1,4 +1,4 @@
-"""`dml-dist search`: the images of a bundle that are nearest to given images."""
+"""`dml-dist search`: finds the images of a bundle that are nearest to given images."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from dml_dist.export.bundle import (
 from dml_dist.export.search_figure import Tile, write_picture
 from dml_dist.models.build_model import build_model
 from dml_dist.parallel.comm import Comm
+from dml_dist.report.figures import new_picture_path
 from dml_dist.search.exact import store_rows
 from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.propose import resolve_backend
@@ -42,7 +43,7 @@ _MEMORY_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """A gallery image that a query found.
+    """A gallery image found for a query.
 
     Attributes:
         row: Its row of the bundle's gallery.
@@ -72,18 +73,18 @@ def run_search(
         path: The bundle's folder.
         images: Image files, at least one.
         console: Where the table goes.
-        top: Neighbours of each image, >= 1.
-        out: File of the picture, PNG, which must be new; None takes a free name, search.png.
-        runtime: What computes embeddings; auto is onnxruntime where it is installed, else torch.
+        top: Neighbors of each image, >= 1.
+        out: The picture, a new PNG file; None is search.png, or search-2.png and so on.
+        runtime: Computes the embeddings; auto is onnxruntime if it is installed, else torch.
 
     Returns:
-        For each image its neighbours, nearest first.
+        For each image its neighbors, nearest first.
 
     Raises:
-        ConfigError: If `out` exists, or onnxruntime is asked for and not installed.
+        ConfigError: If `out` exists, or onnxruntime is requested and not installed.
         DataError: If the bundle or an image cannot be read.
     """
-    out = _new_picture(out)
+    out = new_picture_path(out, "search")
     encoded = [_read_image(image) for image in images]
     bundle = read_bundle(path)
     inputs = _inputs(bundle, encoded, images)
@@ -96,26 +97,26 @@ def run_search(
     ]
     title = f"{bundle.manifest.name}: nearest of {len(bundle.keys):,} images, {_measure(bundle)}"
     is_whole = write_picture(out, tiles, title)
-    cut = "" if is_whole else " (its beginning; the tables hold all)"
+    cut = "" if is_whole else " (the first rows; the tables are complete)"
     console.print(f"picture: {out}{cut}", highlight=False, soft_wrap=True)
     return found
 
 
 def nearest(bundle: Bundle, embeddings_QD: Tensor, top: int) -> list[list[Found]]:
-    """Return the nearest gallery images of embeddings, exactly as an evaluation orders them.
+    """Return the nearest gallery images of embeddings, in the exact order of an evaluation.
 
     Args:
         bundle: The gallery.
         embeddings_QD: (Q, D) floats, normalised or not.
-        top: Neighbours of each, >= 1; fewer where the gallery ends.
+        top: Neighbors of each, >= 1; fewer if the gallery is smaller.
 
     Raises:
         DataError: If an embedding is not finite.
     """
     if not bool(embeddings_QD.isfinite().all()):
         raise DataError(
-            f"required finite embeddings, got others from the network of {bundle.path}; train the "
-            "run with a lower learning rate and export it anew"
+            f"the network of the bundle {bundle.path} gives embeddings that are not finite; train "
+            "the run with a lower learning rate and export it again"
         )
     stored_QD = store_rows(embeddings_QD, bundle.manifest.distance)
     comm = Comm.single()
@@ -128,7 +129,7 @@ def nearest(bundle: Bundle, embeddings_QD: Tensor, top: int) -> list[list[Found]
         backend=resolve_backend("auto", comm.device),
         memory_bytes=_MEMORY_BYTES,
     )
-    # The queries are no rows of the gallery: their numbers are none of its own.
+    # Queries are not rows of the gallery, so that no row number may exclude a gallery row.
     number_Q = torch.full((len(stored_QD),), -1)
     lists = shard.nearest(Queries(stored_QD, number_Q, number_Q), min(top, len(gallery_ND)))
     return [
@@ -149,7 +150,7 @@ def embed_images(bundle: Bundle, images: Tensor, runtime: Runtime = "auto") -> T
     """Return the embeddings of preprocessed images, (Q, D) float32.
 
     Args:
-        bundle: Whose network.
+        bundle: The bundle with the network.
         images: (Q, 3, H, W) float32.
         runtime: As in `run_search`.
 
@@ -160,8 +161,8 @@ def embed_images(bundle: Bundle, images: Tensor, runtime: Runtime = "auto") -> T
     match runtime:
         case "onnxruntime" if not installed:
             raise ConfigError(
-                "required the package onnxruntime, which is not installed; install the extra: "
-                "pip install 'dml-dist[export]', or give --runtime torch"
+                "--runtime onnxruntime needs the package onnxruntime, which is not installed; run "
+                "`pip install 'dml-dist[export]'`, or give --runtime torch"
             )
         case "onnxruntime":
             network = _onnx(bundle)
@@ -189,33 +190,14 @@ def _torch(bundle: Bundle) -> Callable[[Tensor], Tensor]:
         model.load_state_dict(torch.load(bundle.path / WEIGHTS, weights_only=True))
     except RuntimeError as error:
         raise DataError(
-            f"required the weights of the bundle's network in {bundle.path / WEIGHTS}, got other "
-            f"ones ({str(error)[:300]}); export the run anew"
+            f"the weights in {bundle.path / WEIGHTS} are not those of the bundle's network "
+            f"({str(error)[:300]}); export the run again"
         ) from None
     embedder = Embedder(model, bundle.manifest.normalized).eval()
     return torch.no_grad()(embedder)
 
 
-# ---------------------------------------------------------------- in and out
-
-
-def _new_picture(out: Path | None) -> Path:
-    """Return where the picture goes; nothing that exists is written over."""
-    if out is None:
-        names = ["search.png", *(f"search-{number}.png" for number in range(2, 10_000))]
-        return next(path for name in names if not (path := Path(name).absolute()).exists())
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out must be the name of a PNG file, got {out}; end it in .png")
-    if out.exists():
-        raise ConfigError(
-            f"required a new file for the picture, got {out}, which exists; give another --out, "
-            "or remove it"
-        )
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(
-            f"required a folder for the picture, got {out}, whose folder does not exist; make it"
-        )
-    return out.absolute()
+# ---------------------------------------------------------------- input and output
 
 
 def _read_image(path: Path) -> bytes:
@@ -223,8 +205,8 @@ def _read_image(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"required an image file, got {path}: {error.strerror or error}; give the path of a "
-            "JPEG, PNG or another image"
+            f"the image {path} cannot be read: {error.strerror or error}; give the path of a JPEG, "
+            "PNG or another image file"
         ) from None
 
 
@@ -246,7 +228,7 @@ def _measure(bundle: Bundle) -> str:
 
 
 def _shown(distance: float) -> str:
-    """Return a distance with four digits; below 1e-9 rows are equal but for rounding."""
+    """Return a distance with four digits; below 1e-9 the rows are equal up to rounding."""
     return f"{distance:.4f}" if distance >= 0.01 or distance < 1e-9 else f"{distance:.1e}"
 
 

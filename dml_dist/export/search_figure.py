@@ -1,4 +1,4 @@
-"""The picture of a search: a line for each query, on its left, with its neighbours beside it."""
+"""The picture of a search: one row per query, with its neighbors to the right."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _INCHES = 1.25  # side of a tile
 _CAPTION_INCHES = 0.42
 _DPI = 160
-_COLUMNS = 11  # tiles of a line; longer lists go on below
-_MOST_LINES = 50  # a taller picture is more than people and drawing libraries take
+_COLUMNS = 11  # tiles of a row; longer lists are wrapped
+_MOST_LINES = 50  # a taller picture is hard to read and to draw
 _LONGEST_TEXT = 18
 _QUERY_COLOR = "#b3261e"
 _SIDE = 320  # pixels of a query's longer side, sharp enough for a tile
@@ -49,11 +49,11 @@ def write_picture(path: Path, lines: Sequence[Sequence[Tile]], title: str) -> bo
 
     Args:
         path: The file.
-        lines: For each query its tile and those of its neighbours.
-        title: Above the picture.
+        lines: For each query its tile and those of its neighbors.
+        title: Heading of the picture.
 
     Returns:
-        Whether everything is on it; it ends after 50 lines.
+        Whether it is complete; it ends after 50 rows.
     """
     from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ def write_picture(path: Path, lines: Sequence[Sequence[Tile]], title: str) -> bo
 
 
 def _wrapped(line: Sequence[Tile]) -> list[list[Tile | None]]:
-    """Cut a long line of tiles; what goes on below leaves the query's column empty."""
+    """Wrap a long line of tiles; the query's column stays empty in further rows."""
     query, *others = line
     room = _COLUMNS - 1
     count = max(1, math.ceil(len(others) / room))
@@ -119,7 +119,7 @@ def _pixels(data: bytes) -> np.ndarray:
 
 
 def _cut(text: str, longest: int) -> str:
-    """Leave out the middle of a long text: names of classes often differ at their end."""
+    """Cut out the middle of a long text: class names often differ at their end."""
     if len(text) <= longest:
         return text
     half = (longest - 1) // 2

@@ -1,4 +1,4 @@
-"""The curves of a run: training and evaluation records against the step."""
+"""Curves of a run: training and evaluation records by step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 _XLABEL = "step (optimizer updates)"
 _SMALL = (3.5, 2.1)  # inches
-_MARKS_UP_TO = 30  # evaluations of a line that are marked one by one
-_SMOOTH_FROM = 40  # records from which a running mean says more than the records
-_MOST_POINTS = 1500  # of a line: more than a screen has columns for it
+_MARKS_UP_TO = 30  # evaluations of a line that get a marker each
+_SMOOTH_FROM = 40  # records from which a running mean is drawn as well
+_MOST_POINTS = 1500  # of a line: more than a screen has columns
 
 
 def draw_curves(summary: RunSummary) -> list[Picture]:
-    """Draw the curves that the records allow.
+    """Draw the curves for which there are records.
 
     The loss, the scores of evaluations, the learning rate, the speed, and the gradient norm.
     """
@@ -68,7 +68,7 @@ class _Line:
 
 
 def _retrieval_lines(summary: RunSummary) -> list[_Line]:
-    """Return recall and MAP@R of the validation, and of the test split where it was watched."""
+    """Return recall and MAP@R on validation and, if evaluated during training, test classes."""
     keys = [("map_at_r", "map")]
     recall = recall_key(*summary.evaluations)
     if recall is not None:
@@ -100,8 +100,8 @@ def _retrieval_caption(summary: RunSummary) -> str:
     text = "Retrieval among held-out classes against the step."
     if len(summary.evaluation("map_at_r", "literature")):
         text = (
-            "Retrieval against the step. Dashed: test classes watched during training, as much of "
-            "the literature does (“literature protocol”); nothing was selected by it."
+            "Retrieval against the step. Dashed: test classes evaluated during training, as in "
+            "much of the literature (“literature protocol”); nothing was selected by them."
         )
     return text
 
@@ -139,7 +139,7 @@ def _draw_series(
         mean = _running_mean(series.values, _window(len(series)))
         drawn = _thinned(Series(series.steps, mean))
         axes.plot(drawn.steps, drawn.values, color=colors["recall"], linewidth=1.8)
-    if label != "training loss":  # a share of zero is what these are seen against
+    if label != "training loss":  # the others are compared with zero
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     return figure
@@ -158,7 +158,7 @@ def _draw_retrieval(lines: list[_Line], colors: Colors) -> Figure:
             linestyle="--" if line.dashed else "-",
             marker=None if crowded else "o" if line.color == "recall" else "s",
             markersize=3.5,
-            # Open marks say test where the dashes between two points are too few to be seen.
+            # Open markers show the test split where dashes are too short to be seen.
             markerfacecolor="none" if line.dashed else colors[line.color],
             label=line.label,
         )
@@ -168,16 +168,16 @@ def _draw_retrieval(lines: list[_Line], colors: Colors) -> Figure:
 
 
 def _thinned(series: Series) -> Series:
-    """Return at most _MOST_POINTS points that look the same: the extremes of each stretch."""
+    """Return at most _MOST_POINTS points that look the same: the extremes of each interval."""
     if len(series) <= _MOST_POINTS:
         return series
     kept = {0, len(series) - 1}
-    for stretch in np.array_split(np.arange(len(series)), _MOST_POINTS // 2 - 1):
-        values = series.values[stretch]
+    for interval in np.array_split(np.arange(len(series)), _MOST_POINTS // 2 - 1):
+        values = series.values[interval]
         if np.isfinite(values).any():
-            kept |= {int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}
+            kept |= {int(interval[np.nanargmin(values)]), int(interval[np.nanargmax(values)])}
         else:
-            kept.add(int(stretch[0]))
+            kept.add(int(interval[0]))
     chosen = np.array(sorted(kept))
     return Series(series.steps[chosen], series.values[chosen])
 

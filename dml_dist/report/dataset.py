@@ -1,4 +1,4 @@
-"""`dml-dist data show`: a data set's numbers in the terminal, and a picture to look at."""
+"""`dml-dist data show`: statistics of a data set on the terminal, and a picture of it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ from dml_dist.data.statistics import (
     split_facts,
     split_names,
 )
-from dml_dist.errors import ConfigError
 from dml_dist.files import write_bytes_atomic
-from dml_dist.report.figures import LIGHT, SERIES, new_figure, style_axes, whole_numbers
+from dml_dist.report.figures import (
+    LIGHT,
+    SERIES,
+    new_figure,
+    new_picture_path,
+    style_axes,
+    whole_numbers,
+)
 from dml_dist.report.formatting import MISSING
 from dml_dist.urls import is_url, shown_url
 
@@ -45,15 +51,15 @@ def show_dataset(
     window: int | None = None,
     seed: int = 0,
 ) -> Path:
-    """Print what a data set holds and write a picture of it.
+    """Print the statistics of a data set and write a picture of it.
 
     Args:
         location: Folder of tar shards and index, or a URL of one: its index and a few tar shards
             are copied, those into the cache of `data.cache`'s defaults.
         console: Where tables and warnings go.
         out: The picture, a PNG that does not exist yet; None is a new file in the current folder.
-        window: Tar shards that a shuffled epoch mixes; None is the configuration's default.
-        seed: Seed of the classes and images that are shown.
+        window: Number of tar shards mixed by a shuffled epoch; None is the default.
+        seed: Seed of the choice of classes and images.
 
     Returns:
         The picture.
@@ -65,7 +71,7 @@ def show_dataset(
     """
     shown = shown_url(str(location))
     stem = Path(shown).name if is_url(location) else Path(location).absolute().name
-    target = _new_file(stem or "data", out)
+    target = new_picture_path(out, f"{stem or 'data'}-show")
     index = open_index(str(location), CacheConfig())
     names = split_names(index)
     facts = [split_facts(index, name, window=window, seed=seed) for name in names]
@@ -81,27 +87,11 @@ def show_dataset(
     return target
 
 
-def _new_file(stem: str, out: Path | None) -> Path:
-    """Return the file to write, which does not exist."""
-    if out is None:
-        names = (
-            f"{stem}-show{'' if number == 1 else f'-{number}'}.png" for number in range(1, 10**6)
-        )
-        return next(path for name in names if not (path := Path.cwd() / name).exists())
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out must name a PNG file, got {out}; end the name in .png")
-    if out.exists():
-        raise ConfigError(f"--out must name a new file, {out} exists; remove it or give another")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out needs a folder that exists, {out.absolute().parent} does not")
-    return out.absolute()
-
-
 # ---------------------------------------------------------------- the terminal
 
 
 def _table(shown: str, index: Index, facts: Sequence[SplitFacts]) -> Table:
-    """Return the numbers of all splits, one column a split."""
+    """Return the statistics of all splits, one column per split."""
     title = f"{len(index):,} images of {len(index.class_names):,} classes: {shown}"
     table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=True)
     table.add_column("")
@@ -120,16 +110,16 @@ def _table(shown: str, index: Index, facts: Sequence[SplitFacts]) -> Table:
     if any(set(fact.roles) - {"both"} for fact in facts):
         add("query and gallery", [_count(fact.roles.get("both", 0)) for fact in facts])
     table.add_section()
-    add("images of a class: smallest", [f"{fact.class_sizes[-1]:,}" for fact in facts])
-    add("images of a class: median", [f"{np.median(fact.class_sizes):,.6g}" for fact in facts])
-    add("images of a class: largest", [f"{fact.class_sizes[0]:,}" for fact in facts])
+    add("images per class: smallest", [f"{fact.class_sizes[-1]:,}" for fact in facts])
+    add("images per class: median", [f"{np.median(fact.class_sizes):,.6g}" for fact in facts])
+    add("images per class: largest", [f"{fact.class_sizes[0]:,}" for fact in facts])
     add("largest / median", [f"{fact.imbalance:,.1f}" for fact in facts])
     add("Gini coefficient of sizes", [f"{fact.gini:.2f}" for fact in facts])
     add("classes with one image", [f"{fact.lone_share:.1%}" for fact in facts])
     table.add_section()
     add("windows of a shuffled epoch", [f"{len(fact.window_classes):,}" for fact in facts])
     add("classes in a window, median", [f"{np.median(fact.window_classes):,.0f}" for fact in facts])
-    add("the same, if images were mixed", [f"{fact.mixed_classes:,.0f}" for fact in facts])
+    add("the same, if images were shuffled", [f"{fact.mixed_classes:,.0f}" for fact in facts])
     return table
 
 
@@ -138,7 +128,7 @@ def _count(number: int) -> str:
 
 
 def _size_lines(index: Index) -> list[str]:
-    """Return what there is to say of the sizes of all images."""
+    """Return the sizes of all images, in bytes and in pixels."""
     megabytes = float(index.length.sum()) / 2**20
     stored = f"{len(index.tar_shards):,} tar shards, {megabytes:,.1f} MiB of images"
     kinds, counts = np.unique(index.extension.astype(str), return_counts=True)
@@ -205,14 +195,14 @@ def _png(figure: Figure) -> bytes:
 
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # Class names may be in any script; what no font has is drawn as a box.
+        # Class names may be in any script; missing glyphs are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="png", dpi=130, facecolor="white")
     return file.getvalue()
 
 
 def _draw_class_sizes(axes: Axes, facts: Sequence[SplitFacts]) -> None:
-    style_axes(axes, LIGHT, "images of a class", "classes")
+    style_axes(axes, LIGHT, "images per class", "classes")
     axes.set_title("Class sizes", loc="left", fontweight="bold", color=LIGHT["ink"])
     largest = max(int(fact.class_sizes[0]) for fact in facts)
     smallest = min(int(fact.class_sizes[-1]) for fact in facts)

@@ -1,14 +1,18 @@
-"""The look of figures: drawn once, saved as PNG, and as SVG that takes the page's colors."""
+"""Figure style: each figure as PNG, and as SVG in the colors of the page."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from dml_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 Colors = Mapping[str, str]
 
-# Okabe and Ito's colors, which people with any kind of color vision tell apart.
+# The palette of Okabe and Ito, safe for color blindness.
 LIGHT: Colors = {
     "ink": "#1b1f24",
     "muted": "#626b76",
@@ -30,10 +34,10 @@ LIGHT: Colors = {
     "sixth": "#3d93c9",
 }
 SERIES = ("recall", "map", "third", "fourth", "fifth", "sixth")
-"""Names of the colors that tell apart what has no color of its own."""
+"""Names of the colors of series that have no color of their own."""
 
-# In SVG these stand for the page's custom properties and are replaced after drawing.
-MARKS: Colors = {name: f"#00fe{number:02x}" for number, name in enumerate(LIGHT)}
+# Placeholders in SVG, replaced by the page's custom properties after drawing.
+PLACEHOLDERS: Colors = {name: f"#00fe{number:02x}" for number, name in enumerate(LIGHT)}
 
 SIZE = (4.6, 2.9)  # inches; 331 units of the SVG: about the width of a phone
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
@@ -48,7 +52,7 @@ class Picture:
         caption: What it shows, a sentence or more.
         png: The figure, 200 dots an inch, for light paper.
         svg: The same figure, whose colors are custom properties of the page.
-        small: Whether it stands beside two others of its kind.
+        small: Whether the page shows it small, three in a row.
     """
 
     name: str
@@ -61,15 +65,42 @@ class Picture:
 def draw_picture(
     name: str, caption: str, draw: Callable[[Colors], Figure], *, small: bool = False
 ) -> Picture:
-    """Draw a figure twice, with the colors of paper and with marks for the page's colors."""
+    """Draw a figure twice: with the light colors, and with placeholders for the page's colors."""
     import matplotlib
 
-    # The salt makes the names inside the SVG, and so the file, the same each time.
+    # The salt makes the ids inside the SVG, and so the file, the same each time.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         png, svg = io.BytesIO(), io.StringIO()
         draw(LIGHT).savefig(png, format="png", dpi=200)
-        draw(MARKS).savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+        draw(PLACEHOLDERS).savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
     return Picture(name, caption, png.getvalue(), _for_page(svg.getvalue(), name, caption), small)
+
+
+def new_picture_path(out: Path | None, stem: str) -> Path:
+    """Return where a command writes its picture; it overwrites nothing.
+
+    Args:
+        out: The value of --out; None is STEM.png in the current folder, or STEM-2.png, ...
+        stem: Name without extension.
+
+    Raises:
+        ConfigError: If `out` exists or is no PNG, or its folder does not exist.
+    """
+    if out is None:
+        names = (f"{stem}{'' if n == 1 else f'-{n}'}.png" for n in itertools.count(1))
+        return next(path for name in names if not (path := Path.cwd() / name).exists())
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out must name a PNG file, got {out}; end the name in .png")
+    if out.exists():
+        raise ConfigError(
+            f"--out must name a new file, but {out} exists; remove it or give another name"
+        )
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(
+            f"--out must be in an existing folder, but {out.absolute().parent} does not exist; "
+            "create it or give another --out"
+        )
+    return out.absolute()
 
 
 def new_figure(size: tuple[float, float] = SIZE) -> Figure:
@@ -90,7 +121,7 @@ def new_axes(
     *,
     size: tuple[float, float] = SIZE,
 ) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes in the house's look."""
+    """Return a figure with one pair of axes in the style of reports."""
     figure = new_figure(size)
     axes = figure.add_subplot()
     style_axes(axes, colors, xlabel, ylabel)
@@ -98,7 +129,7 @@ def new_axes(
 
 
 def style_axes(axes: Axes, colors: Colors, xlabel: str, ylabel: str) -> None:
-    """Give axes the house's look: one spine, pale horizontal rules, quiet labels."""
+    """Apply the style of reports: one spine, light horizontal grid lines, muted labels."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(colors["muted"])
     axes.grid(axis="y", color=colors["rule"], linewidth=0.8)
@@ -110,7 +141,7 @@ def style_axes(axes: Axes, colors: Colors, xlabel: str, ylabel: str) -> None:
 
 
 def whole_numbers(axis: Any, count: int = 6) -> None:
-    """Let an axis have ticks at whole numbers, with thousands set apart."""
+    """Let an axis have ticks at whole numbers, with thousands separators."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(count, integer=True))
@@ -118,7 +149,7 @@ def whole_numbers(axis: Any, count: int = 6) -> None:
 
 
 def legend_above(figure: Figure, colors: Colors, columns: int = 2, **changes: Any) -> None:
-    """Put the legend above the axes, where it hides nothing."""
+    """Place the legend above the axes, where it covers no data."""
     options = {"handlelength": 2.2, "columnspacing": 1.2, "fontsize": 8, **changes}
     figure.legend(
         loc="outside upper left",
@@ -130,7 +161,7 @@ def legend_above(figure: Figure, colors: Colors, columns: int = 2, **changes: An
 
 
 def add_points(axes: Axes, points_N2: np.ndarray, color: str, size: float, **options: Any) -> None:
-    """Draw points as one path: a tenth of the bytes that a marker for each would take in SVG.
+    """Draw points as one path: a tenth of the SVG bytes of one marker per point.
 
     Args:
         axes: Where.
@@ -140,14 +171,14 @@ def add_points(axes: Axes, points_N2: np.ndarray, color: str, size: float, **opt
         options: Of the patch, such as zorder, alpha.
     """
     from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
+    from matplotlib.path import Path as Outline
 
     if not len(points_N2):
         return
     # Strokes of no length with round ends are dots.
     vertices = np.repeat(np.asarray(points_N2, dtype=np.float64), 2, axis=0)
-    codes = np.tile(np.array([Path.MOVETO, Path.LINETO], dtype=np.uint8), len(points_N2))
-    path = Path(vertices, codes)
+    codes = np.tile(np.array([Outline.MOVETO, Outline.LINETO], dtype=np.uint8), len(points_N2))
+    path = Outline(vertices, codes)
     path.should_simplify = False
     patch = PathPatch(
         path, facecolor="none", edgecolor=color, linewidth=size, capstyle="round", **options
@@ -156,10 +187,10 @@ def add_points(axes: Axes, points_N2: np.ndarray, color: str, size: float, **opt
 
 
 def _for_page(svg: str, name: str, caption: str) -> str:
-    """Return matplotlib's SVG as an element of a page: its fonts, its colors, its width."""
+    """Return matplotlib's SVG for a page: with its fonts, its colors and its width."""
     svg = svg[svg.index("<svg") :]
-    for key, mark in MARKS.items():
-        svg = svg.replace(mark, f"var(--{key})")
+    for key, color in PLACEHOLDERS.items():
+        svg = svg.replace(color, f"var(--{key})")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     svg = re.sub(r"(font: (?:[\w.]+ )*?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
@@ -167,7 +198,7 @@ def _for_page(svg: str, name: str, caption: str) -> str:
     svg = re.sub(
         r'(?<= d=")[^"]*', lambda match: _NUMBER.sub(_rounded, match[0].replace("\n", "")), svg
     )
-    # Names must be the page's own: two figures both have an axes_1.
+    # Ids must be unique on the page: every figure has an axes_1.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
     label = caption.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     head = rf'<svg role="img" aria-label="{label}" viewBox="\1"'

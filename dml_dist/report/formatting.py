@@ -1,4 +1,4 @@
-"""Numbers as people read them: names of metrics, percent, durations, and the table of results."""
+"""Metric formatting: labels, percent, durations, and the table of results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MISSING = "–"  # noqa: RUF001 - a dash, for a value that there is not
+MISSING = "–"  # noqa: RUF001 - a dash, for a missing value
 
 _SHARES = {
     "map_at_r": "MAP@R",
@@ -38,18 +38,18 @@ _COUNTS = {
 }
 _RECALL = re.compile(r"recall_at_(\d+)")
 _SUPER_RECALL = re.compile(r"super_class_recall_at_(\d+)")
-# Numbers as other projects define them: `project.number`.
+# Metrics as other projects define them: `project.metric`.
 _DEFINITION = re.compile(r"(nir|oml|mlrc)\.(\w+)")
 _PROJECTS = {"nir": "NIR", "oml": "OML", "mlrc": "Musgrave et al."}
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One metric of the table of results, ready to be shown.
+    """One metric of the table of results, formatted.
 
     Attributes:
         key: Name of the metric, such as "recall_at_1".
-        label: Its name for people, such as "R@1".
+        label: Its display name, such as "R@1".
         untrained: Value on the test split before training, or a dash.
         trained: Value on the test split after training, or a dash.
         validation: Value of the best validation, or a dash.
@@ -63,14 +63,14 @@ class ResultRow:
 
     @property
     def is_count(self) -> bool:
-        """Whether it says how many, not how good."""
+        """Whether it is a count, not a score."""
         return self.key in _COUNTS
 
 
 def number(value: Any) -> float | None:
     """Return a value of a record as a float; None when it is no number.
 
-    JSON has no word for non-finite floats; they are stored as "nan", "inf" and "-inf".
+    JSON has no non-finite floats; they are stored as "nan", "inf" and "-inf".
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -78,13 +78,13 @@ def number(value: Any) -> float | None:
 
 
 def is_metric(key: str) -> bool:
-    """Whether a key of a record names a metric; a record also has its step, time and so on."""
+    """Whether a key of a record names a metric, not its step, time and so on."""
     known = key in _SHARES or key in _NUMBERS or key in _COUNTS
     return known or any(form.fullmatch(key) for form in (_RECALL, _SUPER_RECALL, _DEFINITION))
 
 
 def metric_label(key: str) -> str:
-    """Return a metric's name for people: recall_at_1 is R@1."""
+    """Return a metric's display name: R@1 for recall_at_1."""
     if match := _RECALL.fullmatch(key):
         return f"R@{match[1]}"
     if match := _SUPER_RECALL.fullmatch(key):
@@ -95,7 +95,7 @@ def metric_label(key: str) -> str:
 
 
 def format_metric(key: str, value: Any) -> str:
-    """Return a metric's value for people: shares in percent with two decimals, counts grouped."""
+    """Return a metric's value as text: shares in percent, counts with thousands separators."""
     amount = number(value)
     if amount is None:
         return MISSING
@@ -108,12 +108,12 @@ def format_metric(key: str, value: Any) -> str:
 
 
 def format_count(value: float) -> str:
-    """Return a number with thousands set apart: whole as it is, else four digits."""
+    """Return a number with thousands separators; four digits if it is not whole."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration for people: 0.42 s, 31 s, 4 min 12 s, 2 h 05 min."""
+    """Return a duration as text: 0.42 s, 31 s, 4 min 12 s, 2 h 05 min."""
     if not math.isfinite(seconds):
         return MISSING
     if seconds < 9.95:

@@ -1,8 +1,8 @@
-"""The retrieval gallery: a few queries with their nearest images, kept as thumbnails.
+"""The retrieval gallery: a few queries with their nearest images, saved as thumbnails.
 
 report/retrieval.json    queries and neighbors: row, class, distance, hit, file of the image; and
-                         the best and the worst classes with queries of their own
-report/images/           one thumbnail an image, named after its row
+                         the best and the worst classes, each with some of its queries
+report/images/           one thumbnail per image, named after its row
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dml_dist.data.decode import rgb_image
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
 from dml_dist.runs.folder import RunFolder
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side: sharp at 80 CSS pixels on a phone
-_SMALL = 64  # up to this side an image is kept without loss
+_SMALL = 64  # up to this side an image is saved without loss
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg"}
 _PLAIN_MODES = ("1", "L", "P", "RGB")
 
@@ -35,7 +34,7 @@ class GalleryNeighbor:
         row: Its row of the index.
         class_name: Its class.
         distance: Its distance from the query.
-        hit: Whether it counts as of the query's class.
+        hit: Whether it is of the query's class.
         image: An encoded image, or uint8 pixels (H, W) or (H, W, 3).
     """
 
@@ -68,8 +67,8 @@ class GalleryClass:
     Attributes:
         class_name: Its name.
         recall_at_1: Share of its queries that hit, in [0, 1].
-        num_queries: Its queries that count.
-        worst: Whether it stands among the worst classes, else among the best.
+        num_queries: Its counted queries.
+        worst: Whether it is one of the worst classes, else of the best.
         queries: Some of its queries.
     """
 
@@ -82,7 +81,7 @@ class GalleryClass:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """All that is kept to be looked at.
+    """Queries and classes that the report shows.
 
     Attributes:
         queries: Queries of any class, misses and hits.
@@ -94,7 +93,7 @@ class Gallery:
 
 
 def choose_queries(first_hit: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Draw the queries of a gallery: misses and hits in equal numbers as far as there are any.
+    """Draw the queries of a gallery: as far as possible as many misses as hits.
 
     Args:
         first_hit: (Q,) bool, whether each query's nearest image is a hit.
@@ -114,7 +113,7 @@ def choose_queries(first_hit: np.ndarray, count: int, seed: int = 0) -> np.ndarr
 def write_gallery(
     run_dir: Path, queries: Sequence[GalleryQuery], classes: Sequence[GalleryClass] = ()
 ) -> None:
-    """Keep queries and classes, with thumbnails of their images, in a run's folder.
+    """Write queries and classes, with thumbnails of their images, to a run's folder.
 
     Raises:
         DataError: If an image cannot be decoded.
@@ -166,7 +165,7 @@ def write_gallery(
 
 
 def read_gallery(run_dir: Path) -> Gallery | None:
-    """Return the gallery that `write_gallery` kept, None when there is none.
+    """Return the gallery that `write_gallery` wrote, None when there is none.
 
     A thumbnail that is missing reads as empty bytes.
 
@@ -179,7 +178,7 @@ def read_gallery(run_dir: Path) -> Gallery | None:
         return None
 
     def image(entry: dict[str, Any]) -> bytes:
-        # Only the name counts: nothing outside of the folder of thumbnails gets into the page.
+        # Only the name is used, so that no file outside of the folder gets into the page.
         file = report_dir / "images" / Path(entry["image"]).name
         return file.read_bytes() if file.is_file() else b""
 
@@ -213,13 +212,13 @@ def read_gallery(run_dir: Path) -> Gallery | None:
         return Gallery(queries(content["queries"]), classes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"required a retrieval gallery, got {path}, which is damaged ({error!r}); "
-            "evaluate the run again to write it anew"
+            f"the retrieval gallery {path} is damaged ({error!r}); resume the run to write it "
+            "again, or delete the file"
         ) from None
 
 
 def _is_plain(picture: Image.Image) -> bool:
-    """Tell whether a browser shows an image as training sees it: not blended, not rotated."""
+    """Whether a browser shows an image as training sees it: not blended, not rotated."""
     return (
         picture.format in _KEPT_FORMATS
         and picture.mode in _PLAIN_MODES
@@ -230,12 +229,14 @@ def _is_plain(picture: Image.Image) -> bool:
 
 def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
     """Return an image of THUMBNAIL_SIZE at most, encoded, and its file extension."""
+    from dml_dist.data.decode import rgb_image  # It imports torch, which readers do without.
+
     if isinstance(image, np.ndarray):
         shape = image.shape
         if image.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)):
             raise ValueError(
-                f"required uint8 pixels of shape (H, W) or (H, W, 3), got {image.dtype} {shape} "
-                f"for row {row}"
+                f"pixels of row {row} must be uint8 of shape (H, W) or (H, W, 3), got "
+                f"{image.dtype} {shape}"
             )
         picture: Image.Image = Image.fromarray(image)
     else:
@@ -244,8 +245,8 @@ def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
             picture.load()
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(
-                f"required an image for row {row} of the retrieval gallery, got {len(image)} bytes "
-                f"that cannot be decoded ({error}); run `dml-dist data verify` on the data set"
+                f"the image of row {row} cannot be decoded for the retrieval gallery ({error}; "
+                f"{len(image)} bytes); run `dml-dist data verify` on the data set"
             ) from None
         if max(picture.size) <= THUMBNAIL_SIZE and _is_plain(picture):
             return image, _KEPT_FORMATS[str(picture.format)]

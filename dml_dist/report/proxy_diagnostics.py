@@ -1,10 +1,10 @@
-"""Proxies of a run's checkpoint: lengths, near twins, and images that lie at others' proxies.
+"""Statistics of a checkpoint's proxies: norms, similar classes, and images near wrong proxies.
 
-report/proxies.npz, written at the end of a run by those who have checkpoint and images:
+report/proxies.npz, written by the final evaluation:
 
     names             (C,) text       class names, by class id
-    norms             (C, K) float32  lengths of the K proxies of each class
-    drawn             (S,) int64      class ids whose nearest other class was looked for
+    norms             (C, K) float32  norms of the K proxies of each class
+    drawn             (S,) int64      class ids whose nearest other class was searched
     nearest           (S,) int64      that class
     similarity        (S,) float32    cosine similarity of the two nearest proxies
     image_class       (M,) int64      class ids of some training images
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_LISTED = 10
-"""Rows of the lists of near twins and of confusions."""
+"""Rows of the lists of similar classes and of confusions."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProxyFacts:
-    """What proxies.npz holds; its fields as in the module's text."""
+    """The arrays of proxies.npz, described at the top of this module."""
 
     names: np.ndarray
     norms: np.ndarray
@@ -51,7 +51,7 @@ class ProxyFacts:
         """Share of the drawn training images whose nearest proxy is of their own class."""
         return float((self.image_class == self.image_nearest).mean())
 
-    def twins(self, count: int = NUM_LISTED) -> list[tuple[str, str, float]]:
+    def similar_pairs(self, count: int = NUM_LISTED) -> list[tuple[str, str, float]]:
         """Return the most similar pairs of classes, most similar first, each pair once."""
         pairs: dict[tuple[int, int], float] = {}
         for at in np.argsort(-self.similarity, kind="stable"):
@@ -83,7 +83,7 @@ class ProxyFacts:
 
 
 def write_proxy_facts(run_dir: Path, facts: ProxyFacts) -> None:
-    """Keep the facts in a run's folder."""
+    """Write the facts to a run's folder."""
     report_dir = RunFolder(run_dir).report_dir
     report_dir.mkdir(exist_ok=True)
     with open_atomic(report_dir / "proxies.npz") as file:
@@ -93,7 +93,7 @@ def write_proxy_facts(run_dir: Path, facts: ProxyFacts) -> None:
 
 
 def read_proxy_facts(run_dir: Path) -> ProxyFacts | None:
-    """Return what `write_proxy_facts` kept, None when there is nothing.
+    """Return what `write_proxy_facts` wrote, None when there is no file.
 
     Raises:
         DataError: If the file is damaged.
@@ -108,23 +108,23 @@ def read_proxy_facts(run_dir: Path) -> ProxyFacts | None:
             raise ValueError(f"norms of shape {facts.norms.shape} for {len(facts.names)} classes")
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"required facts about proxies, got {path}, which is damaged ({error!r}); "
-            "train the run's last steps again to write it anew"
+            f"the proxy statistics {path} cannot be read: the file is damaged ({error!r}); "
+            "resume the run to write it again, or delete the file"
         ) from None
     return facts
 
 
 def draw_proxies(facts: ProxyFacts) -> list[Picture]:
-    """Draw the lengths of the proxies, and how near each class's proxy is to another class's."""
+    """Draw the norms of the proxies, and their similarity to the nearest proxy of another class."""
     count = facts.norms.size
-    several = f" ({facts.norms.shape[1]} a class)" if facts.norms.shape[1] > 1 else ""
+    several = f" ({facts.norms.shape[1]} per class)" if facts.norms.shape[1] > 1 else ""
     low, high = float(facts.norms.min()), float(facts.norms.max())
     norms = draw_picture(
         "proxy-norms",
-        f"Lengths of the {count:,} proxies{several} of the checkpoint that was evaluated, "
-        f"{low:.3g} to {high:.3g}. A loss on normalized proxies does not see them; the step that "
-        "an update turns a proxy by falls with its length.",
-        partial(_draw_histogram, facts.norms.ravel(), "length of a proxy", "proxies", "recall"),
+        f"Norms of the {count:,} proxies{several} of the evaluated checkpoint, {low:.3g} to "
+        f"{high:.3g}. A loss on normalized proxies does not depend on them, but the larger the "
+        "norm, the less an update changes the proxy's direction.",
+        partial(_draw_histogram, facts.norms.ravel(), "norm of a proxy", "proxies", "recall"),
     )
     if not len(facts.similarity):
         return [norms]
@@ -133,7 +133,7 @@ def draw_proxies(facts: ProxyFacts) -> list[Picture]:
         "proxy-similarity",
         f"Cosine similarity of each class's proxy{drawn} to the nearest proxy of another class; "
         f"the median is {np.median(facts.similarity):.3f}, the highest "
-        f"{facts.similarity.max():.3f}. Near 1 the loss hardly tells two classes apart.",
+        f"{facts.similarity.max():.3f}. Near 1 the loss hardly separates the two classes.",
         partial(
             _draw_histogram, facts.similarity, "cosine similarity to the nearest", "classes", "map"
         ),

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_POINTS = 4_000
-"""Images of a map."""
+"""Largest number of images on a map."""
 MOST_QUERIES = 1_000
-"""Images whose distances to all others are drawn."""
+"""Largest number of images whose distances to all others are measured."""
 
 _BLOCK_FLOATS = 1 << 22  # of a block of distances: 16 MiB, some copies in float64 beside it
 _MAP_SIZE = (4.6, 4.6)  # inches
@@ -44,7 +44,7 @@ class Space:
     Attributes:
         vectors: (N, D) float32; with cosine distance of length 1.
         labels: (N,) int64.
-        distance: What the run compares embeddings by.
+        distance: The run's distance between embeddings.
     """
 
     vectors: np.ndarray
@@ -54,7 +54,7 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """Euclidean distances of Q drawn images to all others.
+    """Euclidean distances of Q sampled images to all others.
 
     Attributes:
         same: (Q,) to the nearest image of the same class.
@@ -75,7 +75,7 @@ class Distances:
 
 
 def read_space(run_dir: Path, distance: Literal["cosine", "euclidean"]) -> Space | None:
-    """Return the embeddings of a run's final evaluation, None when they were not kept.
+    """Return the embeddings of a run's final evaluation, None when they were not saved.
 
     Raises:
         DataError: If their file is damaged.
@@ -95,7 +95,7 @@ def read_space(run_dir: Path, distance: Literal["cosine", "euclidean"]) -> Space
 
 
 def measure_distances(space: Space, seed: int) -> Distances | None:
-    """Measure a draw of images against all; None when no class has two images, or there is one."""
+    """Measure a sample of images against all; None without two classes or a class of two images."""
     _, classes, sizes = np.unique(space.labels, return_inverse=True, return_counts=True)
     paired = np.flatnonzero(sizes[classes] > 1)
     if len(sizes) < 2 or not len(paired):
@@ -119,7 +119,7 @@ def measure_distances(space: Space, seed: int) -> Distances | None:
 
 
 def _between(vectors: np.ndarray, classes: np.ndarray, num_classes: int, seed: int) -> float:
-    """Return the mean distance between class centers, of some thousand drawn pairs if many."""
+    """Return the mean distance between class centers; of sampled pairs if there are many."""
     sums = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(sums, classes, vectors)
     centers = sums / np.bincount(classes)[:, None]
@@ -141,7 +141,7 @@ def draw_distances(distances: Distances, space: Space) -> Picture:
     caption = (
         f"Distance from a test image to the nearest image of its own class and of another class, "
         f"for {shown} of {num_images:,} images. For {hits:.1%} of them the own class is nearer: "
-        "they hit. Mean distance inside a class over that between class centers: "
+        "they hit. Mean distance within a class divided by that between class centers: "
         f"{distances.ratio:.3f} (lower: tighter classes)."
     )
     return draw_picture("distances", caption, partial(_draw_distances, distances, space))
@@ -171,7 +171,7 @@ def _draw_distances(distances: Distances, space: Space, colors: Colors) -> Figur
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """Which points of a map have which color: position -> group, -1 for none."""
+    """The color groups of a map's points: position -> group, -1 for none."""
 
     of_point: np.ndarray
     names: list[str]
@@ -233,13 +233,13 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray | None:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # It warns of the seed, which allows one thread only.
+        warnings.simplefilter("ignore")  # It warns that a seed allows one thread only.
         mapper = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1)
         return np.asarray(mapper.fit_transform(vectors.astype(np.float32)), dtype=np.float64)
 
 
 def _groups(labels: np.ndarray, chosen: np.ndarray, classes: ClassTable | None) -> _Groups:
-    """Choose what is colored: the super-classes if they are few, else the weakest classes."""
+    """Color the super-classes if they are few, else the weakest classes."""
     nothing = _Groups(np.full(len(chosen), -1), [], "")
     if classes is None:
         return nothing
@@ -298,7 +298,7 @@ def _short(name: str, limit: int = 26) -> str:
 
 
 def draw_space(space: Space, classes: ClassTable | None, seed: int) -> Sequence[Picture]:
-    """Draw all there is to see of the embeddings."""
+    """Draw the maps and distances of the embeddings."""
     distances = measure_distances(space, seed)
     pictures = [] if distances is None else [draw_distances(distances, space)]
     return [*draw_maps(space, classes, seed), *pictures]

@@ -1,4 +1,4 @@
-"""What a run's folder says, read once: records, metrics, attempts, and what is not there yet."""
+"""Reads a run's folder for reports: records, metrics and attempts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dml_dist.runs.records import read_records
 
 @dataclass(frozen=True)
 class Series:
-    """Values of one quantity against the step.
+    """Values of one quantity by step.
 
     Attributes:
         steps: (n,) float64, rising.
@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run as its folder shows it, finished or not.
+    """The contents of a run's folder, finished or not.
 
     Attributes:
         folder: The run's folder.
@@ -70,7 +70,7 @@ class RunSummary:
         """Return the evaluations under a protocol; a record without one is named by its split.
 
         Protocols are "validation" (held-out training classes), and on the test split "untrained",
-        "final", and "literature" (watched during training, never selected on).
+        "final", and "literature" (evaluated during training, never selected on).
         """
         return [
             record

@@ -1,4 +1,4 @@
-"""Images of the galleries as the page shows them: data URLs whose sum is bounded."""
+"""Gallery images of a page, as data URLs of a bounded total size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from dml_dist.report.formatting import format_metric
 from dml_dist.report.gallery import Gallery, GalleryClass, GalleryNeighbor, GalleryQuery
 
-_PIXELATED = 48  # pixels; images up to this side are shown with their pixels, not blurred
+_PIXELATED = 48  # pixels; images up to this side are enlarged without smoothing
 MOST_BYTES = 2_500_000
-"""Encoded images of a page; beyond it all of them are made smaller."""
+"""Encoded images of a page; beyond this size all of them are reduced."""
 _SMALLER = 112  # pixels of the longer side
 _QUALITY = 70
 _MOST_NAMED = 4  # classes that are named below a class's queries
@@ -39,7 +39,7 @@ Row = tuple[Tile, list[Tile]]
 
 @dataclass(frozen=True)
 class ClassTiles:
-    """A class of the gallery with its rows; `mistaken_for` names what its queries found instead."""
+    """A class of the gallery; `mistaken_for` names the classes of the misses among its rows."""
 
     class_name: str
     recall: str
@@ -52,7 +52,7 @@ class TileMaker:
     """Makes the tiles of one page."""
 
     def __init__(self, gallery: Gallery) -> None:
-        """Look at all images of a gallery; their size decides whether they are made smaller."""
+        """Add up the image sizes of a gallery, to decide whether to reduce the images."""
         queries = [
             *gallery.queries,
             *(query for item in gallery.classes for query in item.queries),
@@ -130,7 +130,7 @@ def _data_url(image: bytes, *, smaller: bool) -> tuple[str, bool]:
                 file = io.BytesIO()
                 shrunk.save(file, "JPEG", quality=_QUALITY)
                 image, kind = file.getvalue(), "jpeg"
-    # Decoders raise whatever they stumble on: OSError, SyntaxError, ValueError, struct.error, ...
+    # Decoders raise many classes on damaged data: OSError, SyntaxError, ValueError, struct.error.
     except Exception:
         return "", False
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}", pixelated

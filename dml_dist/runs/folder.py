@@ -5,13 +5,13 @@
     records/steps.jsonl          training records, one JSON line each
     records/evaluations.jsonl    validation and test records
     checkpoints/                 written and read by training alone
-    metrics.json                 the result; written when the run finishes
+    metrics.json                 the result, written when the run finishes (runs/artifacts.py)
     embeddings.npz               embeddings of the final evaluation (runs/artifacts.py)
     per_class.parquet            its results of each class (runs/artifacts.py)
     metrics-SPLIT-CHECKPOINT.json, per_class-SPLIT-CHECKPOINT.parquet
                                  the same of `dml-dist evaluate`
-    loggers/                     what experiment trackers keep, where the configuration names any
-    report/                      the page, its figures and the retrieval gallery
+    loggers/                     files of experiment trackers, if the configuration names any
+    report/                      the page, its figures, retrieval gallery and proxy statistics
 
 An attempt is one start of the training processes: the first one, and one more for each
 resumption or restart. Only rank 0 and its driver write; files are replaced as a whole.
@@ -162,12 +162,7 @@ class RunFolder:
         return self.path / "per_class.parquet"
 
     def evaluation(self, split: str, checkpoint: str) -> tuple[Path, Path]:
-        """Return the files of a later evaluation: its metrics, its results of each class.
-
-        Args:
-            split: The split.
-            checkpoint: `best`, `last` or the folder of a checkpoint.
-        """
+        """Return the files of a later evaluation: its metrics, its results of each class."""
         name = f"{split}-{Path(checkpoint).name}"
         return self.path / f"metrics-{name}.json", self.path / f"per_class-{name}.parquet"
 

@@ -1,4 +1,4 @@
-"""The galleries of a final evaluation: which queries and classes, with which images."""
+"""Chooses the queries and classes of a retrieval gallery, and reads their images."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NUM_WORST = 6
 NUM_BEST = 3
 QUERIES_PER_CLASS = 2
 CLASS_NEIGHBORS = 6
-"""Of the queries of a class: fewer than of the others, as there are more of them."""
+"""Neighbors of a query in the list of classes, which has more queries."""
 
 
 def gallery_of(result: RetrievalResult, rows: np.ndarray, index: Index, seed: int) -> Gallery:
-    """Choose queries, half of them misses, and the worst and best classes; read their images.
+    """Choose queries, half of them misses, and the worst and best classes.
 
     Args:
-        result: An evaluation that listed neighbours.
+        result: An evaluation with lists of neighbors.
         rows: (N,) int64 index rows of the evaluated images, in their order.
-        index: Where the images are.
+        index: The data set with the images.
         seed: Seed of the choice.
     """
     assert result.query_rows is not None
@@ -61,7 +61,7 @@ def gallery_of(result: RetrievalResult, rows: np.ndarray, index: Index, seed: in
 
 
 class _Reader:
-    """Reads queries and their neighbours, each image once."""
+    """Reads queries and their neighbors, each image once."""
 
     def __init__(self, result: RetrievalResult, rows: np.ndarray, index: Index) -> None:
         self._result = result
@@ -71,7 +71,7 @@ class _Reader:
         self._images: dict[int, bytes] = {}
 
     def query(self, number: int, num_neighbors: int) -> GalleryQuery:
-        """Return a query, by its place among those that count, with its nearest images."""
+        """Return the counted query of a number, with its nearest images."""
         result = self._result
         assert result.query_rows is not None
         assert result.neighbors is not None

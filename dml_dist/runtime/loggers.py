@@ -1,7 +1,7 @@
 """Experiment trackers: a copy of a run's configuration and records, behind `open_loggers`.
 
-The run's folder stays the truth. A tracker's library is imported only when the configuration names
-it; a tracker that fails while a run is at work is warned of once and gets nothing more.
+The run's folder remains the reference. A tracker's library is imported only if the configuration
+names it; a tracker that fails during a run is disabled with one warning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dml_dist.runs.records import Observer
 
 _log = logging.getLogger(__name__)
 
-# Name of a logger -> what it imports, and the package that has it.
+# Name of a logger -> the module it imports, and the package of that module.
 _LIBRARIES = {
     "tensorboard": ("tensorboard", "tensorboard"),
     "mlflow": ("mlflow", "mlflow-skinny"),
@@ -35,25 +35,25 @@ _LIBRARIES = {
 
 
 class Tracker(Protocol):
-    """What every experiment tracker can do."""
+    """Interface of an experiment tracker."""
 
     def log(self, step: int, values: Mapping[str, float], *, training: bool) -> None:
-        """Take the numbers of one record; `training` tells records of steps from evaluations."""
+        """Log the numbers of one record, of a training step or of an evaluation."""
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Write out what is left; `failed` tells how the attempt ended."""
+        """Flush and close; `failed` is the status of the attempt."""
         ...
 
 
 class Loggers:
-    """The trackers of a run, on rank 0; none of their failures stops the run."""
+    """The trackers of a run, on rank 0; a failure of a tracker never stops the run."""
 
     def __init__(self, trackers: Mapping[str, Callable[[], Tracker]]) -> None:
         """Open trackers.
 
         Args:
-            trackers: Name -> what opens it.
+            trackers: Name -> function that opens the tracker.
         """
         self._trackers: dict[str, Tracker] = {}
         for name, opener in trackers.items():
@@ -61,7 +61,7 @@ class Loggers:
                 self._trackers[name] = tracker
 
     def of(self, kind: str) -> Observer:
-        """Return what passes on the records of a kind.
+        """Return the observer that forwards records of a kind.
 
         Args:
             kind: "steps", whose values become train/..., or "evaluations", whose values become
@@ -82,7 +82,7 @@ class Loggers:
         return observe
 
     def close(self, *, failed: bool = False) -> None:
-        """Write out what is left and close all trackers."""
+        """Flush and close all trackers."""
         for name, tracker in list(self._trackers.items()):
             self._guarded(name, partial(tracker.close, failed=failed))
         self._trackers.clear()
@@ -90,12 +90,12 @@ class Loggers:
     def _guarded(self, name: str, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        # Trackers raise whatever their servers and disks make them: a run outlives all of it.
+        # Servers and disks of trackers fail in many ways; none may end the run.
         except Exception as error:
             self._trackers.pop(name, None)
             _log.warning(
-                "logger %s failed (%s: %s); it gets nothing more, training goes on and the "
-                "run's folder keeps every record",
+                "logger %s failed (%s: %s) and is disabled; training continues, and the run's "
+                "folder keeps every record",
                 name,
                 type(error).__name__,
                 error,
@@ -115,10 +115,10 @@ class Loggers:
 
 
 def check_loggers(loggers: Sequence[LoggerConfig]) -> None:
-    """Refuse loggers whose library is missing, before any work.
+    """Check that the libraries of loggers are installed.
 
     Raises:
-        ConfigError: If it is; the message names the package.
+        ConfigError: If one is not; the message names the package.
     """
     for number, logger in enumerate(loggers):
         module, package = _LIBRARIES[logger.name]
@@ -134,9 +134,9 @@ def open_loggers(config: RunConfig, folder: RunFolder, attempt: int) -> Loggers:
     """Open the loggers that a configuration names; rank 0 alone calls this.
 
     Args:
-        config: The run's configuration, which every tracker gets.
-        folder: The run's folder; trackers write below loggers/ unless told otherwise.
-        attempt: Number of this attempt; later ones go on with what the first began.
+        config: The run's configuration, which is logged as well.
+        folder: The run's folder; trackers write to loggers/ by default.
+        attempt: Number of this attempt; later attempts continue the tracker's run of the first.
     """
 
     def opener(logger: LoggerConfig) -> Callable[[], Tracker]:
@@ -164,7 +164,7 @@ class _TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A resumed run makes steps again: what was written of them before is hidden.
+            # A resumed run repeats steps: their earlier values are hidden.
             purge = step if training and self._attempt > 1 else None
             self._writer = SummaryWriter(str(self._path), purge_step=purge)
             if self._attempt == 1:
@@ -180,7 +180,7 @@ class _TensorBoard:
 class _MLflow:
     def __init__(self, logger: MLflowConfig, config: RunConfig, folder: RunFolder) -> None:
         if logger.tracking_uri is None:
-            # MLflow asks for this where runs are kept as plain files.
+            # MLflow needs this to store runs as plain files.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
         from mlflow.tracking import MlflowClient
@@ -224,7 +224,7 @@ class _Wandb:
         marker = folder.loggers / "wandb-run-id.txt"
         if not marker.is_file():
             write_text_atomic(marker, secrets.token_hex(4) + "\n")
-        # Offline, W&B cannot look for an earlier attempt: they share their id and `wandb sync`
+        # Offline, W&B cannot find an earlier attempt: attempts share their id, and `wandb sync`
         # joins them.
         online = logger.mode == "online"
         self._run = wandb.init(
@@ -238,7 +238,7 @@ class _Wandb:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # Evaluations of an earlier step may follow: W&B's own counter only rises.
+        # W&B's own step counter only increases, but evaluations of an earlier step may follow.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 

@@ -1,4 +1,4 @@
-"""What a report shows of the proxies, found at the end of a run where checkpoint and images are."""
+"""Computes the proxy statistics of a report at the end of a run, from checkpoint and images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dml_dist.train.checkpoint_files import PartFile, read_manifest, read_part
 
 TABLE = "proxies"
 MOST_IMAGES = 2_000
-"""Training images that are embedded for the comparison with proxies."""
+"""Largest number of training images that are compared with the proxies."""
 MOST_CLASSES = 5_000
-"""Classes whose nearest other class is looked for."""
+"""Largest number of classes whose nearest other class is searched."""
 
 _MOST_PRODUCTS = 4e11  # multiplications of that search: some seconds of a CPU
 _BLOCK_FLOATS = 1 << 24  # of a block of similarities: 64 MiB
@@ -30,9 +30,9 @@ _CHUNK_ROWS = 1 << 16  # rows of the table that are in memory at once
 def keep_proxy_facts(
     context: RunContext, model: nn.Module, checkpoint: Path, folder: RunFolder
 ) -> None:
-    """Keep what the report shows of a checkpoint's proxies; every rank calls it.
+    """Write the statistics of a checkpoint's proxies; every rank calls this.
 
-    A loss without proxies leaves nothing, nor does one whose proxies are not each of one class.
+    Nothing is written for a loss without proxies, or whose proxies are shared by classes.
 
     Args:
         context: Data and ranks.
@@ -75,7 +75,7 @@ def keep_proxy_facts(
 
 
 def _nearest_classes(table: _Table, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for some classes the similarity to the nearest other class, and that class."""
+    """Return the similarity to the nearest other class, and that class, for some classes."""
     if table.num_classes < 2:
         return np.empty(0, np.float32), np.empty(0, np.int64)
     per_class = table.per_class
@@ -112,7 +112,7 @@ class _Table:
         return np.concatenate(lengths).reshape(-1, self.per_class), width
 
     def rows(self, rows: np.ndarray) -> Tensor:
-        """Return some rising rows, (n, D)."""
+        """Return some rows in rising order, (n, D)."""
         found = []
         for low, values in self.pieces():
             mine = rows[(rows >= low) & (rows < low + len(values))] - low
@@ -124,7 +124,7 @@ class _Table:
 
         Args:
             queries_QD: Vectors of any length.
-            without: (Q,) class that is not considered for each query; -1 considers all.
+            without: (Q,) class to exclude for each query; -1 excludes none.
         """
         queries = normalize(queries_QD.float(), dim=1)
         best = np.full(len(queries), -np.inf, dtype=np.float32)

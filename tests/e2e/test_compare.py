@@ -167,7 +167,7 @@ def check_page(folder: Path, cli: Cli) -> None:
     page = Page(folder / "report/index.html")
     assert not page.open
     assert "://" not in page.raw.replace("http://www.w3.org", "")  # stands alone
-    for text in ("literature protocol", "not used", "2 trials of 4 steps", "No published number"):
+    for text in ("literature protocol", "not used", "2 trials of 4 steps", "no published results"):
         assert text in page.text, text
     for method in comparison.methods:
         interval = method.interval("recall_at_1")

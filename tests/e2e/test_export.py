@@ -222,7 +222,7 @@ def test_search_needs_the_bundle_alone(
     monkeypatch.setattr(search_picture, "_MOST_LINES", 1)
     code, output = cli("search", moved, images[0], "--top", 300)
     assert code == 0, output
-    assert "search-2.png (its beginning; the tables hold all)" in output
+    assert "search-2.png (the first rows; the tables are complete)" in output
     assert re.search(r"│ 240 +│", output)
     assert not re.search(r"│ 241 +│", output)  # the gallery ends
 
@@ -254,7 +254,7 @@ def test_wrong_exports(run: Path, cli: Cli, tmp_path: Path, glyphs: Path) -> Non
     empty = tmp_path / "empty-run"
     RunFolder.create(empty, (run / "config.yaml").read_text(), name="x", seed=0)
     cases = [
-        ((run, "--out", taken), "required a new folder for the bundle"),
+        ((run, "--out", taken), "a bundle needs a new folder"),
         ((tmp_path, "--out", "new"), "is not the folder of a run"),
         ((empty, "--out", "new"), "there is no checkpoint in"),
         ((run, "--out", "new", "--checkpoint", "step_9"), "give best, last or one of"),
@@ -301,7 +301,7 @@ def test_thumbnails_have_a_bound(glyphs: Path, tmp_path: Path) -> None:
     assert found[: len(kept)] == kept
     assert 1 < len(kept) < 40
     assert sum(map(len, kept[:-1])) < 3000 <= sum(map(len, kept))
-    assert f"thumbnails of the first {len(kept)} images alone" in events[-1]["text"]
+    assert f"thumbnails of the first {len(kept)} images only" in events[-1]["text"]
     assert thumbnails(ShardReader(index), np.arange(3), 0, events.append) == [None] * 3
     for data, row in zip(kept, range(40), strict=False):
         with Image.open(io.BytesIO(data)) as small:
@@ -333,16 +333,16 @@ def test_wrong_searches(bundle: Path, images: list[Path], cli: Cli, tmp_path: Pa
     image = images[0]
     cases = [
         ((bundle, "text.jpg"), "text.jpg is not an image that can be decoded"),
-        ((bundle, "gone.png"), "required an image file, got gone.png: No such file"),
-        ((bundle, "empty"), "required an image file, got empty: Is a directory"),
-        (("empty", image), "which is empty"),
-        (("nowhere", image), "which does not exist"),
+        ((bundle, "gone.png"), "the image gone.png cannot be read: No such file"),
+        ((bundle, "empty"), "the image empty cannot be read: Is a directory"),
+        (("empty", image), "it is empty"),
+        (("nowhere", image), "it does not exist"),
         ((damaged, image), "gallery.faiss of the bundle"),
-        ((torn, image), "it is not there"),
-        ((newer, image), "required a bundle of format 1"),
-        ((bundle, image, "--out", "taken.png"), "which exists"),
-        ((bundle, image, "--out", "picture.jpg"), "name of a PNG file"),
-        ((bundle, image, "--out", "no/picture.png"), "whose folder does not exist"),
+        ((torn, image), "is missing since the export"),
+        ((newer, image), "has format 99, but this version of dml-dist reads format 1"),
+        ((bundle, image, "--out", "taken.png"), "taken.png exists"),
+        ((bundle, image, "--out", "picture.jpg"), "must name a PNG file"),
+        ((bundle, image, "--out", "no/picture.png"), "no does not exist"),
         ((bundle, image, "--top", "0"), "top"),
     ]
     for arguments, words in cases:

@@ -146,7 +146,7 @@ def test_references_have_their_form(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=next(iter(change))):
             read_references(path)
     path.write_text(yaml.safe_dump({**plain, "protocols": {}}))
-    with pytest.raises(ConfigError, match=r"got none on .*best_on_test"):
+    with pytest.raises(ConfigError, match=r"without a description .*best_on_test"):
         read_references(path)
 
 
@@ -157,7 +157,7 @@ def test_rows_of_the_own_protocol_alone() -> None:
     found = find_published(own, REFERENCES)
     assert [(row.method, row.recall["1"]) for row in found.rows] == [("proxy_anchor", 69.9)]
     assert [name for name, _ in found.protocols] == ["best_on_test"]
-    assert "published rows of this data set are of another network" in found.reason
+    assert "not shown: they have another network" in found.reason
 
     for changes in (
         ["evaluation.evaluate_test_every=null"],  # no curve on test classes, no best of it
@@ -172,4 +172,4 @@ def test_rows_of_the_own_protocol_alone() -> None:
     plus = load_config(ROOT / "configs/proxy_nca_pp_sop.yaml")
     assert [row.recall["1"] for row in find_published(plus, REFERENCES).rows] == [81.4]
     glyphs = load_config(ROOT / "configs/compare_glyphs.yaml")
-    assert "No published number" in find_published(glyphs, REFERENCES).reason
+    assert "no published results" in find_published(glyphs, REFERENCES).reason

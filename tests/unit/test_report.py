@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_names_inside_the_page_are_unique_and_defined(page: Page) -> None:
     assert {first or second for first, second in used} <= set(ids)
     defined = set(re.findall(r"(--[a-z-]+):", page.raw))
     assert set(re.findall(r"var\((--[a-z-]+)\)", page.raw)) <= defined
-    assert "#00fe" not in page.raw  # a mark that was not replaced
+    assert "#00fe" not in page.raw  # a placeholder that was not replaced
 
 
 def test_text_of_others_is_escaped(page: Page) -> None:
@@ -128,11 +129,11 @@ def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:
     new_run(tmp_path / "demo")
     page = Page(write_report(tmp_path / "demo"))
     for text in (
-        "still running, or it was killed",
+        "running, or its processes were killed",
         "no training records, so no loss curve",
         "no validation records",
         "no result on the test classes",
-        "no retrieval gallery",
+        "does not hold: retrieval gallery, results per class, embeddings, proxy statistics",
     ):
         assert text in page.text, text
     assert page.open == []
@@ -173,6 +174,55 @@ def test_a_crashed_run_shows_what_it_recorded(tmp_path: Path) -> None:
     assert not (run.report_dir / "retrieval.png").exists()
 
 
+def test_a_run_without_a_final_evaluation_shows_its_validation(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "demo")
+    begin(run)
+    with RecordWriter(run.records("evaluations"), 1) as evaluations:
+        evaluations.write(100, split="validation", protocol="validation", **scores(0.9, 60))
+    run.finish({"checkpoint": {"step": 100}, "seconds": {"train": 3.0}})
+    page = Page(write_report(run.path))
+    assert ("finished" in page.text, page.open) == (True, [])
+    assert "There is no result on the test classes." in page.text
+    header = re.findall(r'<th scope="col">([^<]*)</th>', page.raw)
+    assert header == ["metric", "best validation"]
+    assert "Untrained and trained" not in page.text
+    assert "Best validation: held-out training classes at step 100" in page.text
+    sections = {attributes["href"] for tag, attributes in page.elements if tag == "a"}
+    assert sections == {"#results", "#curves", "#plan"}
+
+
+def test_a_run_without_its_untrained_network_and_galleries(tmp_path: Path) -> None:
+    run = new_run(tmp_path / "demo")
+    begin(run)
+    run.finish({"trained": scores(0.75)})
+    page = Page(write_report(run.path))
+    assert "75.00 % R@1 on test classes" in page.text
+    assert "no result of the untrained network to compare with" in page.text
+    assert "does not hold: retrieval gallery, results per class, embeddings" in page.text
+    assert re.findall(r'<th scope="col">([^<]*)</th>', page.raw) == ["metric", "trained"]
+    assert " untrained " not in page.text.replace("the untrained network", "")
+
+
+@pytest.mark.parametrize(
+    ("end", "text"),
+    [
+        (("stopped", "SIGTERM.", 20), "The run was stopped after step 20: SIGTERM. It can be"),
+        (("stopped", "SIGINT", None), "The run was stopped: SIGINT. It can be resumed."),
+        (("failed", "disk full", None), "The run failed: disk full. It can be resumed."),
+    ],
+)
+def test_a_run_that_ended_early_says_why(tmp_path: Path, end: Any, text: str) -> None:
+    run = new_run(tmp_path / "demo")
+    begin(run)
+    add_records(run, num_steps=20)
+    run.end(*end)
+    page = Page(write_report(run.path))
+    (chip,) = re.findall(r'<span class="chip open">([^<]*)</span>', page.raw)
+    assert chip == end[0]
+    assert text in page.text
+    assert "Its last training record is of step 20." in page.text
+
+
 def test_results_of_records_stand_in_for_metrics(tmp_path: Path) -> None:
     run = new_run(tmp_path / "demo")
     begin(run)
@@ -188,7 +238,7 @@ def test_damaged_files_are_named_on_the_page(tmp_path: Path) -> None:
     (run.report_dir / "retrieval.json").write_text('{"queries": [{"query": {}}]}')
     page = Page(write_report(run.path))
     assert "metrics.json, which is damaged" in page.text
-    assert "retrieval.json, which is damaged" in page.text
+    assert "retrieval.json is damaged" in page.text
     run.info_path.write_text("{")
     with pytest.raises(DataError, match=r"run\.json"):
         write_report(run.path)
@@ -234,10 +284,10 @@ def test_uncommitted_changes_and_resumption_are_warned_of(
     begin(run, world_size=3, changes=["launch.num_workers: 2 -> 3"])
     page = Page(write_report(run.path))
     for text in (
-        "changes that are not committed in attempt 2:",
+        "uncommitted changes in attempt 2:",
         "2 attempts, 1 with a changed configuration",
         "different versions of packages",
-        "went on after its results were written",
+        "continued after its results were written",
         "launch.num_workers: 2 -> 3",
         "aaaaaaaaaaaa",
         "with uncommitted changes",

@@ -48,7 +48,7 @@ def test_the_table_of_results_is_ordered_and_has_dashes() -> None:
     assert result_table({}) == []
 
 
-def test_numbers_as_people_read_them() -> None:
+def test_metric_formatting() -> None:
     assert format_metric("num_queries", 60502) == "60,502"
     assert format_metric("recall_at_1", True) == "–"  # noqa: RUF001
     assert format_metric("map_at_r", "inf") == "infinite"
@@ -137,7 +137,7 @@ def test_images_that_are_missing_or_elsewhere_stay_out(tmp_path: Path) -> None:
 
 def test_images_that_cannot_be_shown_are_refused(tmp_path: Path) -> None:
     for image in (picture(1).astype(np.float32), picture(1).transpose(2, 0, 1)):
-        with pytest.raises(ValueError, match=r"\(H, W, 3\).*row 7"):
+        with pytest.raises(ValueError, match=r"row 7.*\(H, W, 3\)"):
             write_gallery(tmp_path, [GalleryQuery(7, "a", image, ())])
     whole = encoded(1, 64, "PNG")
     for data in (b"no image", whole[: len(whole) // 2]):

@@ -62,7 +62,7 @@ def test_the_page_shows_classes_space_and_proxies(tmp_path: Path) -> None:
         "Distance from a test image", "for all of 24 images",
         "Of 40 training images", "95.0%",
         "proxy 2 proxy 3 0.987", "proxy 4 proxy 5 2 of 4",
-        "Lengths of the 30 proxies", "the highest 0.987",
+        "Norms of the 30 proxies", "the highest 0.987",
     ):  # fmt: skip
         assert text in page.text, text
     for name in ("classes", "map-pca", "distances", "proxy-norms", "proxy-similarity", "lr"):
@@ -81,6 +81,8 @@ def test_damaged_and_missing_parts_are_named_and_left_out(tmp_path: Path) -> Non
     page = Page(write_report(run.path))
     for name in ("per_class.parquet", "embeddings.npz", "proxies.npz"):
         assert f"{name} cannot be read" in page.text, name
+    assert "does not hold" not in page.text
+    for name in ("per_class.parquet", "embeddings.npz", "proxies.npz"):
         (path,) = run.path.rglob(name)
         path.unlink()
     assert "Embedding space" not in page.text
@@ -226,9 +228,9 @@ def test_facts_about_proxies_are_kept_and_counted(tmp_path: Path) -> None:
     assert read is not None
     np.testing.assert_array_equal(read.norms, facts.norms)
     assert read.own_share == pytest.approx(38 / 40)
-    twins = read.twins()
-    assert twins[0][:2] == ("proxy 2", "proxy 3")
-    assert len({frozenset(pair[:2]) for pair in twins}) == len(twins) == 10
+    pairs = read.similar_pairs()
+    assert pairs[0][:2] == ("proxy 2", "proxy 3")
+    assert len({frozenset(pair[:2]) for pair in pairs}) == len(pairs) == 10
     assert read.confusions() == [("proxy 4", "proxy 5", 2, 4)]
 
 

@@ -190,7 +190,7 @@ def test_the_command_prints_and_draws_and_overwrites_nothing(
     for wrong, message in (
         (first, "exists"),
         (tmp_path / "x.jpg", r"\.png"),
-        (tmp_path / "none" / "x.png", "folder that exists"),
+        (tmp_path / "none" / "x.png", "in an existing folder"),
     ):
         with pytest.raises(ConfigError, match=message):
             show_dataset(shards, console, out=wrong)

@@ -50,7 +50,7 @@ def write_comparison(path: Path) -> Path:
         ("axis", "Against a field", bool(axis)),
         ("convergence", "Convergence", bool(convergence)),
         ("values", "Values", True),
-        ("published", "Published numbers", True),
+        ("published", "Published results", True),
         ("methods", "Methods", True),
     ]
     page = write_page(

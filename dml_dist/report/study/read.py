@@ -43,9 +43,9 @@ class RunResult:
         seed: Its seed.
         trained: Metrics on the test split.
         step: Step of the checkpoint that was evaluated.
-        seconds: Time from its first step to its last, evaluations on the way included.
-        curve: R@1 while it was trained.
-        summary: All that its folder says.
+        seconds: Time from its first step to its last, evaluations included.
+        curve: R@1 during training.
+        summary: The contents of its folder.
     """
 
     seed: int
@@ -58,7 +58,7 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class MethodResult:
-    """What there is of one method.
+    """The results of one method.
 
     Attributes:
         name: The method.
@@ -66,7 +66,7 @@ class MethodResult:
         runs: Finished runs by rising seed.
         missing: Seeds whose run is not finished.
         values: Searched path -> value that its runs have.
-        without: Searched paths that it has not.
+        without: Searched paths that do not apply to it.
         trials: Outcomes of its trials, in order.
     """
 
@@ -136,7 +136,7 @@ class Comparison:
 
     @property
     def protocol(self) -> str:
-        """Where curves come from: "literature" (test classes, watched), or "validation"."""
+        """Protocol of the curves: "literature" (test classes) or "validation"."""
         return curve_protocol(self.config)
 
     @property
@@ -173,8 +173,8 @@ class Comparison:
 def curve_protocol(config: RunConfig) -> str:
     """Return the protocol whose evaluations make the curves of a configuration's runs.
 
-    Test classes where they are watched, since they are many and what the final result is measured
-    on; else validation classes.
+    Test classes if they are evaluated during training, since the final result is measured on them;
+    else validation classes.
     """
     return "validation" if config.evaluation.evaluate_test_every is None else "literature"
 

@@ -1,4 +1,4 @@
-"""Published numbers that a comparison may be set beside: those of its own protocol alone."""
+"""Published results that are comparable to a comparison: those of its own protocol."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReferenceRow(Section):
     """Number of coordinates of an embedding."""
 
     protocol: Protocol
-    """What it can be compared with."""
+    """Protocol of the result: only results of the same protocol are comparable."""
 
     recall: Annotated[dict[str, Percent], Field(min_length=1)]
     """K and Recall@K."""
@@ -47,17 +47,17 @@ class ReferenceRow(Section):
     """NMI."""
 
     verified: bool
-    """Whether it was read in the source; else a third party quotes it."""
+    """Whether it was checked in the source; else a third party quotes it."""
 
     source: Annotated[str, Field(min_length=1)]
-    """Where it stands."""
+    """Paper and table."""
 
 
 class References(Section):
     """The file of published results."""
 
     protocols: dict[str, str]
-    """Protocol and what it is."""
+    """Protocol and its description."""
 
     rows: tuple[ReferenceRow, ...]
     """The results."""
@@ -65,12 +65,12 @@ class References(Section):
 
 @dataclass(frozen=True)
 class Published:
-    """What a comparison may be set beside.
+    """Published results that are comparable to a comparison.
 
     Attributes:
         rows: Rows of the same data set, network, embedding size and protocol.
-        protocols: Their protocols in words.
-        reason: Why there are none, or which others there are; a sentence.
+        protocols: Their protocols, each with a description.
+        reason: Why there are none, or how many others there are; a sentence.
     """
 
     rows: tuple[ReferenceRow, ...] = ()
@@ -89,18 +89,19 @@ def read_references(path: Path) -> References:
         found = References.model_validate_json(json.dumps(value))
     except ValidationError as error:
         raise ConfigError(
-            f"required protocols and rows of published results in {path}, got: {error}"
+            f"{path} is not a file of published results, with protocols and rows: {error}; "
+            "configs/references.yaml is an example"
         ) from None
     if unknown := {row.protocol for row in found.rows} - set(found.protocols):
         raise ConfigError(
-            f"required a sentence on each protocol in {path}, got none on "
-            f"{', '.join(sorted(unknown))}"
+            f"protocols without a description in {path}: {', '.join(sorted(unknown))}; add a "
+            "sentence on each to its section protocols"
         )
     return found
 
 
 def own_protocols(config: RunConfig) -> tuple[str, ...]:
-    """Return the protocols of published rows that the runs of a configuration follow."""
+    """Return the protocols that the runs of a configuration follow."""
     dataset = config.data.dataset
     if not isinstance(dataset, OfficialSection) or dataset.allow_partial:
         return ()
@@ -111,16 +112,16 @@ def own_protocols(config: RunConfig) -> tuple[str, ...]:
 
 
 def find_published(config: RunConfig, path: Path) -> Published:
-    """Return the published rows that the runs of a configuration may be set beside.
+    """Return the published rows that are comparable to the runs of a configuration.
 
     Raises:
         ConfigError: If the file has another form.
     """
     dataset = config.data.dataset
     if dataset is None or not isinstance(dataset, OfficialSection):
-        return Published(reason="No published number is known for this data set and split.")
+        return Published(reason="There are no published results for this data set and split.")
     if not path.is_file():
-        return Published(reason="There was no file of published rows when this was run.")
+        return Published(reason="There was no file of published results when the comparison began.")
     table = read_references(path)
     rows = [row for row in table.rows if row.dataset == dataset.name]
     mine = own_protocols(config)
@@ -143,15 +144,15 @@ def _reason(config: RunConfig, mine: tuple[str, ...], num_rows: int, num_same: i
     if num_same == num_rows:
         return ""
     text = (
-        f"{num_rows - num_same} published rows of this data set are of another network, embedding "
-        "size or protocol and are not shown."
+        f"{num_rows - num_same} published results on this data set are not shown: they have "
+        "another network, embedding size or protocol."
     )
     if not mine:
         why = (
             "the split was not complete"
             if isinstance(config.data.dataset, OfficialSection)
             and config.data.dataset.allow_partial
-            else "the runs hold training classes out for validation, as none of those rows does"
+            else "the runs hold out training classes for validation, unlike all published results"
         )
-        text += f" None can be: {why}."
+        text += f" None is comparable: {why}."
     return text
