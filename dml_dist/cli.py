@@ -227,7 +227,7 @@ def report(
     """Write the page of a run, or of a comparison, anew."""
     from dml_dist.report import write_report
     from dml_dist.report.study.comparison import write_comparison
-    from dml_dist.runs.study import ComparisonFolder
+    from dml_dist.runs.comparison import ComparisonFolder
 
     is_comparison = ComparisonFolder(run).config_path.is_file()
     page = write_comparison(run) if is_comparison else write_report(run)

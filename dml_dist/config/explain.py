@@ -29,6 +29,9 @@ class _Entry:
     names: list[str]
     """Names of the members that have it in this form; empty in an untagged section."""
 
+    tag: str
+    """The key by which these members are chosen."""
+
 
 def explain(path: str) -> str:
     """Return what a field or a section means, requires and is by default.
@@ -46,7 +49,8 @@ def explain(path: str) -> str:
     done: list[str] = []
     for part in parts:
         found = [entry for entry in _entries(sections) if entry.key == part]
-        if part == "name" and any(sections) and part is parts[-1]:  # the choice of a member
+        # The choice of a member.
+        if any(sections) and part == _tag_key(sections) and part is parts[-1]:
             return "\n".join([path.strip(), *_choices(sections, entries)])
         if found:
             for entry in found:  # no need to name the members when all of them have the key
@@ -72,17 +76,22 @@ def _below(entries: list[_Entry]) -> dict[str, type[Section]]:
     return found
 
 
+def _tag_key(sections: dict[str, type[Section]]) -> str:
+    return shape.tag_key(next(iter(sections.values())))
+
+
 def _entries(sections: dict[str, type[Section]]) -> list[_Entry]:
     """Return the keys of some members, each form of a key once."""
     result: list[_Entry] = []
     for name, section in sections.items():
+        tag = shape.tag_key(section)
         for key in shape.keys_of(section):
             field = section.model_fields[key]
             same = [entry for entry in result if entry.key == key and _same(entry.field, field)]
             if same:
                 same[0].names.append(name)
-            elif key != "name" or not name:  # the choice of a member is shown with the members
-                result.append(_Entry(key, field, [name] if name else []))
+            elif key != tag or not name:  # the choice of a member is shown with the members
+                result.append(_Entry(key, field, [name] if name else [], tag))
     return result
 
 
@@ -97,7 +106,7 @@ def _same(one: FieldInfo, two: FieldInfo) -> bool:
 def _field(path: str, entry: _Entry) -> Iterator[str]:
     field = entry.field
     yield from _wrapped(
-        path + (f" (with name: {', '.join(entry.names)})" if entry.names else ""), ""
+        path + (f" (with {entry.tag}: {', '.join(entry.names)})" if entry.names else ""), ""
     )
     yield from _wrapped(field.description or "", "  ")
     yield from _wrapped(f"requires: {shape.requirement(field)}", "  ")
@@ -126,10 +135,13 @@ def _sections(
 def _choices(sections: dict[str, type[Section]], entries: list[_Entry]) -> Iterator[str]:
     if len(sections) > 1:
         default = shape.default_name(entries[0].field) if entries else None
-        yield f"  name: one of these; {f'default {default}' if default else 'required'}"
+        required = f"default {default}" if default else "required"
+        yield f"  {_tag_key(sections)}: one of these; {required}"
     for section in dict.fromkeys(sections.values()):
         names = ", ".join(name for name in sections if sections[name] is section)
-        indent, head = ("    ", names) if len(sections) > 1 else ("  ", f"name: {names}")
+        indent, head = ("    ", names)
+        if len(sections) == 1:
+            indent, head = "  ", f"{_tag_key(sections)}: {names}"
         yield from _wrapped(f"{head}: {inspect.getdoc(section) or ''}", indent)
 
 

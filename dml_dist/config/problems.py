@@ -77,7 +77,8 @@ def _problem(error: ErrorDetails) -> Problem:
     if kind == "extra_forbidden":
         return Problem(place.path, _unknown_key(place))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        place, given = _name_of(place), given.get("name")
+        place = _tag_of(place)
+        given = given.get(place.path[-1])
     wanted = shape.describe(place.annotation, place.metadata)
     if kind in ("missing", "union_tag_not_found"):
         return Problem(place.path, f"required {wanted}, got nothing")
@@ -143,10 +144,11 @@ def _locate(location: tuple[int | str, ...]) -> _Place:
     return place
 
 
-def _name_of(place: _Place) -> _Place:
-    """Return the place of `name` in the tagged section at a place."""
-    names = tuple(shape.tagged(place.annotation))
-    return _Place((*place.path, "name"), annotation=shape.one_of(names))
+def _tag_of(place: _Place) -> _Place:
+    """Return the place of `name`, or `type`, in the tagged section at a place."""
+    choices = shape.tagged(place.annotation)
+    key = shape.tag_key(next(iter(choices.values())))
+    return _Place((*place.path, key), annotation=shape.one_of(tuple(choices)))
 
 
 def _unknown_key(place: _Place) -> str:
@@ -156,7 +158,8 @@ def _unknown_key(place: _Place) -> str:
     siblings = place.siblings or {}
     others = [other for other in siblings if key in siblings[other].model_fields]
     if others:
-        return f"unknown key with name: {name}; it is a key with name: {' or '.join(others)}"
+        tag = shape.tag_key(place.section)
+        return f"unknown key with {tag}: {name}; it is a key with {tag}: {' or '.join(others)}"
     if "." in key and key.split(".")[0] in known:
         return "unknown key; write what follows each dot indented below what precedes it"
     close = shape.nearest(key, known)
@@ -165,7 +168,9 @@ def _unknown_key(place: _Place) -> str:
     if not meant and (far := shape.nearest(key, shape.key_paths())):
         meant += shape.key_paths()[far][:3]
     text = "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else ";")
-    section = (above or "the top level") + (f" (name: {name})" if name else "")
+    section = above or "the top level"
+    if name:
+        section += f" ({shape.tag_key(place.section)}: {name})"
     return f"{text} keys of {section}: {', '.join(known)}"
 
 
@@ -178,7 +183,8 @@ def _advice(place: _Place, given: Any) -> str:
         return f"; write {word}" if word in choices else ""
     if isinstance(given, str):
         if given in shape.tagged(place.annotation):
-            return f"; write {{name: {given}}}"
+            tag = shape.tag_key(shape.tagged(place.annotation)[given])
+            return f"; write {{{tag}: {given}}}"
         if choices:
             close = shape.nearest(given, choices)
             return f"; did you mean {close}?" if close and close != given else ""

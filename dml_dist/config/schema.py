@@ -145,6 +145,14 @@ class EvaluationConfig(Section):
     evaluate_test_every: PositiveInt | None = resumable(None)
     """Steps between two evaluations on test classes ("literature protocol"), never selected on."""
 
+    final: Literal["full", "metrics", "none"] = resumable("full")
+    """What a run evaluates when training ends.
+
+    Full: the chosen checkpoint and the untrained network on the test classes, results of each
+    class, the retrieval gallery, and what the report shows of proxies and embeddings. Metrics: the
+    test metrics of the chosen checkpoint alone. None: nothing; the result is the best validation.
+    """
+
     backend: Literal["auto", "faiss", "torch"] = resumable("auto")
     """What proposes neighbours; auto is Faiss on a CPU and torch on a GPU; results are the same."""
 
@@ -170,9 +178,9 @@ class EvaluationConfig(Section):
     """
 
     save_embeddings: bool = resumable(True)
-    """Whether the test embeddings are kept in embeddings.npz: 4 D + 16 bytes an image, D the width.
+    """Whether final full saves the test embeddings: 4 D + 16 bytes an image, D the width.
 
-    More than 1 GiB of them is not kept.
+    They are in embeddings.npz; more than 1 GiB is not saved.
     """
 
     @model_validator(mode="after")
@@ -301,6 +309,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"compare.parallel {self.compare.parallel} needs launch.launcher: inprocess, runs "
                 f"on one process each, got {self.launch.launcher}, whose runs take all ranks"
+            )
+        if self.evaluation.final == "none":
+            raise ValueError(
+                "compare shows results on test classes, so evaluation.final must be full or "
+                "metrics, got none"
             )
         if self.compare.search is not None and isinstance(self.validation, NoValidationConfig):
             raise ValueError(

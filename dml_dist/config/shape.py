@@ -1,7 +1,8 @@
 """Reading the schema: which fields a section has, what each requires, where a key lives.
 
 A *member* is one of the section classes that a field may hold. A field with tagged members (losses,
-optimisers, ...) chooses by `name`; a plain section is the single, untagged member of its field.
+optimisers, ...) chooses by `name`, and a distribution, as in Optuna, by `type`; a plain section is
+the single, untagged member of its field.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ def members(annotation: Any) -> tuple[type[Section], ...]:
     return ()
 
 
+def tag_key(member: type[Section]) -> str:
+    """Return the key by which a tagged member is chosen: `name`, or `type` of a distribution."""
+    return "type" if "type" in member.model_fields else "name"
+
+
 def tags(member: type[Section]) -> tuple[str, ...]:
-    """Return the values of `name` that choose this member; none for an untagged section."""
-    field = member.model_fields.get("name")
+    """Return the values of its key that choose this member; none for an untagged section."""
+    field = member.model_fields.get(tag_key(member))
     return () if field is None else literals(field.annotation)
 
 
@@ -42,15 +48,15 @@ def tagged(annotation: Any) -> dict[str, type[Section]]:
 
 
 def chosen(section: Any) -> str | None:
-    """Return the `name` of a section that was chosen by it, else None."""
+    """Return the tag of a section that was chosen by it, else None."""
     if isinstance(section, Section) and tags(type(section)):
-        return str(dict(section)["name"])
+        return str(dict(section)[tag_key(type(section))])
     return None
 
 
 def keys_of(section: type[Section]) -> list[str]:
-    """Return the keys of a section, `name` first."""
-    return sorted(section.model_fields, key=lambda key: key != "name")
+    """Return the keys of a section, its tag first."""
+    return sorted(section.model_fields, key=lambda key: key != tag_key(section))
 
 
 def default_of(field: FieldInfo) -> Any:
@@ -149,7 +155,8 @@ def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if found := members(annotation):
         names = list(tagged(annotation))
         keys = ", ".join(keys_of(found[0]))
-        text = "a section with " + (f"a name of {', '.join(names)}" if names else f"keys {keys}")
+        tag = f"a {tag_key(found[0])} of {', '.join(names)}"
+        text = f"a section with {tag if names else f'keys {keys}'}"
         return f"{text}, or null" if types.NoneType in arguments else text
     if origin in (Union, types.UnionType):
         parts = [describe(part, metadata) for part in arguments if part is not types.NoneType]

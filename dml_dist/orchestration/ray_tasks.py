@@ -1,4 +1,4 @@
-"""Runs side by side, each in a process of its own: tasks on a Ray cluster.
+"""Several runs at a time, each in its own process: tasks on a Ray cluster.
 
 A signal to the driver becomes the same signal in the process of every task.
 """
@@ -24,7 +24,7 @@ from dml_dist.runtime.tasks import fatal_event, rebuild_error
 
 Metrics = dict[str, Any]
 Execute = Callable[[RunConfig, Path], Metrics]
-"""Takes the configuration of a run and its folder; gives the content of metrics.json."""
+"""Executes a run, from its configuration and folder, and returns the content of metrics.json."""
 
 _SECONDS_BETWEEN_POLLS = 1.0
 _SECONDS_TO_STOP = 60.0
@@ -32,12 +32,12 @@ _SECONDS_TO_STOP = 60.0
 
 @contextmanager
 def ray_tasks(execute: Execute, launch: LaunchConfig, parallel: int) -> Iterator[Execute]:
-    """Give a function that calls `execute` in a process of Ray's; threads may call it.
+    """Yield a function that calls `execute` in a worker process of Ray; threads may call it.
 
     Args:
         execute: A module-level function; it handles signals.
         launch: The cluster, and the CPUs of each task.
-        parallel: Number of tasks at a time, which share the GPUs.
+        parallel: Number of tasks at a time; they share the GPUs.
     """
     with cluster(launch.model_copy(update={"num_workers": parallel})), stop_on_signals() as stop:
         import ray
@@ -59,8 +59,8 @@ def ray_tasks(execute: Execute, launch: LaunchConfig, parallel: int) -> Iterator
                 outcome = ray.get(task)
             except ray.exceptions.RayError as error:
                 raise RunError(
-                    f"the process of the run {config.name} ended ({type(error).__name__}); check "
-                    "whether there is enough memory for as many runs at a time, then continue "
+                    f"the process of the run {config.name} died ({type(error).__name__}); check "
+                    f"that there is enough memory for {parallel} runs at a time, then continue "
                     "with --resume"
                 ) from error
             finally:
@@ -130,7 +130,7 @@ def _task(
     working_dir: str,
 ) -> dict[str, Any]:
     os.chdir(working_dir)
-    sys.argv = command  # What the run's record names as its command.
+    sys.argv = command  # Recorded as the run's command.
     try:
         with _signals_from(mailbox):
             return execute(RunConfig.model_validate_json(text), Path(folder))
@@ -139,7 +139,7 @@ def _task(
 
 
 def _gpus(launch: LaunchConfig) -> float:
-    """Return the GPUs that tasks may share."""
+    """Return the number of GPUs that tasks share."""
     if launch.use_gpu == "no":
         return 0.0
     if launch.address is None:

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -53,6 +54,7 @@ def run_training(
     run_dir: Path | None = None,
     resume: bool = False,
     report: bool = True,
+    untrained_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Train a run, evaluate it on the test classes, and write its report.
 
@@ -62,6 +64,7 @@ def run_training(
         run_dir: The run's folder; None is runs/NAME.
         resume: Continue the run in the folder; without it an existing run is refused.
         report: Whether to write the report page.
+        untrained_dir: Where the runs of a study share the untrained network's results.
 
     Raises:
         RunStopped: After SIGTERM or SIGINT; the last line of its message says how to continue.
@@ -71,7 +74,7 @@ def run_training(
     folder = RunFolder(run_dir or Path("runs") / config.name)
     with stop_on_signals() as stop:
         try:
-            return _run(config, folder, console, stop, resume=resume, report=report)
+            return _run(config, folder, console, stop, untrained_dir, resume=resume, report=report)
         except (KeyboardInterrupt, PeerLostError) as error:
             if stop.reason is None:
                 raise
@@ -86,6 +89,7 @@ def _run(
     folder: RunFolder,
     console: Console,
     stop: StopRequest,
+    untrained_dir: Path | None,
     *,
     resume: bool,
     report: bool,
@@ -94,7 +98,10 @@ def _run(
     with joined(config.launch) as comm, contextlib.ExitStack() as held:
 
         def prepare() -> Assignment:
-            assignment = _prepare(config, folder, resume, console)
+            assignment = replace(
+                _prepare(config, folder, resume, console),
+                untrained_dir=None if untrained_dir is None else str(untrained_dir.absolute()),
+            )
             text = dump_config(config)
             if not resume:
                 RunFolder.create(folder.path, text, name=config.name, seed=config.seed)

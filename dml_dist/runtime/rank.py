@@ -23,13 +23,15 @@ from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
 from dml_dist.data.systematic import StatefulPlan, SystematicPlan
+from dml_dist.errors import RunError
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.report.gallery import write_gallery
 from dml_dist.runs.artifacts import ClassTable, PerClass, write_class_table
 from dml_dist.runs.folder import RunFolder
-from dml_dist.runs.records import RecordWriter
+from dml_dist.runs.records import RecordWriter, read_records
+from dml_dist.runs.study import read_untrained, untrained_digest, write_untrained
 from dml_dist.runtime.context import RunContext, open_context
 from dml_dist.runtime.fetch import fetch_before_training
 from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
@@ -46,6 +48,9 @@ from dml_dist.train.projections import ProjectionInputs
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.state import resolve_precision
 from dml_dist.train.stopping import first_reason
+
+# What a record holds beside metrics.
+_NO_METRICS = ("attempt", "step", "time", "split", "protocol")
 
 
 def run_rank(
@@ -109,7 +114,9 @@ def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> di
         if result.stopped is not None:
             return {"stopped": {"reason": result.stopped, "step": result.state.step}}
         stop.is_training = False
-        return _finish(result, folder, context, start, evaluations)
+        measured = _final_results(result, folder, context, assignment.untrained_dir, evaluations)
+        seconds = time.monotonic() - start - result.seconds
+        return {**measured, "seconds": {"train": result.seconds, "evaluate": seconds}}
 
 
 def _begin_attempt(
@@ -204,34 +211,84 @@ def _batches(
     return load
 
 
-def _finish(
+def _final_results(
     result: TrainResult,
     folder: RunFolder,
     context: RunContext,
-    start: float,
+    untrained_dir: str | None,
     evaluations: RecordWriter | None,
 ) -> dict[str, Any]:
-    """Evaluate the chosen checkpoint and the untrained network on the test classes, once."""
+    """Evaluate at the end what `evaluation.final` asks for; every rank calls it."""
     config = context.config
     chosen = select_checkpoint(folder.checkpoints, "best")
     step = read_manifest(chosen).step
     split = config.data.test_split
-    trained = measure_checkpoint(context, chosen, split, keep=folder, per_class=folder.per_class)
-    untrained = context.measure(
-        _untrained(config, context.topology),
-        context.rows_of(split),
-        f"embed {split}, untrained",
-        final=True,
-    )
-    if evaluations is not None:
-        evaluations.write(0, split=split, protocol="untrained", **untrained.as_dict())
-        evaluations.write(step, split=split, protocol="final", **trained)
-    return {
-        "untrained": untrained.as_dict(),
-        "trained": trained,
-        "checkpoint": {"folder": chosen.name, "step": step, "best": result.best is not None},
-        "seconds": {"train": result.seconds, "evaluate": time.monotonic() - start - result.seconds},
+    found: dict[str, Any] = {}
+    match config.evaluation.final:
+        case "full":
+            found["trained"] = measure_checkpoint(
+                context, chosen, split, keep=folder, per_class=folder.per_class
+            )
+            found["untrained"] = _measure_untrained(context, untrained_dir)
+        case "metrics":
+            found["trained"] = measure_checkpoint(context, chosen, split)
+        case "none" if result.best is not None:
+            found["validation"] = _recorded_validation(folder, result.best.step, context.comm)
+    if evaluations is not None and "untrained" in found:
+        evaluations.write(0, split=split, protocol="untrained", **found["untrained"])
+    if evaluations is not None and "trained" in found:
+        evaluations.write(step, split=split, protocol="final", **found["trained"])
+    found["checkpoint"] = {
+        "folder": chosen.name,
+        "step": step,
+        "best": result.best is not None,
     }
+    return found
+
+
+def _measure_untrained(context: RunContext, untrained_dir: str | None) -> dict[str, Any]:
+    """Return the test metrics of the untrained network, measured once for all runs of a study.
+
+    Runs side by side may measure it at the same time; they write the same file.
+    """
+    config, topology = context.config, context.topology
+    digest = untrained_digest(config, topology.device_type)
+    known = None
+    if untrained_dir is not None and topology.is_main:
+        known = read_untrained(Path(untrained_dir), digest)
+    # Rank 0 decides for all: another rank may see a shared disk a moment later.
+    known = context.comm.broadcast_object(known, what="metrics of the untrained network")
+    if known is not None:
+        return dict(known)
+    split = config.data.test_split
+    model = _untrained(config, topology)
+    metrics = context.measure(
+        model, context.rows_of(split), f"embed {split}, untrained", final=True
+    ).as_dict()
+    if untrained_dir is not None and topology.is_main:
+        write_untrained(Path(untrained_dir), digest, metrics)
+    return metrics
+
+
+def _recorded_validation(folder: RunFolder, step: int, comm: Comm) -> dict[str, Any]:
+    """Return the metrics of the validation at a step, which rank 0 reads from the records.
+
+    Raises:
+        RunError: If the record is missing.
+    """
+    found: dict[str, Any] | None = None
+    path = folder.records("evaluations")
+    if comm.topology.is_main:
+        for record in read_records(path):
+            if record["step"] == step and record.get("protocol") == "validation":
+                found = {key: record[key] for key in record if key not in _NO_METRICS}
+    found = comm.broadcast_object(found, what="metrics of the best validation")
+    if found is None:
+        raise RunError(
+            f"{path} has no record of the best validation, at step {step}: restore the file, or "
+            "set evaluation.final to metrics, then continue with --resume"
+        )
+    return found
 
 
 def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:

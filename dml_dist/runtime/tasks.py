@@ -24,6 +24,8 @@ class Assignment:
         changes: Resumable fields that differ from the run's own, `path: old -> new`.
         split: Evaluate: the split of the index that is embedded.
         checkpoint: Evaluate: `best`, `last` or the folder of a checkpoint.
+        untrained_dir: Train: where the runs of a study keep what untrained networks reach; None
+            measures this run's anew.
     """
 
     kind: Literal["train", "evaluate"]
@@ -33,6 +35,7 @@ class Assignment:
     changes: tuple[str, ...] = ()
     split: str = "test"
     checkpoint: str = "best"
+    untrained_dir: str | None = None
 
     def to_json(self) -> str:
         """Return the assignment as text; `from_json` is the inverse."""

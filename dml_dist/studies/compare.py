@@ -1,9 +1,8 @@
-"""`dml-dist compare`: search each method's values, make its runs, write the page."""
+"""`dml-dist compare`: search each method's values, execute its runs, write the page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dml_dist.config.load import dump_config, load_config, with_absolute_paths
+from dml_dist.config.load import with_absolute_paths
 from dml_dist.config.schema import RunConfig
+from dml_dist.config.study import format_value
 from dml_dist.errors import ConfigError, DmlDistError, RunError
-from dml_dist.files import hold, write_bytes_atomic, write_text_atomic
+from dml_dist.files import write_bytes_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.report.formatting import format_metric
@@ -28,13 +28,13 @@ from dml_dist.report.study.comparison_tables import (
 )
 from dml_dist.report.study.read import read_comparison
 from dml_dist.report.study.references import read_references
-from dml_dist.runs.study import (
+from dml_dist.runs.comparison import (
     ComparisonFolder,
     axis_values,
     compare_section,
     method_config,
-    refused_differences,
     run_config,
+    run_name,
     searched_paths,
     trial_config,
 )
@@ -52,31 +52,30 @@ _PROXY_RATE = "optim.proxy_lr"
 def run_comparison(
     config: RunConfig, console: Console, *, run_dir: Path | None = None, resume: bool = False
 ) -> Path:
-    """Carry out a comparison, or go on with it, and return its folder.
+    """Execute a comparison, or continue it, and return its folder.
 
     Args:
         config: A run's configuration with the section `compare`.
         console: Where progress and the table go.
         run_dir: The comparison's folder; None is runs/NAME.
-        resume: Go on with the comparison in the folder, instead of refusing one that exists.
+        resume: Continue the comparison in the folder, instead of refusing one that exists.
 
     Raises:
-        DmlDistError: Whatever is wrong with configuration or data, before anything starts; and
-            when a run has failed, after all others are made.
+        DmlDistError: If configuration or data are wrong, before anything starts; or if a run
+            failed, after all others are finished.
     """
     config = with_absolute_paths(config)
     section = compare_section(config)
     folder = ComparisonFolder((run_dir or Path("runs") / config.name).absolute())
-    _check_folder(config, folder, resume)
+    folder.check(config, resume=resume)
     plans = _check_methods(config)
     if local_path(config.data.path) is not None:
         ensure_imported(config.data, console)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        _check_folder(config, folder, resume)
+    with folder.lock():
+        folder.check(config, resume=resume)  # Again: another command may have been faster.
         _begin(config, folder)
         _announce(config, plans, console)
-        with Pool(config.launch, section.parallel) as pool, Display(console) as emit:
+        with Pool(folder, config.launch, section.parallel) as pool, Display(console) as emit:
             values = _search(config, folder, pool, emit)
             problems = _run(config, folder, pool, emit, values)
         page = write_comparison(folder.path)
@@ -85,15 +84,15 @@ def run_comparison(
     if problems:
         count = len(section.methods) * len(section.seeds)
         raise RunError(
-            f"required {count} runs, got {count - len(problems)}: {'; '.join(problems)}; mend the "
-            "cause, then repeat the command with --resume"
+            f"{len(problems)} of {count} runs failed: {'; '.join(problems)}; fix the cause, then "
+            "repeat the command with --resume"
         )
     console.print(f"results: {folder.path}", highlight=False, soft_wrap=True)
     return folder.path
 
 
 def dry_run_comparison(config: RunConfig, console: Console) -> None:
-    """Print the runs of a comparison and what they will compute; nothing is written or started."""
+    """Print the runs of a comparison and their cost; nothing is written or started."""
     config = with_absolute_paths(config)
     section = compare_section(config)
     plans = _check_methods(config)
@@ -127,14 +126,14 @@ def dry_run_comparison(config: RunConfig, console: Console) -> None:
     for label, value in plan.describe()[:2]:
         _say(console, f"{label}: {value}")
     for method in plans:
-        names = [f"{method}-seed-{seed}" for seed in section.seeds]
+        names = [run_name(method, seed) for seed in section.seeds]
         _say(console, f"runs: {', '.join(names)}")
     mark = section.mark
     _say(
         console,
         f"{total_images:,} training images in all, evaluations not counted; "
         f"{_at_a_time(config)}; "
-        + (f"the mark is the best R@1 of {mark}" if mark else "no method is the mark"),
+        + (f"the target is the best R@1 of {mark}" if mark else "no method sets a target"),
     )
 
 
@@ -142,7 +141,7 @@ def print_comparison(path: Path, console: Console) -> None:
     """Print the tables of a comparison."""
     comparison = read_comparison(path)
     header, rows = comparison_rows(comparison)
-    # Numbers stay whole where a terminal has 80 columns; the page has all columns.
+    # These columns are on the page alone, so that numbers are not cut in 80 columns.
     kept = [place for place, text in enumerate(header) if text not in (SINGLE_RUNS, TIME)]
     _print(console, [header[place] for place in kept], [[row[at] for at in kept] for row in rows])
     header, rows = difference_rows(comparison)
@@ -166,41 +165,13 @@ def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
 # ---------------------------------------------------------------- before
 
 
-def _check_folder(config: RunConfig, folder: ComparisonFolder, resume: bool) -> None:
-    """Refuse a folder of something else, or of another comparison."""
-    if not folder.config_path.is_file():
-        taken = folder.path.exists() and (
-            not folder.path.is_dir() or any(one.name != ".lock" for one in folder.path.iterdir())
-        )
-        if taken or resume:
-            what = "is not empty and holds no comparison" if taken else "holds none"
-            raise ConfigError(
-                f"required {'a comparison' if resume else 'a new or empty folder'}, got "
-                f"{folder.path}, which {what}; give another --run-dir"
-                + (", or leave out --resume" if resume else "")
-            )
-        return
-    if not resume:
-        raise ConfigError(
-            f"required a new comparison, got {folder.path}, which holds one; continue it with "
-            "--resume, or give another --run-dir or another name"
-        )
-    differences = refused_differences(load_config(folder.config_path), config)
-    if differences:
-        raise ConfigError(
-            f"--resume goes on with the configuration of {folder.path}, got another one in "
-            f"(comparison -> given): {'; '.join(map(str, differences))}; take these back, or give "
-            "another --run-dir or name"
-        )
-
-
 def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
-    """Check every method, and both ends of all ranges; give plan and origin of its numbers."""
+    """Check every method and its search space; return its plan and where its numbers come from."""
     section = compare_section(config)
     if config.launch.launcher == "torchrun":
         raise ConfigError(
-            "required launch.launcher inprocess or ray for a comparison, which starts the ranks of "
-            "its runs itself, got torchrun"
+            "a comparison starts the ranks of its runs itself, and torchrun would start several "
+            "comparisons: launch.launcher must be inprocess or ray, got torchrun"
         )
     plans = {}
     for method in section.methods:
@@ -225,37 +196,24 @@ def _check_search(config: RunConfig, method: str, own: RunConfig, plan: RunPlan)
         )
     for path in paths:
         assert section.search is not None
-        bounds = section.search.space[path]
-        for value in (bounds.low, bounds.high):
+        for value in section.search.space[path].extremes:
             try:
                 trial_config(config, method, 0, {path: value})
             except ConfigError as error:
                 raise ConfigError(
-                    f"compare.search.space: {method} cannot take {path} from {bounds.low:g} to "
-                    f"{bounds.high:g}; change the range, or name the path in "
+                    f"compare.search.space: {method} cannot take {path} = {format_value(value)} of "
+                    f"{section.search.space[path]}; correct it, or name the path in "
                     f"compare.search.without.{method}:\n{error}"
                 ) from None
 
 
-@contextmanager
-def _locked(folder: ComparisonFolder) -> Iterator[None]:
-    try:
-        with hold(folder.path / ".lock"):
-            yield
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"required a comparison that no other command works on, got {folder.path} "
-            f"({error.strerror}); wait for it or end it, or give another --run-dir"
-        ) from None
-
-
 def _begin(config: RunConfig, folder: ComparisonFolder) -> None:
-    """Keep the configuration, and the published rows as they are now."""
+    """Save the configuration, and the published results as they are now."""
     source = Path(compare_section(config).references)
     if source.is_file() and not folder.references_path.exists():
-        read_references(source)  # Refused now, not after hours.
+        read_references(source)  # An error now, not after hours.
         write_bytes_atomic(folder.references_path, source.read_bytes())
-    write_text_atomic(folder.config_path, dump_config(config))
+    folder.write_config(config)
 
 
 def _announce(
@@ -302,13 +260,13 @@ def _at_a_time(config: RunConfig) -> str:
 
 def _search(
     config: RunConfig, folder: ComparisonFolder, pool: Pool, emit: Emit
-) -> dict[str, dict[str, float]]:
-    """Return the values found for each method; methods are searched side by side."""
+) -> dict[str, dict[str, Any]]:
+    """Return the values found for each method; methods are searched at the same time."""
     section = compare_section(config)
     methods = list(section.methods)
 
     def callback(method: str, number: int, outcome: Mapping[str, Any]) -> None:
-        values = ", ".join(f"{path} {value:.3g}" for path, value in outcome["values"].items())
+        values = ", ".join(f"{path} {format_value(x)}" for path, x in outcome["values"].items())
         score = outcome["map_at_r"]
         result = "loss not finite" if score is None else f"MAP@R {format_metric('map_at_r', score)}"
         emit(note(f"{method}, trial {number + 1}: {values}: validation {result}"))
@@ -324,12 +282,12 @@ def _run(
     folder: ComparisonFolder,
     pool: Pool,
     emit: Emit,
-    values: Mapping[str, Mapping[str, float]],
+    values: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-    """Make all runs, a seed of every method after the other; return what failed, in words."""
+    """Execute all runs, seed by seed; return the messages of those that failed."""
     section = compare_section(config)
     configs = [
-        (run_config(config, method, seed, values[method]), folder.run(method, seed))
+        (run_config(config, method, seed, values[method]), folder.run(run_name(method, seed)))
         for seed in section.seeds
         for method in section.methods
     ]
@@ -338,7 +296,7 @@ def _run(
     for done, (number, future) in enumerate(pool.each(tasks), start=1):
         name = configs[number][0].name
         error = future.exception()
-        if isinstance(error, RunError):  # The others are made all the same.
+        if isinstance(error, RunError):  # The other runs are executed nevertheless.
             problems.append(f"{name}: {error}")
             emit(note(f"{name}: {error}"))
         else:

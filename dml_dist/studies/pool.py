@@ -1,6 +1,6 @@
-"""Executing the runs of a study: here one after another, on a cluster, or side by side.
+"""Executes the runs of a study: one after another here or on a cluster, or several at a time.
 
-A run that is finished in its folder is taken as it is, one that is not goes on.
+A run that is finished in its folder is not repeated, one that is not finished is continued.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,13 +27,18 @@ from dml_dist.orchestration.ray_tasks import Execute, Metrics, ray_tasks
 from dml_dist.orchestration.train import run_training
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import read_records
-from dml_dist.runs.study import digest, refused_differences
+from dml_dist.runs.study import StudyFolder, StudyKind, digest, fixed_differences
 
 Value = TypeVar("Value")
 
 
-def finished_metrics(config: RunConfig, folder: Path) -> Metrics | None:
-    """Return the metrics of a run that is finished in a folder; None if there is more to do.
+def finished_metrics(config: RunConfig, folder: Path, kind: StudyKind) -> Metrics | None:
+    """Return the metrics of a run that is finished in a folder; None if there is work to do.
+
+    Args:
+        config: The configuration of the run.
+        folder: The run's folder.
+        kind: The kind of study, which says what makes it another run.
 
     Raises:
         ConfigError: If the folder holds a run of another configuration.
@@ -41,48 +47,68 @@ def finished_metrics(config: RunConfig, folder: Path) -> Metrics | None:
     if not run.info_path.is_file():
         return None
     saved = load_config(run.config_path)
-    if digest(saved) != digest(config):
-        differences = "; ".join(map(str, refused_differences(saved, config)))
+    if digest(saved, kind) != digest(config, kind):
+        differences = "; ".join(map(str, fixed_differences(saved, config, kind)))
         raise ConfigError(
-            f"required the run {config.name} in {folder}, got one of another configuration "
-            f"(there -> now): {differences}; remove that folder, or give another --run-dir"
+            f"{folder} holds a run with another configuration than {config.name} has now "
+            f"(there -> now): {differences}; remove the folder, or give another --run-dir"
         )
     return dict(read_json(run.metrics_path)) if run.info().finished else None
 
 
 def is_diverged(folder: Path) -> bool:
-    """Whether a run ended with a loss that is not finite."""
+    """Whether a run failed because its loss was not finite."""
     records = read_records(RunFolder(folder).records("steps"))
     return bool(records) and not math.isfinite(records[-1].get("loss", math.nan))
 
 
-def execute_run(config: RunConfig, folder: Path) -> Metrics:
-    """Make a run, or go on with it; what it says goes to FOLDER.log."""
+def execute_run(config: RunConfig, folder: Path, untrained_dir: Path | None = None) -> Metrics:
+    """Execute a run, or continue it; its output goes to FOLDER.log.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's folder.
+        untrained_dir: Where the runs of the study keep what untrained networks reach.
+    """
     _remove_partial_run(folder)
     started = RunFolder(folder).info_path.is_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as file:
         console = Console(file=file, width=100)
-        return run_training(config, console, run_dir=folder, resume=started, report=False)
+        return run_training(
+            config,
+            console,
+            run_dir=folder,
+            resume=started,
+            report=False,
+            untrained_dir=untrained_dir,
+        )
 
 
 class Pool:
-    """Executes runs: here one after another, each on all ranks of a cluster, or side by side."""
+    """Executes runs: one after another, each of them distributed or not, or several at a time."""
 
-    def __init__(self, launch: LaunchConfig, parallel: int) -> None:
-        """Take where runs are executed, and how many at a time."""
+    def __init__(self, folder: StudyFolder, launch: LaunchConfig, parallel: int) -> None:
+        """Prepare to execute runs; they begin inside `with`.
+
+        Args:
+            folder: The study.
+            launch: Where runs are executed.
+            parallel: How many at a time, as Ray tasks if more than one.
+        """
+        self._kind = folder.kind
         self._launch = launch
         self._parallel = parallel
         self._held = ExitStack()
-        self._execute: Execute = execute_run
+        self._execute: Execute = partial(execute_run, untrained_dir=folder.untrained_dir)
 
     def __enter__(self) -> Pool:
         if self._parallel > 1:
             self._execute = self._held.enter_context(
-                ray_tasks(execute_run, self._launch, self._parallel)
+                ray_tasks(self._execute, self._launch, self._parallel)
             )
         elif self._launch.launcher == "ray":
-            # One cluster for all runs: to start one takes seconds.
+            # One cluster for all runs: starting one takes seconds.
             self._held.enter_context(cluster(self._launch))
         return self
 
@@ -91,7 +117,7 @@ class Pool:
 
     def execute(self, config: RunConfig, folder: Path) -> Metrics:
         """Execute a run, unless it is finished, and return its metrics; threads may call this."""
-        done = finished_metrics(config, folder)
+        done = finished_metrics(config, folder, self._kind)
         if done is not None:
             return done
         launch = config.launch.model_copy(update={"threads_per_rank": self._threads()})
@@ -109,7 +135,7 @@ class Pool:
             for future in as_completed(futures):
                 yield futures[future], future
         finally:
-            # After Ctrl-C nothing new begins; the cluster ends with the tasks in progress.
+            # After Ctrl-C no task starts any more; the cluster ends those that are running.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _threads(self) -> int | None:
@@ -122,13 +148,13 @@ def _outcome(task: Callable[[], Value]) -> Future[Value]:
     future: Future[Value] = Future()
     try:
         future.set_result(task())
-    except Exception as error:  # Looked at by whoever asks for the result.
+    except Exception as error:  # Raised where the result is asked for.
         future.set_exception(error)
     return future
 
 
 def _remove_partial_run(folder: Path) -> None:
-    """Remove what a command left that was killed while it made the folder: no run as yet."""
+    """Remove a folder that a command was creating when it was killed: it is not a run yet."""
     if RunFolder(folder).info_path.is_file() or not folder.is_dir():
         return
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -1,37 +1,41 @@
-"""The search of a method's values: Optuna's sampler, asked and told; nothing but files is kept.
+"""The search of a method's values with Optuna's sampler, by ask and tell; files alone are kept.
 
 A search that is continued asks the sampler for all trials again: with the same seed and the same
-answers it draws the same values, and what is finished is read from its file.
+results it suggests the same values, and finished trials are read from their files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.config.study import SearchConfig
+from dml_dist.config.study import (
+    CategoricalDistributionConfig,
+    DistributionConfig,
+    FloatDistributionConfig,
+    IntDistributionConfig,
+    SearchConfig,
+)
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.files import read_json, write_json_atomic
 from dml_dist.orchestration.ray_tasks import Execute
-from dml_dist.runs.study import (
+from dml_dist.runs.comparison import (
+    COMPARE,
     ComparisonFolder,
     compare_section,
-    digest,
     method_config,
     searched_paths,
     trial_config,
-    value_at,
 )
+from dml_dist.runs.study import digest, value_at
 from dml_dist.studies.pool import is_diverged
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
 
-MOST_STARTUP_TRIALS = 10
-"""Trials, of many, whose values are drawn at random before the sampler learns from them."""
+MAX_STARTUP_TRIALS = 10
+"""Upper bound on the trials with random values, before the sampler learns from earlier ones."""
 
 TrialCallback = Callable[[str, int, Mapping[str, Any]], None]
 """Takes method, number of the trial and its outcome."""
@@ -43,14 +47,14 @@ def search_method(
     folder: ComparisonFolder,
     execute: Execute,
     callback: TrialCallback,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return the best values of a method among its trials; empty when none are searched.
 
     Args:
         config: The comparison's configuration, paths absolute.
         method: One of its methods.
         folder: Where the comparison is.
-        execute: Carries out a run.
+        execute: Executes a run.
         callback: Called after every trial.
 
     Raises:
@@ -62,15 +66,10 @@ def search_method(
     paths = searched_paths(config, method)
     if section is None or not paths:
         return {}
-    space: dict[str, BaseDistribution] = {
-        path: optuna.distributions.FloatDistribution(
-            section.space[path].low, section.space[path].high, log=section.space[path].log
-        )
-        for path in paths
-    }
+    space = {path: distribution(section.space[path]) for path in paths}
     study = _study(section)
     study.enqueue_trial(own_values(config, method))
-    found: list[tuple[float, dict[str, float]]] = []
+    found: list[tuple[float, dict[str, Any]]] = []
     for number in range(section.trials):
         trial = study.ask(space)
         outcome = _outcome(config, method, number, trial.params, folder, execute)
@@ -82,23 +81,38 @@ def search_method(
             found.append((outcome["map_at_r"], dict(trial.params)))
     if not found:
         raise RunError(
-            f"required a trial of {method} with a finite loss, got none of {section.trials}; see "
-            f"{folder.trial(method, 0).parent}, and lower the ranges of compare.search.space"
+            f"none of the {section.trials} trials of {method} had a finite loss; see "
+            f"{folder.trial(method, 0).parent}, and lower the values in compare.search.space"
         )
     return max(found, key=lambda one: one[0])[1]  # The first of equals.
 
 
-def own_values(config: RunConfig, method: str) -> dict[str, float]:
-    """Return the method's own values of the searched paths, as far as they lie in the ranges."""
+def distribution(config: DistributionConfig) -> BaseDistribution:
+    """Return Optuna's distribution of a configured one."""
+    from optuna import distributions
+
+    match config:
+        case FloatDistributionConfig():
+            return distributions.FloatDistribution(
+                config.low, config.high, log=config.log, step=config.step
+            )
+        case IntDistributionConfig():
+            return distributions.IntDistribution(
+                config.low, config.high, log=config.log, step=config.step
+            )
+        case CategoricalDistributionConfig():
+            return distributions.CategoricalDistribution(config.choices)
+        case _:
+            assert_never(config)
+
+
+def own_values(config: RunConfig, method: str) -> dict[str, Any]:
+    """Return the method's own values of the searched paths, where the space contains them."""
     section = compare_section(config).search
     assert section is not None
     own = method_config(config, method)
     values = {path: value_at(own, path) for path in searched_paths(config, method)}
-    return {
-        path: float(value)
-        for path, value in values.items()
-        if value is not None and section.space[path].low <= value <= section.space[path].high
-    }
+    return {path: value for path, value in values.items() if section.space[path].contains(value)}
 
 
 def _study(section: SearchConfig) -> Study:
@@ -107,7 +121,7 @@ def _study(section: SearchConfig) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
         seed=section.seed,
-        n_startup_trials=max(1, min(MOST_STARTUP_TRIALS, section.trials // 2)),
+        n_startup_trials=max(1, min(MAX_STARTUP_TRIALS, section.trials // 2)),
     )
     return optuna.create_study(direction="maximize", sampler=sampler)
 
@@ -116,33 +130,29 @@ def _outcome(
     config: RunConfig,
     method: str,
     number: int,
-    values: Mapping[str, float],
+    values: Mapping[str, Any],
     folder: ComparisonFolder,
     execute: Execute,
 ) -> dict[str, Any]:
-    """Return what a trial gave, of its file if it was finished before."""
-    path = folder.trial(method, number)
-    file = path.with_name(f"{path.name}.json")
+    """Return the outcome of a trial, from its file if it has finished before."""
     trial = trial_config(config, method, number, values)
-    if file.is_file():
-        outcome = read_json(file)
-        if outcome["digest"] != digest(trial):
+    key = digest(trial, COMPARE)
+    outcome = folder.outcome(method, number)
+    if outcome is not None:
+        if outcome["digest"] != key:
             raise ConfigError(
-                f"required trial {number} of {method} in {file}, got one of another configuration "
-                f"or of another version of Optuna, with {outcome['values']}; give another --run-dir"
+                f"trial {number} of {method} in {folder.outcome_path(method, number)} is of "
+                "another configuration, or another version of Optuna suggested its values "
+                f"{outcome['values']}; give another --run-dir"
             )
-        return dict(outcome)
-    outcome = {"digest": digest(trial), "values": dict(values), "map_at_r": None, "problem": None}
+        return outcome
+    outcome = {"digest": key, "values": dict(values), "map_at_r": None, "problem": None}
+    path = folder.trial(method, number)
     try:
-        outcome["map_at_r"] = float(execute(trial, path)["trained"]["map_at_r"])
+        outcome["map_at_r"] = float(execute(trial, path)["validation"]["map_at_r"])
     except RunError as error:
         if not is_diverged(path):
             raise
         outcome["problem"] = str(error)
-    _write(file, outcome)
+    folder.write_outcome(method, number, outcome)
     return outcome
-
-
-def _write(file: Path, outcome: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(file, outcome)

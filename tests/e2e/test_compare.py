@@ -17,8 +17,8 @@ from scipy import stats
 from dml_dist.config.load import load_config, with_absolute_paths
 from dml_dist.orchestration.train import run_training
 from dml_dist.report.study.read import read_comparison
+from dml_dist.runs.comparison import run_config
 from dml_dist.runs.records import read_records
-from dml_dist.runs.study import run_config
 from dml_dist.runtime import rank
 from tests.report_runs import Page
 
@@ -40,8 +40,8 @@ def compare_file(config_file: Path) -> Path:
             "trials": 2,
             "steps": TRIAL_STEPS,
             "space": {
-                "optim.lr": {"low": 1e-4, "high": 1e-1},
-                "optim.proxy_lr": {"low": 1e-3, "high": 1.0},
+                "optim.lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+                "optim.proxy_lr": {"type": "float", "low": 1e-3, "high": 1.0, "log": True},
             },
             "without": {"triplet": ["optim.proxy_lr"]},
         },
@@ -218,14 +218,14 @@ def test_dry_run_and_folders_of_others(compare_file: Path, cli: Cli, tmp_path: P
     code, output = cli("train", compare_file, "--dry-run")
     assert code == 0, output
     code, output = cli("compare", compare_file, "--resume")
-    assert (code, "holds none" in output) == (2, True)
+    assert (code, "--resume found no compare.yaml" in output) == (2, True)
     (tmp_path / "x").mkdir()
     (tmp_path / "x/mine.txt").write_text("mine")
     code, output = cli("compare", compare_file, "--run-dir", "x")
-    assert (code, "holds no comparison" in output) == (2, True)
+    assert (code, "is not empty and holds no compare.yaml" in output) == (2, True)
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["mine.txt"]
     code, output = cli("compare", compare_file, "--set", "compare=null")
-    assert (code, "required the section compare" in output) == (2, True)
+    assert (code, "has no section compare" in output) == (2, True)
 
 
 @pytest.mark.slow

@@ -14,21 +14,26 @@ import pytest
 from dml_dist.config.load import differing_paths, parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.runs.records import RecordWriter
-from dml_dist.runs.study import (
+from dml_dist.runs.comparison import (
+    COMPARE,
     ComparisonFolder,
     axis_values,
-    digest,
     method_config,
-    refused_differences,
     run_config,
     searched_paths,
     trial_config,
 )
+from dml_dist.runs.records import RecordWriter
+from dml_dist.runs.study import digest, fixed_differences
 from dml_dist.studies.compare import _check_methods
 from dml_dist.studies.search import own_values, search_method
 
-SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-1}, "optim.proxy_lr": {"low": 1e-3, "high": 1.0}}
+
+def floats(low: float, high: float) -> dict[str, Any]:
+    return {"type": "float", "low": low, "high": high, "log": True}
+
+
+SPACE = {"optim.lr": floats(1e-4, 1e-1), "optim.proxy_lr": floats(1e-3, 1.0)}
 
 
 def comparison(*changes: str, **values: Any) -> RunConfig:
@@ -83,6 +88,7 @@ def test_a_trial_reads_no_test_class() -> None:
     trial = trial_config(comparison(), "nca", 2, {"optim.lr": 0.02})
     assert (trial.data.test_split, trial.evaluation.evaluate_test_every) == ("validation", None)
     assert (trial.train.steps, trial.seed, trial.optim.lr) == (7, 0, 0.02)
+    assert trial.evaluation.final == "none"
     distributed = comparison("launch.launcher=ray", "launch.num_workers=2")
     assert trial_config(distributed, "nca", 0, {}).launch.launcher == "inprocess"
 
@@ -100,26 +106,29 @@ def test_a_trial_reads_no_test_class() -> None:
 )
 def test_methods_share_data_steps_and_evaluation(change: str, message: str) -> None:
     config = comparison(methods={"other": [change]}, search=None)
-    with pytest.raises(ConfigError, match="must be the same for all methods") as error:
+    with pytest.raises(ConfigError, match="must be the same for all runs of demo") as error:
         method_config(config, "other")
     assert message in str(error.value)
 
 
 def test_what_decides_on_a_result_and_what_does_not() -> None:
     run = run_config(comparison(), "nca", 0)
+    own = digest(run, COMPARE)
     for change in ({"seed": 1}, {"name": "x"}):
-        assert digest(run.model_copy(update=change)) != digest(run)
+        assert digest(run.model_copy(update=change), COMPARE) != digest(run, COMPARE)
     for free in ("launch.threads_per_rank=2", "data.path=elsewhere", "data.loader_workers=0"):
-        assert digest(run_config(comparison(free), "nca", 0)) == digest(run), free
+        assert digest(run_config(comparison(free), "nca", 0), COMPARE) == own, free
     for other in ("optim.lr=0.02", "evaluation.every_steps=3", "train.steps=21"):
-        assert digest(run_config(comparison(other), "nca", 0)) != digest(run), other
+        assert digest(run_config(comparison(other), "nca", 0), COMPARE) != own, other
 
 
 def test_differences_that_are_refused_are_cut_to_what_differs() -> None:
     old = comparison()
-    assert refused_differences(old, comparison("launch.num_workers=2", "compare.parallel=3")) == []
+    free = comparison("launch.num_workers=2", "compare.parallel=3")
+    assert fixed_differences(old, free, COMPARE) == []
     methods = {"triplet": ["loss.name=triplet"], "nca": ["loss.proxy_scale=4.0"]}
-    found = refused_differences(old, comparison("optim.lr=0.02", methods=methods, seeds=[3]))
+    new = comparison("optim.lr=0.02", methods=methods, seeds=[3])
+    found = fixed_differences(old, new, COMPARE)
     assert [one.path for one in found] == [
         *("optim.lr", "compare.methods.triplet", "compare.methods.nir", "compare.seeds"),
     ]
@@ -131,7 +140,7 @@ def test_differences_that_are_refused_are_cut_to_what_differs() -> None:
 @pytest.mark.parametrize(
     ("values", "changes", "message"),
     [
-        ({"seeds": [1, 1]}, [], "seeds: each at most once, got \\[1, 1\\]"),
+        ({"seeds": [1, 1]}, [], "seeds must differ from each other, got \\[1, 1\\]"),
         ({"reference": "x"}, [], "one of the methods triplet, nca, nir, got x"),
         ({"methods": {}}, [], "compare.methods"),
         ({"bases": {"nir": "ncaa"}}, [], "bases must name methods .*, got ncaa"),
@@ -145,6 +154,7 @@ def test_differences_that_are_refused_are_cut_to_what_differs() -> None:
         ({"parallel": 2}, ["launch.launcher=ray"], "parallel 2 needs launch.launcher: inprocess"),
         ({}, ["train={global_batch_size: 16, epochs: 2}"], "compare needs train.steps"),
         ({}, ["validation={name: none}"], "needs validation classes to select by"),
+        ({}, ["evaluation.final=none"], "evaluation.final must be full or metrics, got none"),
     ],
 )
 def test_sections_that_do_not_fit(values: Any, changes: list[str], message: str) -> None:
@@ -157,7 +167,6 @@ def test_sections_that_do_not_fit(values: Any, changes: list[str], message: str)
     [
         ({"without": {"triplet": ["loss.margin"]}}, "must name paths of space"),
         ({"without": {"other": []}}, "must name methods"),
-        ({"space": {"optim.lr": {"low": 1.0, "high": 0.5}}, "without": {}}, "low must be below"),
     ],
 )
 def test_searches_that_do_not_fit(search: dict[str, Any], message: str) -> None:
@@ -170,16 +179,43 @@ def test_searches_that_do_not_fit(search: dict[str, Any], message: str) -> None:
     ("space", "without", "message"),
     [
         (SPACE, {}, r"optim.proxy_lr does nothing for triplet.*compare.search.without.triplet"),
-        ({"loss.margin": {"low": 0.1, "high": 0.3}}, {}, "nca cannot take loss.margin"),
-        ({"optim.lr": {"low": 0.1, "high": 1.0}}, {"nca": ["optim.lr"]}, None),
+        ({"loss.margin": floats(0.1, 0.3)}, {}, "nca cannot take loss.margin = 0.1 of 0.1 to 0.3"),
+        ({"optim.lr": floats(0.1, 1.0)}, {"nca": ["optim.lr"]}, None),
         (
-            {"loss.margin": {"low": 0.1, "high": 3.0}},
+            {"loss.margin": floats(0.1, 3.0)},
             {"nca": ["loss.margin"], "nir": ["loss.margin"]},
-            r"triplet cannot take loss.margin from 0.1 to 3(.|\n)*margin must be at most 2",
+            r"triplet cannot take loss.margin = 3(.|\n)*margin must be at most 2",
+        ),
+        (
+            {"loss.margin": floats(3.0, 4.0)},
+            {"nca": ["loss.margin"], "nir": ["loss.margin"]},
+            r"triplet cannot take loss.margin = 3 ",
+        ),
+        ({"optim.lrr": floats(0.1, 1.0)}, {}, r"did you mean optim\.lr\?"),
+        (
+            {"model.embedding_size": {"type": "int", "low": 0, "high": 64, "step": 16}},
+            {},
+            r"model.embedding_size = 0 of 0 to 64 in steps of 16",
+        ),
+        ({"model.embedding_size": floats(8, 64)}, {}, r"embedding_size = 8 (.|\n)*an integer"),
+        (
+            {"model.pooling": {"type": "categorical", "choices": ["gem", "avg", "gym"]}},
+            {},
+            r"model.pooling = gym of one of gem, avg, gym(.|\n)*did you mean gem\?",
+        ),
+        (
+            {"train.max_grad_norm": {"type": "categorical", "choices": [None, 1, 0.5]}},
+            {},
+            None,
+        ),
+        (
+            {"train.global_batch_size": {"type": "int", "low": 8, "high": 16}},
+            {},
+            r"global_batch_size: 16 -> 8(.|\n)*runs differ in",
         ),
     ],
 )
-def test_ranges_are_checked_for_every_method(space: Any, without: Any, message: str | None) -> None:
+def test_spaces_are_checked_for_every_method(space: Any, without: Any, message: str | None) -> None:
     config = comparison(
         search={"trials": 2, "steps": 2, "space": space, "without": without}, reference="nca"
     )
@@ -196,7 +232,7 @@ def test_errors_name_the_method() -> None:
         _check_methods(config)
     with pytest.raises(ConfigError, match=r"loss\.margim .*: unknown key"):
         _check_methods(comparison(methods={"p": ["loss={name: triplet, margim: 1}"]}, search=None))
-    with pytest.raises(ConfigError, match="inprocess or ray for a comparison"):
+    with pytest.raises(ConfigError, match=r"must be inprocess or ray, got torchrun"):
         _check_methods(comparison("launch.launcher=torchrun"))
 
 
@@ -208,7 +244,7 @@ def test_a_figure_needs_a_number_of_each_method() -> None:
     _check_methods(config)
     for path in ("loss.margim", "loss.name", "loss.use_labels"):
         wrong = comparison(methods=methods, search=None, axis={**axis, "path": path})
-        with pytest.raises(ConfigError, match=f"required a number at {path} in every method"):
+        with pytest.raises(ConfigError, match=f"{path} must be a number in every method"):
             _check_methods(wrong)
 
 
@@ -231,10 +267,10 @@ class FakeRuns:
             (folder / "records").mkdir(parents=True)
             with RecordWriter(folder / "records/steps.jsonl", 1) as records:
                 records.write(3, loss=math.nan)
-            raise RunError("required a finite loss")
+            raise RunError("the loss is not finite")
         distance = (math.log10(config.optim.lr) + 2.5) ** 2
         distance += (math.log10(config.optim.proxy_lr or 0.01) + 1) ** 2
-        return {"trained": {"map_at_r": 1 / (1 + distance)}}
+        return {"validation": {"map_at_r": 1 / (1 + distance)}}
 
 
 def search(
@@ -314,12 +350,12 @@ def test_own_values_outside_the_ranges_are_not_tried(tmp_path: Path) -> None:
 def test_trials_that_diverge_are_counted_and_others_win(tmp_path: Path) -> None:
     found, outcomes = search(tmp_path / "some", FakeRuns(diverge_above=0.009))
     assert outcomes[0]["map_at_r"] is None
-    assert "finite loss" in outcomes[0]["problem"]
+    assert outcomes[0]["problem"] == "the loss is not finite"
     assert found["optim.lr"] <= 0.009
     # The answer is kept: it is not tried again.
     assert search(tmp_path / "some", runs := FakeRuns())[0] == found
     assert runs.configs == []
-    with pytest.raises(RunError, match="a trial of nca with a finite loss, got none of 5"):
+    with pytest.raises(RunError, match="none of the 5 trials of nca had a finite loss"):
         search(tmp_path / "none", FakeRuns(diverge_above=0.0))
 
 
@@ -334,5 +370,5 @@ def test_other_failures_end_the_search(tmp_path: Path) -> None:
 
 def test_trials_of_another_configuration_are_refused(tmp_path: Path) -> None:
     search(tmp_path, FakeRuns())
-    with pytest.raises(ConfigError, match=r"trial 0 of nca in .*another configuration"):
+    with pytest.raises(ConfigError, match=r"trial 0 of nca in .* is of another configuration"):
         search(tmp_path, FakeRuns(), config=comparison("optim.eps=0.5"))

@@ -17,7 +17,7 @@ from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.errors import ConfigError
 from dml_dist.orchestration.train import dry_run_table
 from dml_dist.report.study.references import find_published, read_references
-from dml_dist.runs.study import method_config
+from dml_dist.runs.comparison import method_config
 from dml_dist.runtime.estimate import estimate_plan
 from dml_dist.studies.compare import dry_run_comparison
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dml_dist.config.load import dump_config
-from dml_dist.config.study import SearchConfig
+from dml_dist.config.study import SearchConfig, format_value
 from dml_dist.files import write_text_atomic
 from dml_dist.report.formatting import MISSING, format_metric, format_seconds
 from dml_dist.report.render import write_page
@@ -24,7 +24,7 @@ from dml_dist.report.study.plots import draw_axis, draw_convergence
 from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
 from dml_dist.report.study.references import ReferenceRow, own_protocols
 from dml_dist.report.study.stats import LEVEL, format_interval
-from dml_dist.runs.study import ComparisonFolder, compare_section
+from dml_dist.runs.comparison import ComparisonFolder, compare_section
 
 
 def write_comparison(path: Path) -> Path:
@@ -188,7 +188,7 @@ def _tuned(comparison: Comparison) -> tuple[list[str], list[_TunedRow]]:
 
 def _value(method: MethodResult, path: str) -> str:
     value = method.values.get(path)
-    return f"{value:.3g}" if isinstance(value, int | float) and method.runs else MISSING
+    return format_value(value) if method.runs else MISSING
 
 
 def _search_text(comparison: Comparison) -> str:
@@ -204,10 +204,7 @@ def _search_text(comparison: Comparison) -> str:
 
 
 def _ranges(search: SearchConfig) -> str:
-    return ", ".join(
-        f"{path} {bounds.low:g} to {bounds.high:g}{' (log)' if bounds.log else ''}"
-        for path, bounds in search.space.items()
-    )
+    return ", ".join(f"{path} {distribution}" for path, distribution in search.space.items())
 
 
 def _published(comparison: Comparison) -> list[tuple[ReferenceRow, str]]:

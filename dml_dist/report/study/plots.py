@@ -19,7 +19,7 @@ from dml_dist.report.figures import (
 from dml_dist.report.formatting import format_metric, metric_label
 from dml_dist.report.study.read import Comparison
 from dml_dist.report.study.stats import LEVEL, Band
-from dml_dist.runs.study import axis_values, compare_section
+from dml_dist.runs.comparison import axis_values, compare_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

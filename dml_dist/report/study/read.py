@@ -12,7 +12,6 @@ import numpy as np
 
 from dml_dist.config.load import load_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.errors import ConfigError
 from dml_dist.report.formatting import number
 from dml_dist.report.study.references import Published, find_published
 from dml_dist.report.study.stats import (
@@ -25,14 +24,15 @@ from dml_dist.report.study.stats import (
     t_interval,
 )
 from dml_dist.report.summary import RunSummary, read_summary
-from dml_dist.runs.folder import RunFolder
-from dml_dist.runs.study import (
+from dml_dist.runs.comparison import (
     ComparisonFolder,
     compare_section,
     method_config,
+    run_name,
     searched_paths,
-    value_at,
 )
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.study import value_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,12 +187,7 @@ def read_comparison(path: Path) -> Comparison:
         DataError: If a run's file is damaged.
     """
     folder = ComparisonFolder(Path(path).absolute())
-    if not folder.config_path.is_file():
-        raise ConfigError(
-            f"required the folder of a comparison, got {folder.path}, which holds no "
-            f"{folder.config_path.name}; give the folder that `dml-dist compare` named"
-        )
-    config = load_config(folder.config_path)
+    config = folder.config()
     return Comparison(
         folder=folder.path,
         config=config,
@@ -205,7 +200,7 @@ def _method(config: RunConfig, name: str, folder: ComparisonFolder) -> MethodRes
     section = compare_section(config)
     runs, missing = [], []
     for seed in section.seeds:
-        run = RunFolder(folder.run(name, seed))
+        run = RunFolder(folder.run(run_name(name, seed)))
         if run.info_path.is_file() and run.info().finished:
             runs.append(_run(config, seed, read_summary(run.path)))
         else:
@@ -221,7 +216,7 @@ def _method(config: RunConfig, name: str, folder: ComparisonFolder) -> MethodRes
         missing=tuple(missing),
         values={path: value_at(own, path) for path in searched_paths(config, name)},
         without=search.without.get(name, ()) if search else (),
-        trials=folder.trials(name),
+        trials=folder.outcomes(name),
     )
 
 
