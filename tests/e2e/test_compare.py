@@ -15,11 +15,14 @@ from rich.console import Console
 from scipy import stats
 
 from dml_dist.config.load import load_config, with_absolute_paths
+from dml_dist.config.schema import RunConfig
+from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.orchestration.train import run_training
 from dml_dist.report.study.read import read_comparison
 from dml_dist.runs.comparison import run_config
 from dml_dist.runs.records import read_records
 from dml_dist.runtime import rank
+from dml_dist.topology import Topology
 from tests.report_runs import Page
 
 Cli = Callable[..., tuple[int, str]]
@@ -67,6 +70,19 @@ class Batches:
             yield batch
 
 
+class Untrained:
+    """Counts the untrained networks that are made to be evaluated, by seed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seeds: list[int] = []
+        self._real = rank._untrained
+        monkeypatch.setattr(rank, "_untrained", self._make)
+
+    def _make(self, config: RunConfig, topology: Topology) -> EmbeddingModel:
+        self.seeds.append(config.seed)
+        return self._real(config, topology)
+
+
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
     with open(folder / "report" / name, encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -83,6 +99,7 @@ def test_interrupted_continued_and_refused(
     compare_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = Batches(monkeypatch)
+    untrained = Untrained(monkeypatch)
     trials = 2 * 2 * TRIAL_STEPS
     batches.end_at = trials + 2 * STEPS + 6  # in the third run, after its checkpoint at step 4
     code, output = cli("compare", compare_file)
@@ -104,8 +121,10 @@ def test_interrupted_continued_and_refused(
     assert batches.count - before == (STEPS - 4) + STEPS
     assert output.strip().splitlines()[-1] == f"results: {folder}"
     assert len(rows_of(folder, "runs.csv")) == 4
+    check_untrained(folder, untrained)
 
     check_trials(folder)
+    check_value_of_a_trial(folder, cli)
     check_page(folder, cli)
     # A run of a comparison is a run like any other, also when it was interrupted.
     config = with_absolute_paths(load_config(folder / "compare.yaml"))
@@ -160,6 +179,33 @@ def check_trials(folder: Path) -> None:
                 STEPS,
                 "test",
             )
+
+
+def check_untrained(folder: Path, untrained: Untrained) -> None:
+    """It was evaluated once for each seed, by no trial, and all runs of a seed show it."""
+    assert untrained.seeds == [0, 1]
+    kept = [json.loads(path.read_text()) for path in (folder / "untrained").glob("*.json")]
+    assert len(kept) == 2
+    shown = {}
+    for path in (folder / "runs").glob("*/metrics.json"):
+        metrics = json.loads(path.read_text())["untrained"]
+        assert metrics in kept
+        assert shown.setdefault(path.parent.name[-1], metrics) == metrics
+    assert shown["0"] != shown["1"]
+
+
+def check_value_of_a_trial(folder: Path, cli: Cli) -> None:
+    """It is what an evaluation of the best checkpoint on validation classes gives."""
+    trial = folder / "search/nca/trial-1"
+    score = json.loads(trial.with_suffix(".json").read_text())["map_at_r"]
+    code, output = cli("evaluate", trial, "--split", "validation")
+    assert code == 0, output
+    assert (
+        json.loads((trial / "metrics-validation-best.json").read_text())["trained"]["map_at_r"]
+        == score
+    )
+    extras = ("embeddings.npz", "per_class.parquet", "report")
+    assert not [name for name in extras if (trial / name).exists()]
 
 
 def check_page(folder: Path, cli: Cli) -> None:

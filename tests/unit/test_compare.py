@@ -24,7 +24,7 @@ from dml_dist.runs.comparison import (
     trial_config,
 )
 from dml_dist.runs.records import RecordWriter
-from dml_dist.runs.study import digest, fixed_differences
+from dml_dist.runs.study import digest, fixed_differences, value_at
 from dml_dist.studies.compare import _check_methods
 from dml_dist.studies.search import own_values, search_method
 
@@ -325,6 +325,52 @@ def test_a_search_is_that_of_optuna(tmp_path: Path) -> None:
     assert [trial.value for trial in study.trials] == pytest.approx(
         [one["map_at_r"] for one in outcomes]
     )
+
+
+MIXED = {
+    "optim.lr": floats(1e-4, 1e-1),
+    "optim.proxy_lr": {"type": "float", "low": 0.1, "high": 0.5, "step": 0.2},
+    "model.embedding_size": {"type": "int", "low": 16, "high": 512, "step": 16},
+    "model.pooling": {"type": "categorical", "choices": ["avg", "gem"]},
+    "train.max_grad_norm": {"type": "categorical", "choices": [1.5, None]},
+}
+
+
+def test_values_of_all_kinds_are_those_of_optuna_and_reach_the_runs(tmp_path: Path) -> None:
+    search_section = {"trials": 10, "steps": 7, "space": MIXED}
+    config = comparison(methods={"nca": []}, search=search_section)
+    own = {
+        "optim.lr": 0.01,
+        "optim.proxy_lr": 0.1,
+        "model.embedding_size": 128,
+        "model.pooling": "avg",
+        "train.max_grad_norm": None,
+    }
+    assert own_values(config, "nca") == own
+    runs = FakeRuns()
+    best, outcomes = search(tmp_path, runs, config=config)
+    # The files are enough: the same again without any run.
+    assert search(tmp_path, FakeRuns(end_after=0), config=config) == (best, outcomes)
+
+    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial(own)
+
+    def objective(trial: optuna.Trial) -> float:
+        lr = trial.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
+        proxy_lr = trial.suggest_float("optim.proxy_lr", 0.1, 0.5, step=0.2)
+        trial.suggest_int("model.embedding_size", 16, 512, step=16)
+        trial.suggest_categorical("model.pooling", ["avg", "gem"])
+        trial.suggest_categorical("train.max_grad_norm", [1.5, None])
+        return 1 / (1 + (math.log10(lr) + 2.5) ** 2 + (math.log10(proxy_lr) + 1) ** 2)
+
+    study.optimize(objective, n_trials=10)
+    assert [trial.params for trial in study.trials] == [one["values"] for one in outcomes]
+    found = [{path: value_at(config, path) for path in MIXED} for config in runs.configs]
+    assert found == [one["values"] for one in outcomes]
+    assert len({one["model.pooling"] for one in found}) == 2
+    assert len({one["train.max_grad_norm"] for one in found}) == 2
+    assert run_config(config, "nca", 3, best).model.embedding_size == best["model.embedding_size"]
 
 
 def test_trials_use_validation_classes_and_only_the_paths_of_the_method(tmp_path: Path) -> None:
