@@ -1,4 +1,4 @@
-"""What every section of the configuration has in common."""
+"""Base classes and field types shared by all sections of the configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A frozen, strict part of the configuration: unknown keys, NaN and coercions are refused."""
+    """A frozen, strict part of the configuration: unknown keys, NaN, type coercion are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -32,7 +32,7 @@ DEFINITION = (
     r"^(nir\.map_(1000|lim|c)|oml\.(cmc|precision|map)_at_[1-9]\d*"
     r"|mlrc\.(precision_at_1|r_precision|map_at_r))$"
 )
-PATTERNS_IN_WORDS = {
+PATTERN_DESCRIPTIONS = {
     DEFINITION: (
         "a name such as nir.map_1000, nir.map_lim, nir.map_c, oml.cmc_at_5, oml.precision_at_5, "
         "oml.map_at_5, mlrc.precision_at_1, mlrc.r_precision or mlrc.map_at_r"
@@ -41,14 +41,14 @@ PATTERNS_IN_WORDS = {
     TARGET: "text of the form package.module:name",
     URI: "a URI such as http://host:5000 or file:///shared/mlflow",
 }
-"""What messages say instead of a regular expression."""
+"""Descriptions of regular expressions in messages."""
 
 
 class CustomSection(Section):
-    """A member of a family that the user wrote."""
+    """A member of a family, defined in user code."""
 
     target: Annotated[str, Field(pattern=TARGET)]
-    """Where the object lives, as `package.module:name`."""
+    """Import path of the object, as `package.module:name`."""
 
     options: dict[str, Any] = {}
     """Keyword arguments given to it."""

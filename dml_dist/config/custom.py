@@ -1,4 +1,4 @@
-"""Loading what the user wrote: `target: package.module:name`."""
+"""Import of user code: `target: package.module:name`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from dml_dist.errors import ConfigError
 
 
 def load_target(target: str) -> Any:
-    """Import an object of the user's.
+    """Import an object from user code.
 
-    Modules in the current working directory can be imported; installed ones of the same name come
-    first.
+    Modules in the current working directory can be imported; installed modules take precedence.
 
     Args:
         target: Where the object lives, as `package.module:name`.
@@ -30,7 +29,7 @@ def load_target(target: str) -> Any:
     """
     if not re.search(TARGET, target):
         raise ConfigError(
-            f"target {target!r}: required package.module:name, such as my_project.losses:MyLoss"
+            f"target {target!r} must be package.module:name, such as my_project.losses:MyLoss"
         )
     module_name, _, name = target.partition(":")
     module = _import(module_name, target)
@@ -40,8 +39,8 @@ def load_target(target: str) -> Any:
         public = [known for known in vars(module) if not known.startswith("_")]
         close = nearest(name, public)
         raise ConfigError(
-            f"target {target!r}: required a module that defines {name}, got {module_name} "
-            f"({getattr(module, '__file__', None) or 'no file'}), which does not"
+            f"target {target!r}: {module_name} "
+            f"({getattr(module, '__file__', None) or 'no file'}) does not define {name}"
             + (f"; did you mean {module_name}:{close}?" if close else "")
         ) from None
 
@@ -49,7 +48,7 @@ def load_target(target: str) -> Any:
 def _import(module_name: str, target: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        # Last, so that no file of the user's hides a library; for good, as modules may import late.
+        # Last, so that no user file hides a library; never removed, as modules may import late.
         sys.path.append(here)
     importlib.invalidate_caches()
     try:
@@ -58,9 +57,8 @@ def _import(module_name: str, target: str) -> ModuleType:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(f"{missing}."):
             raise ConfigError(
-                f"target {target!r}: required an importable module {module_name}, but there is no "
-                f"module {missing}; run the command in the folder that holds it ({here} was "
-                "searched), or install it"
+                f"target {target!r}: there is no module {missing}; run the command in the folder "
+                f"that contains it ({here} was searched), or install it"
             ) from None
         raise _failed(target, module_name, error) from error
     except (Exception, SystemExit) as error:
@@ -68,7 +66,7 @@ def _import(module_name: str, target: str) -> ModuleType:
 
 
 def _failed(target: str, module_name: str, error: BaseException) -> ConfigError:
-    """Name the reason and the last line of the user's code that was reached."""
+    """Report the reason and the last line of user code that ran."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
     if isinstance(error, SyntaxError):
@@ -76,6 +74,5 @@ def _failed(target: str, module_name: str, error: BaseException) -> ConfigError:
     else:
         where = f" at {own[-1].filename}, line {own[-1].lineno}" if own else ""
     return ConfigError(
-        f"target {target!r}: required an importable module {module_name}, but importing it failed"
-        f"{where}: {type(error).__name__}: {error}"
+        f"target {target!r}: importing {module_name} failed{where}: {type(error).__name__}: {error}"
     )

@@ -1,4 +1,4 @@
-"""Configuration of data: where images come from, how they are batched, read and changed."""
+"""Configuration of data: sources, splits, batches, transforms, cache."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class SplitConfig(Section):
     """How images are divided into a training and a test split; by default by class."""
 
     train: Fraction = 0.5
-    """Share of the classes (by: class) or of each class's images (by: image) that trains."""
+    """Share of the classes (by: class), or of each class's images (by: image), for training."""
 
     by: Literal["class", "image"] = "class"
     """What is divided: whole classes (unseen classes are tested), or the images of each class."""
 
     order: Literal["sorted", "seeded"] = "sorted"
-    """Sorted: the first classes in sorted order train. Seeded: a draw by `seed`."""
+    """Sorted: the first classes in sorted order train. Seeded: a random order from `seed`."""
 
     seed: NonNegativeInt = 0
     """Seed of a seeded order."""
 
     file: str | None = resumable(None)
-    """CSV with columns `path,split` or `class,split`, which decides instead of the rule."""
+    """CSV with columns `path,split` or `class,split`, used instead of the other fields."""
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:
@@ -46,7 +46,8 @@ class SplitConfig(Section):
         changed = [name for name, value in rule.items() if value != fields[name].default]
         if self.file is not None and changed:
             raise ValueError(
-                f"file decides on the split, so {', '.join(changed)} must be left out beside it"
+                f"file {self.file} defines the split, so it excludes {', '.join(changed)}; remove "
+                "either"
             )
         if self.order == "sorted" and "seed" in changed:
             raise ValueError(f"seed {self.seed} is used with order: seeded only, got order: sorted")
@@ -62,30 +63,30 @@ class GlyphsConfig(Section):
     """Number of classes, training and test together; half of them train."""
 
     images_per_class: Annotated[int, Field(ge=2)] = 12
-    """Number of images drawn of each class."""
+    """Number of images rendered per class."""
 
     image_size: Annotated[int, Field(ge=16, le=256)] = 32
     """Side of the square images, in pixels."""
 
     seed: NonNegativeInt = 0
-    """Seed of the choice of classes and of every drawing."""
+    """Seed of the choice of classes and of all images."""
 
 
 class StoredImagesSection(Section):
-    """What all data sets of image files have: how their images enter the shards."""
+    """Fields of all data sets of image files: how images are stored in the shards."""
 
     max_side: Annotated[int, Field(ge=16)] | None = None
-    """Larger images are shrunk once, so that their longer side has as many pixels (bicubic, JPEG of
-    quality 95); the others are stored byte for byte. None stores all as they are.
+    """Upper bound on the longer side in pixels. Larger images are resized at import (bicubic, JPEG
+    quality 95), others are stored byte for byte. Null stores all images unchanged.
     """
 
     on_broken: Literal["raise", "skip"] = resumable("raise")
-    """An image that cannot be decoded or does not exist ends the import, or is skipped and listed.
+    """Whether an image that is missing or cannot be decoded is an error, or is skipped and listed.
     """
 
 
 class CountsConfig(Section):
-    """How many classes and images a split has."""
+    """Number of classes and images of a split."""
 
     classes: PositiveInt
     """Number of classes."""
@@ -104,7 +105,7 @@ class CountsConfig(Section):
 
 
 class FolderConfig(StoredImagesSection):
-    """A folder of class folders, or of train/ and test/ folders that hold class folders."""
+    """A folder of class folders, or of train/ and test/ folders with class folders."""
 
     name: Literal["folder"] = "folder"
 
@@ -112,10 +113,10 @@ class FolderConfig(StoredImagesSection):
     """The folder with the images."""
 
     split: SplitConfig = SplitConfig()
-    """Not used where `source` has train/ and test/ folders."""
+    """Ignored if `source` has train/ and test/ folders."""
 
     expected: dict[str, CountsConfig] | None = resumable(None)
-    """Known counts of each split: a dry run takes them without the data, an import checks them."""
+    """Known counts of each split: a dry run uses them without the data, an import checks them."""
 
 
 class TableConfig(StoredImagesSection):
@@ -127,17 +128,17 @@ class TableConfig(StoredImagesSection):
     """The table; image paths in it are absolute or relative to its folder."""
 
     expected: dict[str, CountsConfig] | None = resumable(None)
-    """Known counts of each split: a dry run takes them without the data, an import checks them."""
+    """Known counts of each split: a dry run uses them without the data, an import checks them."""
 
 
 class OfficialSection(StoredImagesSection):
-    """What all data sets with an official split have: it is checked before anything is written."""
+    """Fields of all data sets with an official split; it is checked before anything is written."""
 
     source: str = resumable()
     """The folder that the official archive unpacks to."""
 
     allow_partial: bool = resumable(False)
-    """Go on with a warning where classes, images or files differ from the official split."""
+    """Warn, instead of failing, if classes, images or files differ from the official split."""
 
 
 class SOPConfig(OfficialSection):
@@ -165,7 +166,7 @@ class InShopConfig(OfficialSection):
 
 
 class CustomDatasetConfig(CustomSection, StoredImagesSection):
-    """An importer of one's own: `target(**options)` gives an object with `samples()`."""
+    """A custom importer: `target(**options)` returns an object with `samples()`."""
 
     name: Literal["custom"] = "custom"
 
@@ -186,7 +187,7 @@ DatasetConfig = Annotated[
 
 
 class ShuffledBatchesConfig(Section):
-    """Every training image exactly once an epoch, shuffled inside windows of tar shards."""
+    """Every training image exactly once per epoch, shuffled within windows of tar shards."""
 
     name: Literal["shuffled"] = "shuffled"
 
@@ -194,7 +195,7 @@ class ShuffledBatchesConfig(Section):
     """Number of tar shards that are read and shuffled together."""
 
     last: Literal["keep", "drop"] = "drop"
-    """What becomes of the last batch of an epoch when it is smaller than the others."""
+    """Whether the last batch of an epoch is kept if it is smaller than the others."""
 
 
 class BalancedBatchesConfig(Section):
@@ -209,7 +210,7 @@ class BalancedBatchesConfig(Section):
     """K, the number of images of each of them."""
 
     small_classes: Literal["resample"] = "resample"
-    """Classes with fewer than K images repeat images; each repetition is augmented afresh."""
+    """Classes with fewer than K images repeat some; each repetition is augmented anew."""
 
 
 BatchesConfig = Annotated[
@@ -225,10 +226,10 @@ class StandardTransformConfig(Section):
     name: Literal["standard"] = "standard"
 
     size: Annotated[int, Field(ge=8, le=1024)] = 224
-    """Side of the square that the network sees, in pixels."""
+    """Side of the square input of the network, in pixels."""
 
     resize: Annotated[int, Field(ge=8, le=2048)] | None = None
-    """Evaluation: the shorter side before the centre crop; none means `size`, no margin."""
+    """Evaluation: the shorter side before the centre crop; null means `size`, no margin."""
 
     crop_scale: tuple[NonNegativeFloat, NonNegativeFloat] = (0.16, 1.0)
     """Training: smallest and largest share of the image's area that a crop keeps."""
@@ -261,11 +262,11 @@ class StandardTransformConfig(Section):
 
 
 class CustomTransformConfig(CustomSection):
-    """A transform of one's own: `target(**options)` gives an object with two methods.
+    """A custom transform: `target(**options)` returns an object with two methods.
 
     `train(image_CHW_uint8, generator)` and `evaluation(image_CHW_uint8)` return (3, H, W) float32.
     The numpy generator is the only source of randomness: a view depends on the seed, the step and
-    the position in the batch, not on the worker or rank that makes it.
+    the position in the batch, not on the loader worker or rank.
     """
 
     name: Literal["custom"] = "custom"
@@ -279,19 +280,19 @@ TransformConfig = Annotated[
 
 
 class CacheConfig(Section):
-    """Where the tar shards of a URL are kept on each machine, whole."""
+    """Local cache of the tar shards of a URL, on each machine."""
 
     folder: Annotated[str, Field(min_length=1)] = resumable("~/.cache/dml_dist")
-    """A folder that all ranks of a machine share; on a local disk it is fastest."""
+    """A folder shared by all ranks of a machine; fastest on a local disk."""
 
     max_gb: PositiveFloat = resumable(50.0)
-    """Limit of the folder in GB (10^9 bytes); what was not used for longest goes first."""
+    """Limit of the folder in GB (10^9 bytes); least recently used shards are removed first."""
 
     retries: NonNegativeInt = resumable(6)
-    """How often a tar shard is tried again after a fault that may pass, in rising intervals."""
+    """Retries of a tar shard after a temporary failure, at increasing intervals."""
 
     timeout_seconds: PositiveFloat = resumable(60.0)
-    """How long a web server may be silent; s3, gs and others have limits of their own."""
+    """Read timeout of web servers; s3, gs and others have their own."""
 
 
 # ---------------------------------------------------------------- the section
@@ -304,19 +305,19 @@ class DataConfig(Section):
     """Folder of tar shards with their index.parquet: a path, or any URL that fsspec reads."""
 
     cache: CacheConfig = CacheConfig()
-    """Copies of the tar shards when `path` is a URL."""
+    """Local cache of the tar shards when `path` is a URL."""
 
     dataset: DatasetConfig | None = None
-    """Where the shards come from: imported into `path` first when it holds none."""
+    """The source of the shards: imported into `path` first if that has none."""
 
     train_split: str = "train"
     """Name of the split whose classes are trained on."""
 
     test_split: str = "test"
-    """Name of the split that only the final evaluation touches."""
+    """Name of the split of the final evaluation."""
 
     batches: BatchesConfig = ShuffledBatchesConfig()
-    """How images are put into global batches."""
+    """How global batches are formed."""
 
     transform: TransformConfig = StandardTransformConfig()
     """How an image becomes a tensor."""
@@ -325,10 +326,10 @@ class DataConfig(Section):
     """DataLoader processes of each rank; 0 reads in the training process."""
 
     prefetch: PositiveInt = resumable(4)
-    """Batches that each loader worker prepares ahead."""
+    """Batches that each loader worker prefetches."""
 
     decoded_cache_mb: NonNegativeInt = resumable(0)
-    """MB of decoded training images that each rank keeps in memory; 0 decodes anew each time."""
+    """MB of decoded training images cached in memory by each rank; 0 caches none."""
 
     @model_validator(mode="after")
     def _check_location(self) -> DataConfig:

@@ -41,7 +41,7 @@ def explain(path: str) -> str:
             (`optim.sgd.momentum`); the empty path lists the sections of a run.
 
     Raises:
-        ConfigError: If there is no such path, with the nearest one.
+        ConfigError: If there is no such path; names the most similar one.
     """
     parts = [part for part in path.strip().split(".") if part]
     sections: dict[str, type[Section]] = {"": RunConfig}
@@ -179,8 +179,8 @@ def _unknown(
     shown = shape.shown(path)
     if not sections:
         return ConfigError(
-            f"required the path of a field or section, got {shown}: "
-            f"{above} is a plain value, with nothing below"
+            f"there is no field or section {shown}: {above} is a plain value without fields; give "
+            "the path of a field or section"
         )
     known = list(dict.fromkeys(entry.key for entry in _entries(sections)))
     known += [name for name in sections if name]
@@ -188,7 +188,7 @@ def _unknown(
     meant = [dotted((*done, close))] if close else []
     meant += [home for home in shape.key_paths().get(part, ()) if home not in meant][:3]
     return ConfigError(
-        f"required the path of a field or section, got {shown}"
+        f"there is no field or section {shown}"
         + (f"; did you mean {' or '.join(meant)}?" if meant else ";")
-        + f" below {above or 'the top level'} there are {', '.join(known)}"
+        + f" {above or 'the top level'} has {', '.join(known)}"
     )

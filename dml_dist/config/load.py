@@ -35,7 +35,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     document = read_yaml(read_text(path), str(path))
     if document.value is None:
-        raise ConfigError(f"required a configuration in {path}, got an empty file")
+        raise ConfigError(f"{path} is an empty file; it needs the sections name, data, train")
     return _parse(document.value, overrides, str(path), document.lines)
 
 
@@ -61,7 +61,7 @@ def dump_config(config: RunConfig) -> str:
     """Return a configuration as YAML, every default written out; it reads back equal.
 
     Raises:
-        ConfigError: If options of a custom member hold values that YAML has no word for.
+        ConfigError: If options of a custom member hold values that YAML cannot represent.
     """
     return dump_yaml(_plain_config(config))
 
@@ -125,7 +125,7 @@ def _differences(
 
 
 def _canonical(value: Any) -> str:
-    """Return what two values of a field are compared by: in options 1 is neither true nor 1.0."""
+    """Return a text that is equal for equal values; in options 1 is neither true nor 1.0."""
     return json.dumps(value, sort_keys=True, default=repr)
 
 
@@ -167,7 +167,7 @@ def _parse(
     plain, problems = to_plain(value)
     if not isinstance(plain, dict):
         raise ConfigError(
-            f"required a mapping of sections in {source} (name, data, train, ...), "
+            f"the top level must be a mapping of sections in {source} (name, data, train, ...), "
             f"got {shape.shown(value)}"
         )
     apply_overrides(plain, changes)
@@ -227,7 +227,7 @@ class _Origins:
         return f"--set {below[0]}" if below and path else ""
 
     def order(self, path: KeyPath) -> int:
-        """Return what problems are sorted by: lines, then what no line stands for."""
+        """Return a sort key: problems with a line first, in the order of lines."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._lines:
                 return self._lines[path[:length]]
@@ -249,7 +249,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         data["dataset"] = config.data.dataset.model_copy(update={"source": _absolute(source)})
     model = config.model
     weights = getattr(model.backbone, "weights", "none")
-    if Path(weights).expanduser().is_file():  # Otherwise the name of weights of torchvision.
+    if Path(weights).expanduser().is_file():  # Otherwise the name of torchvision weights.
         backbone = model.backbone.model_copy(update={"weights": _absolute(weights)})
         model = model.model_copy(update={"backbone": backbone})
     return config.model_copy(update={"data": config.data.model_copy(update=data), "model": model})

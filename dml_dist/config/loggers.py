@@ -1,4 +1,4 @@
-"""Where a run's records go beside its folder: experiment trackers by name."""
+"""Configuration of experiment trackers, which get a copy of a run's records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MLflowConfig(Section):
     name: Literal["mlflow"] = "mlflow"
 
     tracking_uri: Annotated[str, Field(pattern=URI)] | None = resumable(None)
-    """Where MLflow keeps runs; none is loggers/mlflow in the run's folder. Credentials come from
+    """Where MLflow keeps runs; null is loggers/mlflow in the run's folder. Credentials come from
     MLflow's environment variables."""
 
     experiment: str = resumable("dml_dist")
@@ -29,7 +29,7 @@ class MLflowConfig(Section):
 
 
 class WandbConfig(Section):
-    """A Weights & Biases run, kept on the disk unless `mode` is online."""
+    """A Weights & Biases run, stored locally unless `mode` is online."""
 
     name: Literal["wandb"] = "wandb"
 
@@ -37,7 +37,7 @@ class WandbConfig(Section):
     """Name of the W&B project."""
 
     entity: str | None = resumable(None)
-    """User or team that owns the project; none is the account's default."""
+    """User or team that owns the project; null is the account's default."""
 
     mode: Literal["offline", "online"] = resumable("offline")
     """Offline writes to loggers/wandb in the run's folder, for `wandb sync` later; online sends at

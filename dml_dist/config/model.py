@@ -10,14 +10,14 @@ from dml_dist.config.base import CustomSection, PositiveFloat, PositiveInt, Sect
 
 
 class BatchNormConfig(Section):
-    """Batch normalisation: where its statistics come from, and whether scale and shift learn.
+    """Batch normalisation: source of the statistics, and whether scale and shift are trained.
 
     Only `per_rank` makes the result depend on the number of ranks.
     """
 
     statistics: Literal["frozen", "synchronized", "per_rank"] = "frozen"
     """Frozen: those of the weights, never updated. Synchronized: of the global batch, the same for
-    any number of ranks. Per_rank: each rank's of its own images, rank 0's are kept for evaluation.
+    any number of ranks. Per_rank: of each rank's own images; evaluation uses those of rank 0.
     """
 
     affine: Literal["trained", "frozen"] = "trained"
@@ -27,17 +27,17 @@ class BatchNormConfig(Section):
 class CustomBatchNormConfig(BatchNormConfig):
     """As for other backbones, but by default with the statistics of the global batch.
 
-    Layers of the classes BatchNorm1d, BatchNorm2d and BatchNorm3d are meant.
+    It applies to layers of the classes BatchNorm1d, BatchNorm2d and BatchNorm3d.
     """
 
     statistics: Literal["frozen", "synchronized", "per_rank"] = "synchronized"
-    """Frozen: those that the module was made with, never updated. Synchronized: of the global
-    batch. Per_rank: each rank's of its own images, rank 0's are kept for evaluation.
+    """Frozen: those of the module as it was built, never updated. Synchronized: of the global
+    batch. Per_rank: of each rank's own images; evaluation uses those of rank 0.
     """
 
 
 class Conv4Config(Section):
-    """Four blocks of convolution, normalisation, ReLU; the first three halve the image."""
+    """Four blocks of convolution, normalisation, ReLU; the first three halve the resolution."""
 
     name: Literal["conv4"] = "conv4"
 
@@ -61,8 +61,8 @@ class Conv4Config(Section):
             raise ValueError("batch_norm needs norm: batch, got norm: group; leave batch_norm out")
         if "frozen" in (self.batch_norm.statistics, self.batch_norm.affine):
             raise ValueError(
-                "frozen batch normalisation needs trained weights, which conv4 has not; leave "
-                "batch_norm out, or set batch_norm.statistics: per_rank"
+                "frozen batch normalisation needs trained weights, which conv4 does not have; "
+                "leave batch_norm out, or set batch_norm.statistics: per_rank"
             )
         return self
 
@@ -79,9 +79,9 @@ class _TorchvisionConfig(Section):
 
 class _StochasticDepthConfig(_TorchvisionConfig):
     stochastic_depth: bool = True
-    """In training, leave residual blocks out at the network's own rates.
+    """Randomly skip residual blocks in training, at the network's default rates.
 
-    Each rank draws for its own images: true makes the result depend on the number of ranks.
+    Each rank samples for its own images, so the result depends on the number of ranks.
     """
 
 
@@ -142,7 +142,7 @@ class GoogLeNetConfig(_BatchNormBackboneConfig):
     """torchvision's GoogLeNet with batch normalisation, no auxiliary classifiers (1,024 channels).
 
     With `weights`, inputs normalised by ImageNet's mean and std (the default of `data.transform`)
-    are brought to the range that those weights were trained with, as torchvision does.
+    are rescaled to the range that those weights were trained with, as in torchvision.
     """
 
     name: Literal["googlenet"] = "googlenet"
@@ -169,7 +169,7 @@ class EfficientNetConfig(_BatchNormBackboneConfig, _StochasticDepthConfig):
 class ConvNeXtConfig(_StochasticDepthConfig):
     """torchvision's ConvNeXt without its classifier (768 to 1,536 channels).
 
-    The LayerNorm behind the pooling counts to the classifier; `model.layer_norm` puts one there.
+    The LayerNorm after the pooling is part of the classifier; `model.layer_norm` adds one.
     """
 
     name: Literal["convnext_tiny", "convnext_small", "convnext_base", "convnext_large"] = (
@@ -186,14 +186,14 @@ class SwinConfig(_StochasticDepthConfig):
 class ViTConfig(_TorchvisionConfig):
     """torchvision's Vision Transformer; its class token is the feature vector, without pooling.
 
-    768 numbers with vit_b, 1,024 with vit_l, 1,280 with vit_h.
+    768-d with vit_b, 1,024-d with vit_l, 1,280-d with vit_h.
     """
 
     name: Literal["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"] = "vit_b_16"
 
     image_size: PositiveInt = 224
     """Side of the images in pixels, which `data.transform.size` must equal; a multiple of the side
-    of a patch (the last number of the name). Weights fix it, most to 224.
+    of a patch (the last number of the name). Weights need a fixed size, most of them 224.
     """
 
     @property
@@ -214,16 +214,16 @@ class ViTConfig(_TorchvisionConfig):
 TorchvisionConfig = (
     ResNetConfig | GoogLeNetConfig | EfficientNetConfig | ConvNeXtConfig | SwinConfig | ViTConfig
 )
-"""The networks that torchvision builds."""
+"""Networks of torchvision."""
 
 
 class CustomBackboneConfig(CustomSection):
-    """`target(**options)` gives a module with `num_features`: images to (B, F) or (B, F, H, W)."""
+    """`target(**options)` is a module with `num_features`: images to (B, F) or (B, F, H, W)."""
 
     name: Literal["custom"] = "custom"
 
     batch_norm: CustomBatchNormConfig = CustomBatchNormConfig()
-    """What becomes of the batch normalisation layers it may have."""
+    """Settings of its batch normalisation layers, if any."""
 
 
 BackboneConfig = Annotated[
@@ -243,31 +243,31 @@ class ModelConfig(Section):
     """The embedding network."""
 
     backbone: BackboneConfig = Conv4Config()
-    """The network that turns an image into a feature map."""
+    """The network from an image to a feature map."""
 
     pooling: Literal["avg", "max", "avg+max", "gem"] = "avg"
-    """How a feature map becomes one vector; gem is the generalised mean with a learned power.
+    """How a feature map is reduced to a vector; gem is the generalised mean with a learned power.
 
-    Not used where the backbone gives vectors.
+    Ignored if the backbone returns vectors.
     """
 
     gem_power: PositiveFloat = 3.0
-    """Start value of the power of `pooling: gem`."""
+    """Initial power of `pooling: gem`."""
 
     layer_norm: bool = False
     """LayerNorm without learned parameters between pooling and the linear head."""
 
     embedding_size: PositiveInt = 128
-    """D, the number of coordinates of an embedding."""
+    """D, the dimension of an embedding."""
 
     channels_last: bool = False
-    """Memory format of images and weights; pays on CUDA with convolutional networks."""
+    """Memory format of images and weights; faster on CUDA with convolutional networks."""
 
     @model_validator(mode="after")
     def _check_pooling(self) -> ModelConfig:
         if isinstance(self.backbone, ViTConfig) and self.pooling != "avg":
             raise ValueError(
                 f"pooling: {self.pooling} needs a feature map, got {self.backbone.name}, which "
-                "gives its class token, a vector; leave pooling out"
+                "returns its class token, a vector; leave pooling out"
             )
         return self

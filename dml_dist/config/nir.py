@@ -19,16 +19,16 @@ class FlowConfig(Section):
     """The conditional flow: affine coupling blocks with the proxy as condition."""
 
     num_blocks: PositiveInt = 5
-    """Coupling blocks, each behind a fixed seeded permutation."""
+    """Coupling blocks, each after a fixed seeded permutation."""
 
     depth: Annotated[int, Field(ge=2)] = 8
-    """Linear layers of a sub-network."""
+    """Linear layers of each sub-network."""
 
     width: PositiveInt = 128
     """Width of their hidden layers."""
 
     clamp: PositiveFloat = 2.0
-    """Bound on the logarithm of a scale."""
+    """Bound on the log-scale of a coupling."""
 
 
 class NIRConfig(Section):
@@ -44,7 +44,7 @@ class NIRConfig(Section):
     """Weight of the regulariser; the paper's weight, which leaves `loss_weight` at 1."""
 
     loss_weight: PositiveFloat = 1.0
-    """Weight of the loss beneath; the released code weights this one (0.0075 to 0.3)."""
+    """Weight of the base loss; the released code weights this one (0.0075 to 0.3)."""
 
     link: Literal["nll", "exp"] = "nll"
     """Nll: the mean negative log-likelihood, as in the paper. Exp: of its exponential, as released;
@@ -59,7 +59,7 @@ class NIRConfig(Section):
     gradients_to: Annotated[
         tuple[Literal["embeddings", "proxies", "flow"], ...], Field(min_length=1)
     ] = ("embeddings", "proxies", "flow")
-    """Where the regulariser's gradients go."""
+    """What the regulariser's gradients update."""
 
     @model_validator(mode="after")
     def _check(self) -> NIRConfig:

@@ -33,7 +33,7 @@ from dml_dist.config.proxy_losses import (
 
 
 class CustomLossConfig(CustomSection):
-    """A loss of one's own, of row form (over proxies) or pair form (over the global batch)."""
+    """A custom loss, of row form (over proxies) or pair form (over the global batch)."""
 
     name: Literal["custom"] = "custom"
 
@@ -58,19 +58,19 @@ LossConfig = Annotated[
 
 class _OptimizerConfig(Section):
     lr: PositiveFloat = 1e-3
-    """Learning rate of the backbone, and of every group without its own."""
+    """Learning rate of the backbone, and of every group without one of its own."""
 
     head_lr: PositiveFloat | None = None
-    """Learning rate of the embedding head; none means `lr`."""
+    """Learning rate of the embedding head; null means `lr`."""
 
     proxy_lr: PositiveFloat | None = None
-    """Learning rate of the proxies; none means `lr`."""
+    """Learning rate of the proxies; null means `lr`."""
 
     loss_lr: PositiveFloat | None = None
-    """Learning rate of what the loss learns beside proxies (margin's beta); none means `lr`."""
+    """Learning rate of other parameters of the loss (margin's beta); null means `lr`."""
 
     bias_lr: PositiveFloat | None = None
-    """Learning rate of biases of backbone and head; none means that of their group."""
+    """Learning rate of biases of backbone and head; null means that of their group."""
 
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of all parameters that are not excluded."""
@@ -93,7 +93,7 @@ class AdamConfig(_OptimizerConfig):
     """Decay of the running means of the gradient and of its square."""
 
     eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment; recipes of Proxy-NCA use 1.0."""
+    """Added to the root of the second moment; Proxy-NCA recipes use 1.0."""
 
 
 class AdamWConfig(_OptimizerConfig):
@@ -145,7 +145,7 @@ class RMSpropConfig(_OptimizerConfig):
 
 
 class CustomOptimizerConfig(CustomSection, _OptimizerConfig):
-    """`target(parameter_groups, **options)` gives a torch optimiser whose state is per element."""
+    """`target(parameter_groups, **options)` returns a torch optimiser with elementwise state."""
 
     name: Literal["custom"] = "custom"
 
@@ -159,7 +159,7 @@ OptimizerConfig = Annotated[
 
 
 class ConstantScheduleConfig(Section):
-    """The learning rates stay, after warm-up."""
+    """Constant learning rates after warm-up."""
 
     name: Literal["constant"] = "constant"
 
@@ -176,7 +176,7 @@ class StepScheduleConfig(Section):
     """Steps over which the factor rises linearly to 1."""
 
     milestones: tuple[PositiveInt, ...]
-    """Epochs at whose beginning the factor is multiplied by gamma, in rising order."""
+    """Epochs at whose start the factor is multiplied by gamma, in increasing order."""
 
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The factor."""
@@ -184,12 +184,12 @@ class StepScheduleConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> StepScheduleConfig:
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones must rise, got {list(self.milestones)}")
+            raise ValueError(f"milestones must increase, got {list(self.milestones)}")
         return self
 
 
 class CosineScheduleConfig(Section):
-    """The learning rates fall along half a cosine to `final` at the last step."""
+    """Cosine decay of the learning rates to `final` at the last step."""
 
     name: Literal["cosine"] = "cosine"
 

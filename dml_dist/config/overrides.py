@@ -1,8 +1,8 @@
 """Changes to a configuration from the command line: `--set path=value`.
 
 Overrides are applied from the outside in (a section before its fields, `name` before the other
-fields of its section), so that none is lost through the order in which they are given; of two for
-the same path the last one holds.
+fields of its section), so that their order on the command line does not matter; of two for one
+path the last one counts.
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ def parse_override(text: str) -> Override:
     """Read `path=value`; the value is YAML, so `1e-4` is a number and `[1, 2]` a list.
 
     Raises:
-        ConfigError: If there is no `=`, no path, or the value is no YAML.
+        ConfigError: If there is no `=`, no path, or the value is not valid YAML.
     """
     dotted, equals, value = text.partition("=")
     parts = dotted.strip().split(".")
     if not equals or not all(part and part == part.strip() for part in parts):
-        raise ConfigError(
-            f"--set {text}: required path=value, such as optim.lr=1e-3, got {shape.shown(text)}"
-        )
+        raise ConfigError(f"--set needs path=value, such as optim.lr=1e-3, got {shape.shown(text)}")
     path = tuple(int(part) if part.isdecimal() and part.isascii() else part for part in parts)
     return Override(path, read_yaml(value, f"--set {text}").value, text)
 
@@ -92,13 +90,12 @@ def _require_place(container: Any, key: str | int, override: Override, depth: in
         if isinstance(key, int) and key < len(container):
             return
         wanted = f"an index from 0 to {len(container) - 1}" if container else "the whole list"
-        problem = f"required {wanted} below {above} = {shape.shown(container)}, got {key}"
+        problem = f"give {wanted} below {above} = {shape.shown(container)}, not {key}"
     elif isinstance(container, dict):
-        problem = f"required a key below {above}, which is no list, got the index {key}"
+        problem = f"{above} is not a list; give a key of it, not the index {key}"
     else:
-        problem = f"required the path of a field, but {above} is a plain value, with nothing below"
-        if container is not None:
-            problem += f": {shape.shown(container)}"
+        value = "a plain value" if container is None else f"the value {shape.shown(container)}"
+        problem = f"{above} is {value} without fields; give the path of a field"
     raise ConfigError(f"--set {override.text}: {problem}")
 
 

@@ -1,6 +1,6 @@
 """Configuration of losses over pairs and triplets of the global batch.
 
-Distances are those of unit vectors, 0 to 2: a margin beyond what they can reach is refused.
+Distances are those of unit vectors, 0 to 2; larger margins are errors.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class ContrastiveConfig(Section):
     name: Literal["contrastive"] = "contrastive"
 
     positive_margin: Annotated[float, Field(ge=-2, lt=2)] = 0.0
-    """m_pos; positives are pulled to this distance. A negative one counts all of them."""
+    """m_pos; positives are pulled to this distance. With a negative one all of them count."""
 
     negative_margin: Annotated[float, Field(gt=0, le=2)] = 0.5
     """m_neg; negatives are pushed to this distance. Distances of unit vectors are at most 2."""
 
     reduction: Literal["nonzero", "mean"] = "nonzero"
-    """Mean over the terms that are not zero, or over all pairs; positives and negatives apart."""
+    """Mean over the terms that are not zero, or all pairs; separate for positives and negatives."""
 
     @model_validator(mode="after")
     def _check(self) -> ContrastiveConfig:
@@ -54,7 +54,7 @@ class TripletConfig(Section):
     """Whether distances are squared."""
 
     swap: bool = False
-    """Whether the positive's distance to the negative stands for the anchor's if it is smaller."""
+    """Whether the positive's distance to the negative replaces the anchor's if it is smaller."""
 
     smooth: bool = False
     """softplus in place of relu."""
@@ -63,7 +63,7 @@ class TripletConfig(Section):
     """Mean over the terms that are not zero, or over all triplets that count."""
 
     triplet_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for triplets, in MiB; they are worked through in chunks of this size."""
+    """Bound on the memory for triplets, in MiB; they are processed in chunks of this size."""
 
     @model_validator(mode="after")
     def _check(self) -> TripletConfig:
@@ -71,7 +71,7 @@ class TripletConfig(Section):
         if self.margin > largest:
             raise ValueError(
                 f"margin must be at most {largest:g}, the largest distance of unit vectors with "
-                f"squared: {str(self.squared).lower()}, got {self.margin}: no triplet could keep it"
+                f"squared: {str(self.squared).lower()}, got {self.margin}: no triplet meets it"
             )
         if self.mining == "semi_hard" and self.margin == 0:
             raise ValueError(
@@ -89,22 +89,22 @@ class MarginConfig(Section):
     """m; positives are pulled below beta - m, negatives pushed above beta + m."""
 
     beta: PositiveFloat = 1.2
-    """The distance between positives and negatives, or where it begins when it is learnt."""
+    """The boundary distance of positives and negatives, or its initial value if learned."""
 
     beta_form: Literal["fixed", "scalar", "class"] = "scalar"
-    """beta is a constant, one learnt number, or a learnt number for each class."""
+    """beta is a constant, one learned number, or one learned number per class."""
 
     nu: NonNegativeFloat = 0.0
     """Weight of the batch's mean beta, which is added to the loss."""
 
     distance_cutoff: PositiveFloat = 0.5
-    """Negatives nearer than this are drawn as if they were this far."""
+    """Negatives at smaller distances are sampled as if they were at this distance."""
 
     loss_cutoff: Annotated[float, Field(gt=0, lt=2)] = 1.4
-    """Negatives at this distance or beyond are drawn only where there are no others."""
+    """Negatives at this distance or beyond are sampled only if there are no others."""
 
     reduction: Literal["nonzero", "mean"] = "nonzero"
-    """Mean over the terms that are not zero, or over all pairs that were drawn."""
+    """Mean over the terms that are not zero, or over all sampled pairs."""
 
     @model_validator(mode="after")
     def _check(self) -> MarginConfig:
@@ -112,12 +112,12 @@ class MarginConfig(Section):
             raise ValueError(
                 "beta - margin and beta + margin must lie within 0 and 2, the distances of unit "
                 f"vectors, got {self.beta - self.margin:g} and {self.beta + self.margin:g} from "
-                f"beta {self.beta} and margin {self.margin}: no pair could keep such a margin"
+                f"beta {self.beta} and margin {self.margin}: no pair can satisfy such a margin"
             )
         if self.distance_cutoff >= self.loss_cutoff:
             raise ValueError(
                 f"distance_cutoff must be below loss_cutoff, got {self.distance_cutoff} and "
-                f"{self.loss_cutoff}: no negative would be drawn by its distance"
+                f"{self.loss_cutoff}: no negative would be sampled by its distance"
             )
         if self.nu > 0 and self.beta_form == "fixed":
             raise ValueError(
@@ -142,7 +142,7 @@ class MultiSimilarityConfig(Section):
     """l, the cosine at which a pair's exponential is 1."""
 
     epsilon: Annotated[float, Field(gt=0, le=2)] | None = 0.1
-    """The miner keeps pairs within this of the hardest of the other kind; none keeps all pairs."""
+    """The miner keeps pairs within this of the hardest of the other kind; null keeps all pairs."""
 
     reduction: Literal["nonzero", "mean"] = "mean"
     """Mean over the rows of the batch, as in the paper, or over those whose term is not zero."""

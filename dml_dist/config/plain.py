@@ -1,4 +1,4 @@
-"""Values that YAML and JSON both have a word for, and the ways in which others are refused."""
+"""Values that both YAML and JSON can represent, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_VALUES = 200_000
 def to_plain(value: Any) -> tuple[Any, list[Problem]]:
     """Return a copy made of dicts, lists, strings, finite numbers, booleans and None.
 
-    What cannot be copied becomes None in the copy, and is one of the problems.
+    A value that cannot be copied becomes None in the copy and is reported as a problem.
     """
     copier = _Copier()
     return copier.copy(value, ()), copier.problems
@@ -30,7 +30,7 @@ class _Copier:
         self._count = 0
 
     def _refuse(self, path: KeyPath, text: str) -> Any:
-        """Note a problem; returns what stands for the value in the copy."""
+        """Report a problem; return what replaces the value in the copy."""
         self.problems.append(Problem(path, text))
         return None
 
@@ -45,14 +45,14 @@ class _Copier:
         if not isinstance(value, Mapping | list | tuple):
             return self._refuse(
                 path,
-                "required a plain value (mapping, list, text, number, true, false, null), "
+                "must be a plain value (mapping, list, text, number, true, false, null), "
                 f"got an object of {type(value).__module__}.{type(value).__qualname__}",
             )
         if id(value) in self._open:
-            return self._refuse(path, "required a tree of values, got one that holds itself")
+            return self._refuse(path, "contains itself; values must form a tree")
         if len(path) >= _MAX_DEPTH or self._count > _MAX_VALUES:
             limit = f"{_MAX_DEPTH} levels and {_MAX_VALUES:,} values"
-            return self._refuse(path, f"required at most {limit}, got more")
+            return self._refuse(path, f"too large: at most {limit} are allowed")
         self._open.add(id(value))
         if isinstance(value, Mapping):
             result: Any = self._mapping(value, path)
@@ -65,7 +65,7 @@ class _Copier:
         result = {}
         for key, item in value.items():
             if not isinstance(key, str):
-                self._refuse((*path, shown(key)), f"required a word as key, got {shown(key)}")
+                self._refuse((*path, shown(key)), f"a key must be text, got {shown(key)}")
             elif self._text(key, (*path, key)) is not None:
                 result[key] = self.copy(item, (*path, key))
         return result
@@ -74,17 +74,17 @@ class _Copier:
         if isinstance(value, float):
             if math.isfinite(value):
                 return float(value)
-            return self._refuse(path, f"required a finite number, got {float(value)}")
+            return self._refuse(path, f"must be a finite number, got {float(value)}")
         if -(2**63) <= value < 2**63:
             return int(value)
         size = f"an integer of {value.bit_length()} bits"
-        return self._refuse(path, f"required an integer of at most 64 bits, got {size}")
+        return self._refuse(path, f"must be an integer of at most 64 bits, got {size}")
 
     def _text(self, value: str, path: KeyPath) -> str | None:
         if "\0" in value:
-            return self._refuse(path, "required text, got the character NUL in it")
+            return self._refuse(path, "must be text without the character NUL; remove it")
         try:
             value.encode()
         except UnicodeEncodeError:
-            return self._refuse(path, "required Unicode text, got half of a surrogate pair in it")
+            return self._refuse(path, "must be Unicode text, got half a surrogate pair; remove it")
         return str.__str__(value)

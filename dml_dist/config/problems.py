@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words that help to mend it."""
+"""Error messages for configurations: what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dml_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: where it is, and what was required and given there."""
+    """One error: where it is, and what must be and is given there."""
 
     path: KeyPath
     text: str
@@ -47,20 +47,20 @@ def config_error(
         place = where(problem.path)
         head = dotted(problem.path) or "fields that do not fit together"
         lines.append(f"  {head}{f' ({place})' if place else ''}: {problem.text}")
-    count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return ConfigError(
-        f"required a valid configuration, got {count} in {source}:\n"
+        f"{count} in {source}:\n"
         + "\n".join(lines)
         + "\n`dml-dist config --explain PATH` describes a field or a section."
     )
 
 
 def from_pydantic(errors: list[ErrorDetails]) -> list[Problem]:
-    """Return pydantic's errors about a RunConfig as problems of ours."""
+    """Convert pydantic's errors about a RunConfig."""
     problems = []
     for error in errors:
         place = error["loc"]
-        # A list is also called too short when its items are faulty: those problems say enough.
+        # pydantic also calls a list too short when its items are wrong; those errors are enough.
         items = [other for other in errors if other["loc"][:-1] == place and other is not error]
         if error["type"] not in ("too_short", "too_long") or not items:
             problems.append(_problem(error))
@@ -69,7 +69,7 @@ def from_pydantic(errors: list[ErrorDetails]) -> list[Problem]:
 
 def _problem(error: ErrorDetails) -> Problem:
     kind, location, given = error["type"], error["loc"], error["input"]
-    if kind == "missing" and isinstance(location[-1], int):  # a list that is too short: all of it
+    if kind == "missing" and isinstance(location[-1], int):  # a list that is too short
         kind, location = "too_short", location[:-1]
     place = _locate(location)
     if kind == "value_error":
@@ -81,9 +81,9 @@ def _problem(error: ErrorDetails) -> Problem:
         given = given.get(place.path[-1])
     wanted = shape.describe(place.annotation, place.metadata)
     if kind in ("missing", "union_tag_not_found"):
-        return Problem(place.path, f"required {wanted}, got nothing")
+        return Problem(place.path, f"missing; give {wanted}")
     advice = _advice(place, given)
-    return Problem(place.path, f"required {wanted}, got {shape.shown(given)}{advice}")
+    return Problem(place.path, f"must be {wanted}, got {shape.shown(given)}{advice}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Place:
     """That section and its alternatives by name, when a tagged field chose it."""
 
     field: FieldInfo | None = None
-    """The field of the last key, or the field whose value is gone into; None: an unknown key."""
+    """The field of the last key, or of the list or mapping above it; None for an unknown key."""
 
     annotation: Any = RunConfig
     """The type required at the path."""
@@ -111,14 +111,14 @@ class _Place:
 
 
 def _locate(location: tuple[int | str, ...]) -> _Place:
-    """Read a location of pydantic's, which names the chosen member after each tagged field."""
+    """Convert a location of pydantic, which names the chosen member after each tagged field."""
     place = _Place()
     inside: type[Section] | None = RunConfig  # the section whose key comes next
     choices: dict[str, type[Section]] = {}  # members of a tagged field, whose tag comes next
     siblings: dict[str, type[Section]] | None = None
     name: str | None = None
     for part in location:
-        # pydantic's word for a key of a mapping that is wrong itself; in a section it is a key.
+        # pydantic adds this to the path of an invalid key of a mapping; in a section it is a key.
         if part == "[key]" and inside is None:
             return replace(place, annotation=str)
         if choices:
@@ -152,7 +152,7 @@ def _tag_of(place: _Place) -> _Place:
 
 
 def _unknown_key(place: _Place) -> str:
-    """Describe a key that its section does not have, with where it may have been meant to be."""
+    """Describe a key that its section does not have, and suggest similar ones."""
     key, above = str(place.path[-1]), dotted(place.path[:-1])
     name, known = place.name, shape.keys_of(place.section)
     siblings = place.siblings or {}
@@ -175,7 +175,7 @@ def _unknown_key(place: _Place) -> str:
 
 
 def _advice(place: _Place, given: Any) -> str:
-    """Return what to write instead, where that can be guessed; begins with "; "."""
+    """Suggest what to write instead, beginning with "; "; empty if unknown."""
     kinds = shape.plain_types(place.annotation)
     choices = shape.literals(place.annotation)
     if isinstance(given, bool):

@@ -10,43 +10,43 @@ from dml_dist.config.base import NonNegativeFloat, NonNegativeInt, PositiveInt, 
 
 
 class ClassMiningConfig(Section):
-    """Hard class mining: classes that lie near each other share batches."""
+    """Hard class mining: batches are formed of similar classes."""
 
     neighbors_per_class: PositiveInt = 3
-    """Nearest classes that each seed class brings into its batch."""
+    """Nearest classes that join each seed class in its batch."""
 
     refresh_every: PositiveInt | None = None
-    """Steps between two searches inside a problem; none searches at its beginning only."""
+    """Steps between two searches within a problem; null searches at its beginning only."""
 
 
 class ProjectionsConfig(Section):
     """Alternating projections onto feasible sets (Can, Gurbuz, Alatan): one problem after another.
 
-    A problem fixes representatives of every class; every batch that holds a class holds one of
-    them, and the weights are drawn to the solution of the problem before. Needs
+    A problem fixes representatives of every class; every batch with a class contains one of them,
+    and a proximal term pulls the weights to the solution of the previous problem. Needs
     `data.batches.name: balanced`, and works with every loss.
     """
 
     steps_per_problem: PositiveInt = 200
-    """Steps after which a problem ends, at the latest."""
+    """Maximum number of steps of a problem."""
 
     patience: PositiveInt | None = None
-    """Validations without a higher MAP@R after which a problem ends; none leaves this out."""
+    """Validations without a higher MAP@R after which a problem ends; null disables this."""
 
     min_steps: NonNegativeInt = 0
-    """With `patience`: steps that a problem lasts at least."""
+    """With `patience`: minimum number of steps of a problem."""
 
     proximal_weight: NonNegativeFloat = 2e-4
     """Weight of half the squared distance to the last solution; 0 in the first problem."""
 
     proximal_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The weight is multiplied by it with each further problem."""
+    """Factor of the weight from one problem to the next."""
 
     representatives_per_class: PositiveInt = 1
     """Representatives of each class."""
 
     selection: Literal["random", "k_center"] = "random"
-    """Random: a seeded draw. K_center: a seeded pool is embedded, greedy k-centre picks from it."""
+    """Random: a seeded sample. K_center: greedy k-centre on the embeddings of a seeded pool."""
 
     pool_per_class: PositiveInt = 12
     """With `selection: k_center`: images of each class in the pool."""
@@ -55,13 +55,13 @@ class ProjectionsConfig(Section):
     """Which pairs and triplets a pair loss counts: those that involve a representative, or all."""
 
     mining: ClassMiningConfig | None = None
-    """Hard class mining; none lets classes take turns."""
+    """Hard class mining; null goes through the classes in turn."""
 
     lead_steps: PositiveInt = 32
-    """Steps between the moment at which a problem is prepared and its first step.
+    """Steps between the preparation of a problem and its first step.
 
-    The loader reads ahead, so it must be at least the batches that are prefetched. It must be less
-    than `steps_per_problem` and `mining.refresh_every`.
+    The loader prefetches, so this must be at least the number of prefetched batches. It must be
+    less than `steps_per_problem` and `mining.refresh_every`.
     """
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class ProjectionsConfig(Section):
         if self.lead_steps >= self.steps_per_problem:
             raise ValueError(
                 f"lead_steps {self.lead_steps} must be less than steps_per_problem "
-                f"{self.steps_per_problem}: a problem is prepared inside the one before"
+                f"{self.steps_per_problem}: a problem is prepared during the previous one"
             )
         if self.min_steps > self.steps_per_problem:
             raise ValueError(
@@ -80,7 +80,7 @@ class ProjectionsConfig(Section):
         if every is not None and every > self.steps_per_problem:
             raise ValueError(
                 f"mining.refresh_every {every} must be at most steps_per_problem "
-                f"{self.steps_per_problem}: a longer interval never comes"
+                f"{self.steps_per_problem}: no problem lasts longer"
             )
         if every is not None and every <= self.lead_steps:
             raise ValueError(

@@ -32,28 +32,28 @@ class ProxyNCAConfig(Section):
     """M of `surrogate: margin`, between 0 and 4, the squared distances of unit rows."""
 
     margin_reduction: Literal["mean", "sum"] = "mean"
-    """How `surrogate: margin` takes a sample's negatives together."""
+    """How `surrogate: margin` reduces over a sample's negatives."""
 
     assignment: Literal["static", "fractional", "dynamic"] = "static"
-    """A class's proxies; one that classes share by a drawn map; or the nearest of all proxies."""
+    """A class's own proxies; one shared by classes by a random map; or the nearest of all."""
 
     proxies_per_class: PositiveInt = 1
-    """K; the nearest of the class's K proxies is the positive, the others are no negatives."""
+    """K; the nearest of the class's K proxies is the positive, the others are not negatives."""
 
     proxy_share: Annotated[float, Field(gt=0, le=16)] = 1.0
-    """Number of proxies by that of classes, for fractional (at most 1) and dynamic assignment."""
+    """Ratio of proxies to classes, for fractional (at most 1) and dynamic assignment."""
 
     use_labels: bool = True
     """Dynamic: negatives are proxies nearest to the batch's other classes; else all but one."""
 
     dead_after_steps: PositiveInt = 1000
-    """Dynamic: a proxy that was the nearest of no sample for so many steps counts as dead."""
+    """Dynamic: a proxy that has not been the nearest of a sample for this many steps is dead."""
 
     revive_dead: bool = False
-    """Dynamic: every `dead_after_steps` steps, put dead proxies where drawn samples are."""
+    """Dynamic: every `dead_after_steps` steps, move dead proxies to random samples."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target that is spread over the negative proxies; needs `denominator: all`."""
+    """Share of the target spread over the negative proxies; needs `denominator: all`."""
 
     class_weighting: Literal["none", "inverse_frequency", "effective_number"] = "none"
     """Weights of samples by the number of training images of their class."""
@@ -62,14 +62,14 @@ class ProxyNCAConfig(Section):
     """beta of `class_weighting: effective_number`: weights are (1 - beta) / (1 - beta^n)."""
 
     logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+    """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
 
     @model_validator(mode="after")
     def _check(self) -> ProxyNCAConfig:
         if self.label_smoothing > 0 and self.denominator == "negatives":
             raise ValueError(
                 f"label_smoothing {self.label_smoothing} needs denominator: all, "
-                "got denominator: negatives, whose loss is no cross-entropy"
+                "got denominator: negatives, whose loss is not a cross-entropy"
             )
         if self.assignment == "fractional" and self.proxy_share > 1:
             raise ValueError(
@@ -92,7 +92,7 @@ class ProxyNCAConfig(Section):
         return self
 
     def _only(self, choice: str, with_values: tuple[str, ...], fields: tuple[str, ...]) -> None:
-        """Refuse a setting that the choice makes no use of: it would do nothing."""
+        """Raise for a setting that has no effect with the chosen form."""
         chosen = getattr(self, choice)
         for name in fields:
             given, default = getattr(self, name), type(self).model_fields[name].default
@@ -118,7 +118,7 @@ class ProxyAnchorConfig(Section):
     """What positive terms are averaged over: the batch's classes (the paper) or its samples."""
 
     logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+    """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
 
 
 class SoftTripleConfig(Section):
@@ -139,7 +139,7 @@ class SoftTripleConfig(Section):
     """Temperature of the softmax over a class's centres."""
 
     logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+    """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
 
 
 class NormalizedSoftmaxConfig(Section):
@@ -151,10 +151,10 @@ class NormalizedSoftmaxConfig(Section):
     """T, which cosines are divided by."""
 
     negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the classes, beside the batch's own, that a step draws; only these rows move."""
+    """Share of the classes, beside the batch's own, sampled per step; others get no gradient."""
 
     logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+    """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
 
 
 class CosFaceConfig(Section):
@@ -169,10 +169,10 @@ class CosFaceConfig(Section):
     """m, in cosines, 0 to 1."""
 
     negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the classes, beside the batch's own, that a step draws; only these rows move."""
+    """Share of the classes, beside the batch's own, sampled per step; others get no gradient."""
 
     logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+    """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
 
 
 class ArcFaceConfig(Section):
@@ -187,7 +187,7 @@ class ArcFaceConfig(Section):
     """m, in degrees, 0 to 90."""
 
     negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the classes, beside the batch's own, that a step draws; only these rows move."""
+    """Share of the classes, beside the batch's own, sampled per step; others get no gradient."""
 
     logit_memory_mb: PositiveFloat = 64.0
-    """Bound on the memory for logits, in MiB; proxies are worked through in chunks of this size."""
+    """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""

@@ -35,7 +35,7 @@ from dml_dist.config.study import CompareConfig
 
 
 class FractionValidationConfig(Section):
-    """A seeded share of the training classes is held out."""
+    """A seeded random share of the training classes is held out."""
 
     name: Literal["fraction"] = "fraction"
 
@@ -49,11 +49,11 @@ class ClassesValidationConfig(Section):
     name: Literal["classes"] = "classes"
 
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
-    """Class names as they stand in the index."""
+    """Class names, as in the index."""
 
 
 class FoldsValidationConfig(Section):
-    """The training classes are cut into seeded folds; one is held out."""
+    """The training classes are divided into seeded random folds; one is held out."""
 
     name: Literal["folds"] = "folds"
 
@@ -61,7 +61,7 @@ class FoldsValidationConfig(Section):
     """Number of folds."""
 
     fold: NonNegativeInt = 0
-    """The fold that validates, 0 .. num_folds - 1."""
+    """The fold that is held out, 0 .. num_folds - 1."""
 
     @model_validator(mode="after")
     def _check(self) -> FoldsValidationConfig:
@@ -85,10 +85,10 @@ ValidationConfig = Annotated[
 
 
 class TrainConfig(Section):
-    """The course of training."""
+    """Batch size, length and precision of training."""
 
     global_batch_size: Annotated[int, Field(ge=2)] = 64
-    """B, images of one step over all ranks; the only batch setting."""
+    """B, number of images per step over all ranks; the only batch setting."""
 
     steps: PositiveInt | None = resumable(None)
     """Number of optimiser updates; give this or `epochs`."""
@@ -97,16 +97,16 @@ class TrainConfig(Section):
     """Number of passes over the training images; give this or `steps`."""
 
     backbone_warmup_epochs: NonNegativeInt = 0
-    """Epochs at the start in which only head and proxies are updated."""
+    """Initial epochs in which only head and proxies are updated."""
 
     max_grad_norm: PositiveFloat | None = None
-    """Gradients of backbone, head and all proxies together are clipped to this norm."""
+    """Norm to which the gradients of backbone, head and proxies together are clipped."""
 
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     """Arithmetic of the network; auto is bf16 autocast on a GPU and float32 on a CPU."""
 
     log_every: PositiveInt = resumable(10)
-    """Steps between two records of the training loss."""
+    """Steps between records of the training loss."""
 
     record_spans: bool = resumable(False)
     """Whether records tell where the time of a step goes: seconds_data, seconds_forward, ...
@@ -128,22 +128,22 @@ class EvaluationConfig(Section):
     """How embeddings are computed and ranked."""
 
     recall_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
-    """The K of Recall@K, in rising order."""
+    """The K of Recall@K, in increasing order."""
 
     distance: Literal["cosine", "euclidean"] = "cosine"
     """Cosine compares L2-normalised embeddings, euclidean the embeddings as they are."""
 
     batch_size: PositiveInt = 256
-    """Images of one evaluation batch; it lies whole on one rank, so this is memory of one rank.
+    """Images of an evaluation batch, which one rank embeds as a whole.
 
-    An embedding's bits depend on the batch that it is computed in.
+    The last bits of an embedding depend on the batch in which it is computed.
     """
 
     every_steps: PositiveInt | None = resumable(None)
-    """Steps between two validations; none means the end of each epoch."""
+    """Steps between validations; null means the end of each epoch."""
 
     evaluate_test_every: PositiveInt | None = resumable(None)
-    """Steps between two evaluations on test classes ("literature protocol"), never selected on."""
+    """Steps between evaluations on test classes ("literature protocol"), not used for selection."""
 
     final: Literal["full", "metrics", "none"] = resumable("full")
     """What a run evaluates when training ends.
@@ -154,27 +154,28 @@ class EvaluationConfig(Section):
     """
 
     backend: Literal["auto", "faiss", "torch"] = resumable("auto")
-    """What proposes neighbours; auto is Faiss on a CPU and torch on a GPU; results are the same."""
+    """Library of the search; auto is Faiss on a CPU and torch on a GPU; results are the same."""
 
     memory_mb: PositiveFloat = resumable(512.0)
-    """Bound on the working memory of the search of each rank, in MiB, beside its embeddings."""
+    """Working memory of each rank for the search, in MiB, beside the embeddings."""
 
     metrics: tuple[
         Literal["nmi", "nmi_geometric", "f1", "ami", "super_class_recall", "structure"], ...
     ] = resumable(("nmi", "f1", "super_class_recall", "structure"))
-    """Measured at the end, and by `dml-dist evaluate`, beside Recall@K, R-precision and MAP@R.
+    """Metrics of the final evaluation and of `dml-dist evaluate`, beside Recall@K, R-precision and
+    MAP@R.
 
-    NMI (arithmetic or geometric mean), AMI and pairwise F1 are of k-means with as many clusters as
-    classes and the run's seed; Recall@K by super-class is left out where there is none. Structure
-    is density, spectral decay and uniformity of at most 4,096 rows of whole classes; runs with
-    `nir` measure it at each validation, too.
+    NMI (arithmetic or geometric mean), AMI and pairwise F1 use k-means with as many clusters as
+    classes and the run's seed; Recall@K by super-class needs super-classes. Structure is density,
+    spectral decay and uniformity of at most 4,096 rows of whole classes; runs with `nir` measure it
+    at each validation, too.
     """
 
     definitions: tuple[Annotated[str, Field(pattern=DEFINITION)], ...] = resumable(())
-    """Numbers as other projects define them, measured at the end, such as [oml.map_at_5].
+    """Metrics of the final evaluation as other projects define them, such as [oml.map_at_5].
 
     nir.map_1000, nir.map_lim, nir.map_c, oml.cmc_at_K, oml.precision_at_K, oml.map_at_K,
-    mlrc.precision_at_1, mlrc.r_precision, mlrc.map_at_r; long lists (nir.map_1000) take long.
+    mlrc.precision_at_1, mlrc.r_precision, mlrc.map_at_r; nir.map_1000 is slow.
     """
 
     save_embeddings: bool = resumable(True)
@@ -186,7 +187,7 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
         if list(self.recall_at) != sorted(set(self.recall_at)):
-            raise ValueError(f"recall_at must rise, got {list(self.recall_at)}")
+            raise ValueError(f"recall_at must increase, got {list(self.recall_at)}")
         return self
 
 
@@ -194,38 +195,38 @@ class CheckpointConfig(Section):
     """When the state of training is saved."""
 
     every_steps: PositiveInt | None = resumable(None)
-    """Steps between two checkpoints; none means at each validation, or at the end of each epoch."""
+    """Steps between checkpoints; null means at each validation, or at the end of each epoch."""
 
     keep: PositiveInt = resumable(2)
-    """Newest checkpoints that are kept, beside the best one."""
+    """Number of newest checkpoints that are kept, beside the best one."""
 
 
 class LaunchConfig(Section):
-    """On how many processes, and how, the run is carried out."""
+    """How the processes of a run are started, and how many."""
 
     launcher: Literal["ray", "torchrun", "inprocess"] = resumable("inprocess")
-    """Ray Train places and restarts ranks; torchrun started this process; inprocess is one rank."""
+    """Ray: Ray Train starts and restarts ranks. Torchrun: run by torchrun. Inprocess: one rank."""
 
     num_workers: PositiveInt = resumable(1)
     """W, the number of ranks under Ray."""
 
     threads_per_rank: PositiveInt | None = resumable(None)
-    """CPU threads of each rank; none shares the cores out."""
+    """CPU threads of each rank; null divides the cores among the ranks."""
 
     cpus_per_rank: PositiveFloat = resumable(1.0)
     """CPUs that Ray reserves for each rank."""
 
     use_gpu: Literal["auto", "yes", "no"] = resumable("auto")
-    """Auto uses GPUs when there are as many as ranks on this machine."""
+    """Auto uses GPUs if there is one for each rank on this machine."""
 
     address: str | None = resumable(None)
-    """Address of a running Ray cluster; none starts one on this machine."""
+    """Address of a running Ray cluster; null starts one on this machine."""
 
     max_failures: NonNegativeInt = resumable(3)
-    """How often Ray restarts a failed group of ranks from the last checkpoint."""
+    """Number of times that Ray restarts failed ranks from the last checkpoint."""
 
     timeout_seconds: PositiveFloat = resumable(600.0)
-    """How long a rank waits for the others in a collective before the run fails."""
+    """Timeout of a collective, after which the run fails."""
 
 
 class RunConfig(Section):
@@ -235,30 +236,30 @@ class RunConfig(Section):
     """Name of the run; its folder is `runs/<name>` unless --run-dir says otherwise."""
 
     seed: NonNegativeInt = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random streams."""
 
     data: DataConfig
     model: ModelConfig = ModelConfig()
 
     loss: LossConfig = ProxyNCAConfig()
-    """What training minimises."""
+    """The loss function."""
 
     nir: NIRConfig | None = None
-    """Non-isotropy regularisation over `loss`; none leaves it out."""
+    """Non-isotropy regularisation added to `loss`; null disables it."""
 
     projections: ProjectionsConfig | None = None
-    """Alternating projections onto feasible sets; none trains on one problem."""
+    """Alternating projections onto feasible sets; null disables them."""
 
     optim: OptimizerConfig = AdamConfig()
-    """How a gradient changes the parameters."""
+    """Optimiser, learning rates and weight decay."""
 
     schedule: ScheduleConfig = ConstantScheduleConfig()
-    """How the learning rates change over the steps."""
+    """Schedule of the learning rates."""
 
     train: TrainConfig
 
     validation: ValidationConfig = FractionValidationConfig()
-    """Which training classes are held out to select the best checkpoint."""
+    """Training classes that are held out to select the best checkpoint."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -268,7 +269,7 @@ class RunConfig(Section):
     """Experiment trackers that get a copy of config and records, such as [{name: tensorboard}]."""
 
     compare: CompareConfig | None = None
-    """What `dml-dist compare` runs; `dml-dist train` takes no notice of it."""
+    """Methods and seeds for `dml-dist compare`; `dml-dist train` ignores it."""
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -283,10 +284,10 @@ class RunConfig(Section):
                 )
         names = [logger.name for logger in self.loggers]
         if len(set(names)) < len(names):
-            raise ValueError(f"loggers: each name at most once, got {', '.join(names)}")
+            raise ValueError(f"loggers must have different names, got {', '.join(names)}")
         self._check_compare()
         backbone, transform = self.model.backbone, self.data.transform
-        # The table of positions of a Vision Transformer is made for one size.
+        # The positional embedding of a Vision Transformer has one size.
         side = backbone.image_size if isinstance(backbone, ViTConfig) else None
         if side and isinstance(transform, StandardTransformConfig) and transform.size != side:
             raise ValueError(

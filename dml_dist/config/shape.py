@@ -1,4 +1,4 @@
-"""Reading the schema: which fields a section has, what each requires, where a key lives.
+"""Queries of the schema: fields of a section, what they accept, paths of a key.
 
 A *member* is one of the section classes that a field may hold. A field with tagged members (losses,
 optimisers, ...) chooses by `name`, and a distribution, as in Optuna, by `type`; a plain section is
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from dml_dist.config.base import PATTERNS_IN_WORDS, Section
+from dml_dist.config.base import PATTERN_DESCRIPTIONS, Section
 from dml_dist.config.schema import RunConfig
 
 
@@ -60,7 +60,7 @@ def keys_of(section: type[Section]) -> list[str]:
 
 
 def default_of(field: FieldInfo) -> Any:
-    """Return the default of a field, or `PydanticUndefined` when it has to be given."""
+    """Return the default of a field, or `PydanticUndefined` when it is required."""
     return field.get_default(call_default_factory=True)
 
 
@@ -76,7 +76,7 @@ def is_resumable(field: FieldInfo) -> bool:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """Return the most similar of the words, or None when none is similar."""
+    """Return the most similar of some names, or None when none is similar."""
     lowered = {other.lower(): other for other in words}
     matches = difflib.get_close_matches(word.lower()[:100], lowered, n=1, cutoff=0.6)
     return lowered[matches[0]] if matches else None
@@ -93,7 +93,7 @@ def plain_types(annotation: Any) -> set[type]:
 
 
 def literals(annotation: Any) -> tuple[str, ...]:
-    """Return the words between which a value of this type chooses; none for other types."""
+    """Return the values that a Literal type allows; none for other types."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return tuple(map(str, arguments))
@@ -103,7 +103,7 @@ def literals(annotation: Any) -> tuple[str, ...]:
 
 
 def one_of(words: tuple[str, ...]) -> Any:
-    """Return the type of a choice between words."""
+    """Return the Literal type of some values."""
     return Literal[words]
 
 
@@ -124,7 +124,7 @@ def item_type(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 @cache
 def key_paths() -> dict[str, tuple[str, ...]]:
-    """Return for every key of the schema the dotted paths where it stands, `name` excepted."""
+    """Return the dotted paths of every key of the schema except `name`."""
     homes: dict[str, list[str]] = {}
     for path, key in _walk(RunConfig, ""):
         if key != "name" and path not in homes.setdefault(key, []):
@@ -139,16 +139,16 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
             yield from _walk(member, f"{prefix}{key}.")
 
 
-# ---------------------------------------------------------------- requirements in words
+# ---------------------------------------------------------------- descriptions
 
 
 def requirement(field: FieldInfo) -> str:
-    """Return in words what a field takes, such as "a number > 0, or null"."""
+    """Describe what a field accepts, such as "a number > 0, or null"."""
     return describe(field.annotation, tuple(field.metadata))
 
 
 def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """Return in words what a type with constraints takes."""
+    """Describe what a type with constraints accepts."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return describe(arguments[0], (*_constraints(arguments[1:]), *metadata))
@@ -172,7 +172,7 @@ def describe(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "any value"
     for part in metadata:
         if getattr(part, "pattern", None) is not None:
-            return PATTERNS_IN_WORDS.get(part.pattern, f"text that matches {part.pattern}")
+            return PATTERN_DESCRIPTIONS.get(part.pattern, f"text that matches {part.pattern}")
     bounds = " and ".join(_bounds(metadata))
     return f"{words[annotation]} {bounds}" if bounds else words[annotation]
 
@@ -187,7 +187,7 @@ def _describe_tuple(arguments: tuple[Any, ...], metadata: tuple[Any, ...]) -> st
 
 
 def _constraints(metadata: Iterable[Any]) -> tuple[Any, ...]:
-    """Return the constraints that stand in `Annotated`, directly or inside a `Field(...)`."""
+    """Return the constraints of `Annotated`, directly or inside a `Field(...)`."""
     found: list[Any] = []
     for part in metadata:
         found += part.metadata if isinstance(part, FieldInfo) else [part]
@@ -205,7 +205,7 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """Return a value as it would stand in YAML, cut to `limit` characters."""
+    """Return a value as YAML, cut to `limit` characters."""
     text = _text(value, depth=3)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 

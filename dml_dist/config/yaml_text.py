@@ -1,7 +1,7 @@
 """YAML text to plain values with the line of every key, and back.
 
 Scalars follow the core schema of YAML 1.2 and not PyYAML's YAML 1.1: `1e-4` and `1e5` are numbers,
-`yes`, `no`, `on` and `off` are words, `010` and `12:30` are text. Beyond the core schema integers
+`yes`, `no`, `on` and `off` are text, `010` and `12:30` are text. Beyond the core schema integers
 may have underscores between digits (`100_000`). Duplicate keys are refused; anchors, aliases and
 merge keys (`<<`) work.
 """
@@ -44,7 +44,7 @@ _RESOLVERS: list[tuple[str, str, list[str]]] = [  # tag, pattern, first characte
 
 @dataclass
 class Document:
-    """A value read from YAML, and where its parts stand."""
+    """A value read from YAML, and the lines of its parts."""
 
     value: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -55,12 +55,12 @@ def read_yaml(text: str, source: str) -> Document:
     """Read one YAML document into dicts, lists, strings, numbers, booleans and None.
 
     Args:
-        text: The document; an empty one gives None.
+        text: The document; None is returned for an empty one.
         source: What errors call it, such as the name of the file.
 
     Raises:
-        ConfigError: If it is no YAML, holds more than one document, duplicate keys, keys that are
-            no text, an alias of itself, tags of other languages, or is absurdly large or deep.
+        ConfigError: If it is not valid YAML, too large or too deep, or has several documents,
+            duplicate keys, keys that are not text, an alias of itself, or language-specific tags.
     """
     try:
         loader = _Loader(text)
@@ -69,17 +69,14 @@ def read_yaml(text: str, source: str) -> Document:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(
-            f"required YAML, got a syntax error in {where}: {what}{_syntax_hint(what)}"
-        ) from None
+        raise ConfigError(f"YAML syntax error in {where}: {what}{_syntax_hint(what)}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
-            f"required YAML, got the character U+{error.character:04X} in {source}, line {line}, "
-            "which YAML forbids; remove it"
+            f"{source}, line {line}: YAML forbids the character U+{error.character:04X}; remove it"
         ) from None
     except (ValueError, OverflowError) as error:  # PyYAML of "\U99999999" or of %YAML 1.<digits>
-        raise ConfigError(f"required YAML, got a syntax error in {source}: {error}") from None
+        raise ConfigError(f"YAML syntax error in {source}: {error}") from None
     return _Reader(source).read(node)
 
 
@@ -148,12 +145,12 @@ for _tag, _pattern, _first in _RESOLVERS:
 
 
 class _Reader:
-    """Turns PyYAML's nodes into values; keeps count and lines."""
+    """Converts PyYAML's nodes to values; counts them and records lines."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._lines: dict[KeyPath, int] = {}
-        self._open: set[int] = set()  # nodes that are being read: an alias to one is a cycle
+        self._open: set[int] = set()  # nodes being read; an alias of one is a cycle
         self._count = 0
 
     def read(self, node: yaml.Node | None) -> Document:
@@ -168,12 +165,12 @@ class _Reader:
         self._count += 1
         if self._count > _MAX_VALUES:
             raise self._fail(
-                node, f"required at most {_MAX_VALUES:,} values, got more; aliases multiply them"
+                node, f"more than {_MAX_VALUES:,} values; aliases multiply them, so use fewer"
             )
         if id(node) in self._open:
-            raise self._fail(node, "required an alias of something else, got one that holds itself")
+            raise self._fail(node, "this alias contains itself; remove it")
         if not node.tag.startswith("tag:yaml.org,2002:"):
-            raise self._fail(node, f"required plain YAML, got the tag {node.tag}; remove it")
+            raise self._fail(node, f"the tag {node.tag} is not supported; remove it")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
@@ -186,9 +183,7 @@ class _Reader:
                 return self._scalar(node)
         finally:
             self._open.discard(id(node))
-        raise self._fail(
-            node, f"required plain YAML, got the tag !!{node.tag.split(':')[-1]}; remove it"
-        )
+        raise self._fail(node, f"the tag !!{node.tag.split(':')[-1]} is not supported; remove it")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         own: dict[str, Any] = {}
@@ -202,15 +197,13 @@ class _Reader:
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith(":str"):
                 shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
-                raise self._fail(
-                    key_node, f"required a word as key, got {shown}; put it in quotes if it is one"
-                )
+                raise self._fail(key_node, f"a key must be text, got {shown}; put it in quotes")
             key = key_node.value
             if key in first:
                 where = ".".join(map(str, (*path, key)))
                 raise ConfigError(
-                    f"{self._source}: required every key once, got {where} on line {first[key]} "
-                    f"and again on line {line}; remove one of them"
+                    f"{self._source}: duplicate key {where} on line {first[key]} and again on "
+                    f"line {line}; remove one of them"
                 )
             first[key] = line
             self._lines[(*path, key)] = line
@@ -219,9 +212,9 @@ class _Reader:
         for item in reversed(merged):  # of several merged mappings the first one wins
             value = self._value(item, path) if isinstance(item, yaml.MappingNode) else None
             if not isinstance(value, dict):
-                raise self._fail(item, "required a mapping, or a list of mappings, after <<")
+                raise self._fail(item, "<< must be followed by a mapping or a list of mappings")
             result.update(value)
-        for key, line in first.items():  # reading what is merged has noted its own lines
+        for key, line in first.items():  # reading merged mappings has overwritten these
             self._lines[(*path, key)] = line
         return {**result, **own}
 
@@ -238,9 +231,9 @@ class _Reader:
                 return int(text.replace("_", ""), 0 if text[:2] in ("0o", "0x") else 10)
             if kind == "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        except (KeyError, ValueError):  # !!int of a word, or of more digits than Python converts
-            raise self._fail(node, f"required a value of kind {kind}, got {text[:40]!r}") from None
-        raise self._fail(node, f"required plain YAML, got the tag !!{kind}; remove it")
+        except (KeyError, ValueError):  # !!int of text, or of more digits than Python converts
+            raise self._fail(node, f"must be a value of kind {kind}, got {text[:40]!r}") from None
+        raise self._fail(node, f"the tag !!{kind} is not supported; remove it")
 
 
 # ---------------- the file
@@ -253,37 +246,35 @@ def read_text(path: Path) -> str:
 
     Raises:
         ConfigError: If it does not exist (with the YAML files nearby), is a folder, not readable,
-            absurdly large or not UTF-8.
+            too large or not UTF-8.
     """
     try:
         if path.is_dir():
-            raise ConfigError(
-                f"required a YAML file, got the folder {path}{_yaml_files(path, path.name)}"
-            )
+            raise ConfigError(f"{path} is a folder, not a YAML file{_yaml_files(path, path.name)}")
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         hint = _yaml_files(path.parent, path.name)
-        raise ConfigError(f"required a YAML file, got {path}, which does not exist{hint}") from None
+        raise ConfigError(f"the file {path} does not exist{hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ConfigError(f"required a YAML file, got {path}, not readable: {error}") from None
+        raise ConfigError(f"cannot read {path}: {error}") from None
     if len(data) > _MAX_BYTES:
         raise ConfigError(
-            f"required a configuration of at most {_MAX_BYTES >> 20} MiB, "
-            f"got {path}, which is larger"
+            f"{path} is too large for a configuration, which has at most {_MAX_BYTES >> 20} MiB; "
+            "check the file name"
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"required UTF-8 text, got {path}, whose line {line} holds the byte "
-            f"0x{data[error.start]:02x}; save the file as UTF-8"
+            f"{path} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}; save "
+            "the file as UTF-8"
         ) from None
 
 
 def _yaml_files(folder: Path, name: str) -> str:
-    """Name the YAML files of a folder, those most like `name` first."""
+    """List the YAML files of a folder, most similar to `name` first."""
     try:
         found = sorted(file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml"))
     except OSError:

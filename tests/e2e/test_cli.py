@@ -96,7 +96,7 @@ def _sets(changes: list[str]) -> list[str]:
     ("changes", "expected"),
     [
         (["optim.ler=1e-3"], "optim.ler"),
-        (["optim.lr=fast"], "required a number"),
+        (["optim.lr=fast"], "must be a number"),
         (["optim.lr=-1"], "a number > 0"),
         (
             ["data.batches={name: balanced, classes_per_batch: 8, samples_per_class: 4}"],

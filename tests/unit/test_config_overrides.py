@@ -90,24 +90,24 @@ def test_overrides_of_nested_families() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("optim.lr", "required path=value, such as optim.lr=1e-3, got 'optim.lr'"),
-        ("=1", "required path=value"),
-        ("optim..lr=1", "required path=value"),
-        ("optim. lr=1", "required path=value"),
+        ("optim.lr", "--set needs path=value, such as optim.lr=1e-3, got 'optim.lr'"),
+        ("=1", "--set needs path=value"),
+        ("optim..lr=1", "--set needs path=value"),
+        ("optim. lr=1", "--set needs path=value"),
         ("name=a: b: c", "syntax error in --set name=a: b: c"),
-        ("seed.x=1", "--set seed.x=1: required the path of a field, but seed is a plain value"),
-        ("name.x=1", "name is a plain value, with nothing below: 'demo'"),
-        ("data.path.x.y=1", "data.path is a plain value"),
+        ("seed.x=1", "--set seed.x=1: seed is a plain value without fields"),
+        ("name.x=1", "name is the value 'demo' without fields"),
+        ("data.path.x.y=1", "data.path is the value"),
         ("evaluation.recall_at.4=1", "an index from 0 to 3 below evaluation.recall_at"),
         ("evaluation.recall_at.x=1", "an index from 0 to 3 below evaluation.recall_at"),
-        ("model.0=1", "model, which is no list, got the index 0"),
+        ("model.0=1", "model is not a list; give a key of it, not the index 0"),
         ("optm.lr=1", "optm (--set optm.lr=1): unknown key; did you mean optim?"),
         ("optim.lrr=1", "optim.lrr (--set optim.lrr=1): unknown key; did you mean optim.lr?"),
-        ("optim={name: sgd, lr: x}", "optim.lr (--set optim={name: sgd, lr: x}): required"),
-        ("optim.lr=fast", "optim.lr (--set optim.lr=fast): required a number > 0, got 'fast'"),
-        ("optim.lr=1e999", "optim.lr (--set optim.lr=1e999): required a finite number, got inf"),
-        ("data=null", "data (--set data=null): required a section with keys path"),
-        ("loss.name=arc", "loss.name (--set loss.name=arc): required one of proxy_nca, "),
+        ("optim={name: sgd, lr: x}", "optim.lr (--set optim={name: sgd, lr: x}): must be"),
+        ("optim.lr=fast", "optim.lr (--set optim.lr=fast): must be a number > 0, got 'fast'"),
+        ("optim.lr=1e999", "optim.lr (--set optim.lr=1e999): must be a finite number, got inf"),
+        ("data=null", "data (--set data=null): must be a section with keys path"),
+        ("loss.name=arc", "loss.name (--set loss.name=arc): must be one of proxy_nca, "),
     ],
 )
 def test_faulty_overrides(override: str, expected: str) -> None:
@@ -116,4 +116,4 @@ def test_faulty_overrides(override: str, expected: str) -> None:
 
 def test_an_override_hides_the_line_of_what_it_replaces(tmp_path: Path) -> None:
     found = text_message(tmp_path, SMALL_YAML + "optim:\n  lr: 1\n", "optim={name: sgd, lr: x}")
-    assert "optim.lr (--set optim={name: sgd, lr: x}): required a number > 0" in found
+    assert "optim.lr (--set optim={name: sgd, lr: x}): must be a number > 0" in found

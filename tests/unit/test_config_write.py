@@ -56,7 +56,7 @@ def test_options_that_yaml_has_no_word_for_are_not_written() -> None:
     config = config_of("loss={name: custom, target: 'a:b'}")
     options = {"key": object()}
     loss = config.loss.model_copy(update={"options": options})
-    with pytest.raises(ConfigError, match=r"loss\.options\.key: required a plain value"):
+    with pytest.raises(ConfigError, match=r"loss\.options\.key: must be a plain value"):
         dump_config(config.model_copy(update={"loss": loss}))
 
 

@@ -231,9 +231,9 @@ def test_no_library_is_imported_that_is_not_named(
             [{"name": "wandb", "projet": "a"}],
             r"loggers\.0\.projet.*did you mean loggers\.0\.project",
         ),
-        ([{"name": "wandb", "mode": "on"}], r"loggers\.0\.mode: required one of offline, online"),
-        ([{"name": "mlflow", "tracking_uri": "x"}], r"tracking_uri: required a URI such as"),
-        ([{"name": "wandb"}, {"name": "wandb"}], "each name at most once"),
+        ([{"name": "wandb", "mode": "on"}], r"loggers\.0\.mode: must be one of offline, online"),
+        ([{"name": "mlflow", "tracking_uri": "x"}], r"tracking_uri: must be a URI such as"),
+        ([{"name": "wandb"}, {"name": "wandb"}], "loggers must have different names"),
     ],
 )
 def test_wrong_loggers_are_named(loggers: list[dict[str, str]], message: str) -> None:
