@@ -90,9 +90,7 @@ def test_conv4_with_batch_norm() -> None:
     alone, beside = model(images[:3])[0], model(images)[0]
     assert not torch.allclose(alone, beside, atol=1e-3)
     for settings in ({"statistics": "frozen"}, {"affine": "frozen"}):
-        with pytest.raises(
-            ValidationError, match=r"needs trained weights, which conv4 does not have"
-        ):
+        with pytest.raises(ValidationError, match=r"trained weights, which conv4 does not have"):
             Conv4Config(norm="batch", batch_norm=settings)
     with pytest.raises(ValidationError, match=r"needs norm: batch, got norm: group"):
         Conv4Config(batch_norm={"statistics": "per_rank"})

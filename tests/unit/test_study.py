@@ -10,10 +10,11 @@ import optuna
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from dml_dist.config.load import parse_config
+from dml_dist.config.load import dump_config, parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.config.study import DistributionConfig
 from dml_dist.errors import ConfigError
+from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.study import (
     FREE,
     StudyFolder,
@@ -27,6 +28,7 @@ from dml_dist.runs.study import (
     with_values,
     write_untrained,
 )
+from dml_dist.studies.pool import finished_metrics
 from dml_dist.studies.search import distribution
 
 # Runs of several sizes: what is otherwise where and how fast is here what tells them apart.
@@ -73,6 +75,18 @@ def test_a_run_differs_from_its_study_in_identity_alone() -> None:
     assert "optim.lr: 0.001 -> 0.5; launch.address: null -> 'auto'" in message
     assert "num_workers:" not in message
     assert message.endswith("name, launch.num_workers only")
+
+
+def test_a_finished_run_counts_only_if_it_is_the_one_asked_for(tmp_path: Path) -> None:
+    asked = configuration("launch.num_workers=2")
+    run = RunFolder.create(tmp_path / "run", dump_config(asked), name="demo", seed=0)
+    assert finished_metrics(asked, run.path, SCALE) is None
+    run.finish({"trained": {"map_at_r": 0.5}})
+    faster = configuration("launch.num_workers=2", "launch.threads_per_rank=2")
+    assert finished_metrics(faster, run.path, SCALE) == {"trained": {"map_at_r": 0.5}}
+    with pytest.raises(ConfigError, match=r"\(there -> now\): launch\.num_workers: 2 -> 1;"):
+        finished_metrics(configuration("launch.num_workers=1"), run.path, SCALE)
+    assert finished_metrics(asked, tmp_path / "other", SCALE) is None
 
 
 @pytest.mark.parametrize(
