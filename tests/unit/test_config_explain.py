@@ -68,7 +68,7 @@ def test_a_family_lists_its_members() -> None:
     assert "one of these; default constant" in text
     assert "    cosine: Cosine decay of the learning rates" in text
     assert "gamma: [step] a number > 0 and <= 1; default 0.1" in text
-    assert "cosine: The learning rates fall" in explain("schedule.name")
+    assert "cosine: Cosine decay" in explain("schedule.name")
 
 
 def test_the_empty_path_lists_the_sections() -> None:
