@@ -95,7 +95,7 @@ def test_options_that_belong_to_other_data_sets_are_refused(cli: Cli) -> None:
     ("values", "message"),
     [
         ({"file": "s.csv", "by": "image"}, "file s.csv defines the split, so it excludes by"),
-        ({"file": "s.csv", "order": "seeded", "seed": 1}, "so order, seed must be left out"),
+        ({"file": "s.csv", "order": "seeded", "seed": 1}, "so it excludes order, seed"),
         ({"seed": 4}, "seed 4 is used with order: seeded only, got order: sorted"),
     ],
 )
