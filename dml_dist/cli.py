@@ -216,8 +216,9 @@ def compare(
         run_comparison(resolved, console, run_dir=run_dir, resume=resume)
     except RunStopped as stop:
         what = str(stop).partition("\n")[0]
-        again = sys.argv if resume else [*sys.argv, "--resume"]
-        raise RunStopped(f"{what}\ncontinue with: {shlex.join(again)}") from None
+        program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
+        again = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
+        raise RunStopped(f"{what}\ncontinue with: {program} {shlex.join(again)}") from None
 
 
 @app.command()

@@ -73,9 +73,10 @@ def ray_tasks(execute: Execute, launch: LaunchConfig, parallel: int) -> Iterator
         with _forwarding(stop, mailbox):
             try:
                 yield call
-            except RunStopped:  # The first of them; the others are still writing checkpoints.
-                ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_STOP)
-                raise
+            finally:
+                # The first task that stopped ends the study; others still write checkpoints.
+                if running and stop.reason is not None and stop.is_training:
+                    ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_STOP)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class StopRequest:
                 return
         elif time.monotonic() - self._first < _SECONDS_OF_ONE_SIGNAL:
             return
+        self.is_training = False  # It is interrupted.
         for one in _SIGNALS:  # A third one ends the process, whatever it does.
             signal.signal(one, signal.SIG_DFL)
         raise KeyboardInterrupt
