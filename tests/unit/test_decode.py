@@ -8,6 +8,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -214,7 +215,7 @@ RARE = {
     "YCCK": ycck(),
     "MPO": encoded(picture("RGB"), "MPO", save_all=True, append_images=[picture("L")]),
     "CMYK in TIFF": encoded(picture("CMYK"), "TIFF"),
-    "YCbCr in TIFF": encoded(picture("YCbCr"), "TIFF"),
+    "YCbCr in TIFF": encoded(picture("YCbCr"), "TIFF", compression="tiff_lzw"),
     "1 bit in BMP": encoded(picture("1"), "BMP"),
     "transparent colour in PNG": png(PIXELS, 2, 8, b"\0\5\0\6\0\2"),
     "alpha in WebP": encoded(picture("RGBA"), "WEBP", lossless=True),
@@ -233,3 +234,12 @@ def test_rare_kinds_are_what_pil_makes_of_them(
     assert image.shape == expected.shape == (3, HEIGHT, WIDTH)  # EXIF turns nothing
     assert (image.int() - expected.int()).abs().max() <= 2
     assert inspect_image(RARE[kind]).height == HEIGHT
+
+
+def test_ycbcr_in_a_tiff_without_compression() -> None:
+    data = encoded(picture("YCbCr"), "TIFF")
+    if int(PIL.__version__.split(".")[0]) < 13:  # PIL takes it for a file that is cut off
+        with pytest.raises(DataError, match="here is not an image that can be decoded"):
+            decode_image(data, "here")
+    else:
+        assert (decode_image(data, "here").int() - by_pil(data).int()).abs().max() <= 2
