@@ -16,13 +16,13 @@ from rich.console import Console
 
 from dml_dist.config.load import dump_config, parse_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.report.study import compare as compare_page
-from dml_dist.report.study import figures
-from dml_dist.report.study.compare import write_comparison
+from dml_dist.report.study import comparison as compare_page
+from dml_dist.report.study import plots
+from dml_dist.report.study.comparison import write_comparison
 from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
+from dml_dist.runs.comparison import ComparisonFolder, run_name
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter
-from dml_dist.runs.study import ComparisonFolder
 from dml_dist.studies.compare import print_comparison
 from tests.report_runs import Page, begin
 
@@ -81,7 +81,7 @@ def write_folder(path: Path, config: RunConfig) -> Path:
     folder.config_path.write_text(dump_config(config))
     for (method, seed), (recall, map_at_r, step, seconds) in FINISHED.items():
         text = dump_config(config.model_copy(update={"compare": None}))
-        run = RunFolder.create(folder.run(method, seed), text, name="x", seed=seed)
+        run = RunFolder.create(folder.run(run_name(method, seed)), text, name="x", seed=seed)
         begin(run)
         with RecordWriter(run.records("steps"), 1) as steps:
             for at in (10, 20):
@@ -201,7 +201,7 @@ def test_the_table_of_runs(folder: Path) -> None:
     ]
 
 
-# The curves' means: triplet 0.2, 0.5; nca 0.55, 0.6; nir 0.15, 0.35. The mark is 0.5.
+# The curves' means: triplet 0.2, 0.5; nca 0.55, 0.6; nir 0.15, 0.35. The target is 0.5.
 
 
 def test_the_table_of_results_as_numbers(folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_table_of_results_as_numbers(folder: Path) -> None:
     assert header == [
         *("method", "seeds", "recall_at_1", "recall_at_1_low", "recall_at_1_high"),
         *("map_at_r", "map_at_r_low", "map_at_r_high"),
-        *("mark", "steps_to_mark", "seconds_to_mark", "runs_that_reach_it"),
+        *("target_recall", "steps_to_target", "seconds_to_target", "runs_reaching_target"),
     ]
     assert (triplet[:2], nca[:2]) == (["triplet", "3"], ["nca", "3"])
     half = 0.05 * T_2 / math.sqrt(3)  # 0.50, 0.60 and 0.55 deviate by 0.05
@@ -247,13 +247,13 @@ def test_the_table_of_results_for_people(folder: Path, page: Page) -> None:
 def test_points_of_the_figure_against_a_field(comparison: Comparison) -> None:
     """Value of the field, mean and half of the interval, in percent; by rising value."""
     half = 100 * math.sqrt(0.0283) * T_2 / math.sqrt(3)
-    lines = figures._lines(comparison, "recall_at_1")
+    lines = plots._lines(comparison, "recall_at_1")
     assert list(lines) == ["rates", "all"]
     np.testing.assert_allclose(
         lines["rates"], [[0.02, 0.03], [70.0, 66.0], [half, math.nan]], rtol=1e-6
     )
     np.testing.assert_allclose(lines["all"][:2], [[0.01, 0.03], [55.0, 66.0]], rtol=1e-6)
-    lines = figures._lines(comparison, "map_at_r")
+    lines = plots._lines(comparison, "map_at_r")
     np.testing.assert_allclose(lines["rates"][1], [43.0, 40.0], rtol=1e-6)
 
 
@@ -267,7 +267,10 @@ def test_curves_begin_with_the_untrained_network(comparison: Comparison) -> None
 @pytest.mark.usefixtures("no_figures")
 def test_trials_and_the_values_that_they_found(tmp_path: Path) -> None:
     """Trials come in the order of their numbers, not of their names."""
-    space = {"optim.lr": {"low": 1e-4, "high": 1e-1}, "optim.eps": {"low": 1e-9, "high": 1e-3}}
+    space = {
+        "optim.lr": {"type": "float", "low": 1e-4, "high": 1e-1},
+        "optim.eps": {"type": "float", "low": 1e-9, "high": 1e-3},
+    }
     search = {"trials": 12, "steps": 5, "space": space, "without": {"nir": ["optim.eps"]}}
     config = config_of(compare={"search": search, "axis": None}, validation={"name": "fraction"})
     path = write_folder(tmp_path / "searched", config)
@@ -284,7 +287,7 @@ def test_trials_and_the_values_that_they_found(tmp_path: Path) -> None:
         ["method", "optim.lr", "optim.eps", "trials", "best validation MAP@R"],
         ["triplet", "0.01", "1e-08", "0", DASH],
         ["nca", "0.01", "1e-08", "12, 2 not finite", "20.00 %"],
-        ["nir", "0.01", "has not", "0", DASH],
+        ["nir", "0.01", "not used", "0", DASH],
     ]
 
 

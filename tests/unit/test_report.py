@@ -141,15 +141,6 @@ def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "demo" / "report").iterdir()) == ["index.html"]
 
 
-def test_a_stopped_and_a_failed_run_say_so(tmp_path: Path) -> None:
-    run = new_run(tmp_path / "demo")
-    run.end("stopped", "SIGTERM", 1200)
-    page = Page(write_report(run.path))
-    assert "The run was stopped at step 1,200 (SIGTERM); continue it with --resume." in page.text
-    run.end("failed", "the disk is full")
-    assert "The run failed: the disk is full." in Page(write_report(run.path)).text
-
-
 def test_a_crashed_run_shows_what_it_recorded(tmp_path: Path) -> None:
     run = new_run(tmp_path / "demo")
     begin(run)
