@@ -1,4 +1,4 @@
-"""From a loss section of the configuration to the loss."""
+"""Build a loss from its configuration section."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dml_dist.losses.soft_triple import SoftTriple
 from dml_dist.losses.softmax import ArcFace, CosFace, NormalizedSoftmax
 
 AnyLoss = RowLoss | RoundsLoss | AnchorLoss | PairLoss
-"""Over sharded proxies, in one round or several; over pairs, by anchor or as a whole."""
+"""A loss over sharded proxies (one or several rounds) or over pairs (by anchor or whole batch)."""
 
 
 def build_loss(
@@ -49,25 +49,25 @@ def build_loss(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AnyLoss:
-    """Return the loss of a configuration.
+    """Build the loss that a configuration section describes.
 
     Args:
         config: The loss section.
         num_classes: Training classes, C.
-        class_sizes: Images of each training class; needed for weights of classes.
-        seed: Seed of what a loss draws once: the map of fractional assignment.
-        device: Where maps and weights of classes are kept.
+        class_sizes: Images of each training class; needed for class weights.
+        seed: Seed of the class-to-proxy map of fractional assignment.
+        device: Device of the class-to-proxy map and the class weights.
 
     Raises:
         ConfigError: If there are fewer than two classes or proxies, class sizes are missing, or a
-            custom loss is not what it must be.
+            custom loss does not fit either interface of `losses/forms.py`.
     """
     if num_classes < 2:
         raise ConfigError(
-            f"loss {config.name}: required at least 2 training classes, got {num_classes}: "
-            "a single class has no negatives; add classes, or hold out fewer for validation"
+            f"loss {config.name} needs at least 2 training classes for negatives, but the training "
+            f"split has {num_classes}; add classes, or hold out fewer for validation"
         )
-    # What a table draws is no matter of the formula.
+    # negatives_share is a setting of the proxy table's sampling, not of the formula.
     options = config.model_dump(exclude={"name", "negatives_share"})
     match config:
         case ProxyNCAConfig():
@@ -103,14 +103,15 @@ def _proxy_nca(
     seed: int,
     device: torch.device | str,
 ) -> RowLoss | RoundsLoss:
-    """Return the form of Proxy-NCA that surrogate and assignment name."""
+    """Return the Proxy-NCA variant for the configured surrogate and assignment."""
     weights: Tensor | None = None
     if config.class_weighting != "none":
         if class_sizes is None or len(class_sizes) != num_classes:
             raise ConfigError(
-                f"loss.class_weighting {config.class_weighting}: required the number of images of "
-                f"each of the {num_classes} training classes, got "
-                f"{None if class_sizes is None else len(class_sizes)}; give class_sizes"
+                f"loss.class_weighting {config.class_weighting} needs the image count of each of "
+                f"the {num_classes} training classes, but class_sizes has "
+                f"{'no entries' if class_sizes is None else f'{len(class_sizes)} entries'}; "
+                "pass one size per class"
             )
         weights = class_weights(config.class_weighting, class_sizes, config.effective_number_beta)
         weights = weights.to(device)
@@ -119,8 +120,8 @@ def _proxy_nca(
         units = int(config.proxy_share * num_classes + 0.5)
         if units < 2:
             raise ConfigError(
-                f"loss.proxy_share: required at least 2 proxies, got {config.proxy_share} of "
-                f"{num_classes} classes, which is {units}; raise it"
+                f"loss.proxy_share {config.proxy_share} of {num_classes} classes is {units}, but "
+                f"{config.assignment} assignment needs at least 2 proxies; raise it"
             )
     memory = {"logit_memory_mb"}
     nca = {"denominator", "embedding_scale", "proxy_scale"}
@@ -150,20 +151,20 @@ def _proxy_nca(
 
 
 def _custom_loss(config: CustomLossConfig) -> AnyLoss:
-    """Call the user's target with its options, and look at what came of it."""
+    """Call the user's target with its options, and validate the result."""
     where = f"loss.target {config.target}"
     target = load_target(config.target)
     try:
         loss = target(**config.options)
-    except Exception as error:  # User code: whatever it raises is told as a message.
+    except Exception as error:  # User code may raise anything.
         raise ConfigError(
-            f"{where}: required a class or function that takes the options "
-            f"{sorted(config.options)} and returns a loss, got {type(error).__name__}: {error}"
+            f"{where} failed when called with the options {sorted(config.options)}: "
+            f"{type(error).__name__}: {error}; it must accept loss.options and return a loss"
         ) from error
     if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
         raise ConfigError(
-            f"{where}: required a loss without parameters, got a module with "
-            f"{[name for name, _ in loss.named_parameters()]}: nothing would optimize them; "
+            f"{where} returned a module with the parameters "
+            f"{[name for name, _ in loss.named_parameters()]}, which no optimizer would update; "
             "use the row form, whose proxies are optimized"
         )
     if isinstance(loss, RowLoss | RoundsLoss) or (not hasattr(loss, "partial") and callable(loss)):
@@ -171,7 +172,7 @@ def _custom_loss(config: CustomLossConfig) -> AnyLoss:
     members = ("proxies_per_class", "merges", "partial", "finish", "statistics")
     missing = [name for name in members if not hasattr(loss, name)]
     raise ConfigError(
-        f"{where}: required a loss of row form (with {', '.join(members)}) or a callable of pair "
-        f"form (embeddings, labels -> 0-d tensor), got {type(loss).__name__} without "
-        f"{', '.join(missing)}; see dml_dist/losses/forms.py"
+        f"{where} returned {type(loss).__name__}, which lacks {', '.join(missing)}; a custom loss "
+        f"is either of row form (with {', '.join(members)}) or a callable of pair form "
+        "(embeddings, labels -> 0-d tensor), see dml_dist/losses/forms.py"
     )

@@ -1,6 +1,6 @@
-"""Weights of classes against their unequal sizes, and the maps of classes to shared proxies.
+"""Class weights for imbalanced classes, and the map from classes to shared proxies.
 
-The loss of a batch with weights is sum_i w_{y_i} l_i / sum_i w_{y_i} over the GLOBAL batch.
+The weighted loss of a batch is sum_i w_{y_i} l_i / sum_i w_{y_i} over the GLOBAL batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dml_dist.losses.numerics import Statistics
 Weighting = Literal["none", "inverse_frequency", "effective_number"]
 
 _FRACTIONAL_STREAM = 0x66726163
-"""Keeps the map's draws apart from others with the same seed."""
+"""Separates this random stream from others with the same seed."""
 
 
 def class_weights(kind: Weighting, class_sizes: Sequence[int], beta: float = 0.999) -> Tensor:
@@ -27,29 +27,33 @@ def class_weights(kind: Weighting, class_sizes: Sequence[int], beta: float = 0.9
     "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019).
 
     Args:
-        kind: Which; `none` gives ones.
+        kind: Weighting scheme; `none` gives ones.
         class_sizes: n_c, images of each class, >= 1.
-        beta: Of the effective number, 0 < beta < 1.
+        beta: Parameter of `effective_number`, 0 < beta < 1.
     """
     sizes_C = torch.as_tensor(class_sizes, dtype=torch.float64)
     weights_C = torch.ones_like(sizes_C)
     if kind == "inverse_frequency":
         weights_C = 1 / sizes_C
     elif kind == "effective_number":
+        # expm1 keeps the digits of 1 - beta^n for beta near 1.
         weights_C = (1 - beta) / -torch.expm1(sizes_C * np.log(beta))
     return weights_C / weights_C.mean()
 
 
-def held_weights(
+def local_weights(
     weights_C: Tensor, labels_G: Tensor, own_KG: Tensor, num_rows: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the rows' weights where the shard holds their own proxies, 0 elsewhere, (G,)."""
+    """Return the rows' weights where the shard holds their own proxies, 0 elsewhere, (G,).
+
+    Exactly one shard holds them, so that the sum over shards is the weight.
+    """
     held_G = (own_KG[0] >= 0) & (own_KG[0] < num_rows)
     return weights_C[labels_G].to(dtype).masked_fill(~held_G, 0.0)
 
 
 def mean_over_rows(loss_G: Tensor, total: Statistics) -> Tensor:
-    """Return the mean of the rows' losses, weighted where the statistics have a `weight`."""
+    """Return the mean of the rows' losses, weighted if the statistics have a `weight`."""
     if "weight" not in total:
         return loss_G.mean()
     return (total["weight"] * loss_G).sum() / total["weight"].sum()
@@ -58,8 +62,7 @@ def mean_over_rows(loss_G: Tensor, total: Statistics) -> Tensor:
 def fractional_rows(num_classes: int, num_rows: int, seed: int) -> Tensor:
     """Return the row that each class shares with others, (C,) int64, drawn from the seed.
 
-    Classes are put in a drawn order and shared out evenly: a row has floor(C / P) or ceil(C / P)
-    of them.
+    Classes are permuted and divided evenly: a row has floor(C / P) or ceil(C / P) of them.
 
     Args:
         num_classes: C.
@@ -67,10 +70,10 @@ def fractional_rows(num_classes: int, num_rows: int, seed: int) -> Tensor:
         seed: Seed, >= 0.
     """
     stream = np.random.Philox(np.random.SeedSequence((seed, _FRACTIONAL_STREAM)))
-    places = np.random.Generator(stream).permutation(num_classes)
-    return torch.from_numpy(places * num_rows // num_classes)
+    order = np.random.Generator(stream).permutation(num_classes)
+    return torch.from_numpy(order * num_rows // num_classes)
 
 
 def table_labels(labels_G: Tensor, class_rows: Tensor | None) -> Tensor:
-    """Return the unit of the table that each label has: its class, or its class's shared row."""
+    """Return each label's index into the table: its class, or the row its class shares."""
     return labels_G if class_rows is None else class_rows[labels_G]

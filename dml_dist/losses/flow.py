@@ -1,8 +1,8 @@
-"""A conditional normalising flow: embeddings to residual noise, given a vector of their class.
+"""Conditional normalizing flow from embeddings to residual noise, given a vector of their class.
 
 Roth, Vinyals, Akata, "Non-isotropy Regularization for Proxy-based Deep Metric Learning", CVPR
-2022: f(x) = t(z | p_y). What is computed is the direction z = t^-1(f(x) | p_y) with its
-log-determinant; `inverse` is t.
+2022: f(x) = t(z | p_y). `forward` computes z = t^-1(f(x) | p_y) with its
+log-determinant; `inverse` computes t.
 
 Block k of the flow, x of D coordinates, condition c:
 
@@ -12,8 +12,8 @@ Block k of the flow, x of D coordinates, condition c:
     a   = subnet1([x1, c]);  s = S(a[:D - d1]);   x2 <- exp(s) x2 + a[D - d1:]
 
 with the soft clamp S(a) = clamp 0.636 atan(a), so that |s| < clamp. The log-determinant is the sum
-of all s. A sub-network is a row of `depth` linear layers with ReLU between them. Transform and
-sub-network are zuko's, which is imported where a flow is made.
+of all s. A sub-network is `depth` linear layers with ReLU between them. Transform and sub-network
+are zuko's, which is imported only when a flow is built.
 
 Shape legend: G rows, D coordinates, E size of the condition.
 """
@@ -29,17 +29,16 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from zuko.transforms import CouplingTransform, DependentTransform
 
-# Keeps these draws apart from others with the same seed.
+# Separates this random stream from others with the same seed.
 _STREAM = 0x464C4F57
 _SOFT_CLAMP = 0.636
-"""About 2 / pi: the arcus tangent is brought into -1 .. 1."""
+"""About 2 / pi: scales atan to the range -1 .. 1."""
 
 
 class ConditionalFlow(nn.Module):
     """The flow of `num_blocks` affine coupling blocks.
 
-    Weights and permutations are drawn from the seed alone; the global random state is left as it
-    was.
+    Weights and permutations depend on the seed alone; the global random state is unchanged.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class ConditionalFlow(nn.Module):
         clamp: float = 2.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Make the flow on the CPU.
+        """Build the flow on the CPU.
 
         Args:
             num_features: D >= 2.
@@ -62,7 +61,7 @@ class ConditionalFlow(nn.Module):
             seed: Seed of weights and permutations, >= 0.
             num_blocks: Coupling blocks, >= 1.
             depth: Linear layers of a sub-network, >= 2.
-            width: Width of its hidden layers, >= 1.
+            width: Units of its hidden layers, >= 1.
             clamp: Bound of the logarithm of a scale, > 0.
             dtype: float32 or float64.
 
@@ -72,11 +71,12 @@ class ConditionalFlow(nn.Module):
         super().__init__()
         if num_features < 2 or num_conditions < 1 or num_blocks < 1 or depth < 2 or width < 1:
             raise ValueError(
-                "a flow required num_features >= 2, num_conditions >= 1, num_blocks >= 1, "
-                f"depth >= 2 and width >= 1, got {num_features}, {num_conditions}, {num_blocks}, "
+                "a flow needs num_features >= 2, num_conditions >= 1, num_blocks >= 1, depth >= 2 "
+                f"and width >= 1, but was given {num_features}, {num_conditions}, {num_blocks}, "
                 f"{depth} and {width}"
             )
         words = np.random.SeedSequence([seed, _STREAM]).generate_state(2, np.uint64)
+        # zuko draws weights from torch's global generator: fork it so that callers see no change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(words[0]))
             blocks = [
@@ -97,7 +97,7 @@ class ConditionalFlow(nn.Module):
         return x_GD, log_det_G
 
     def inverse(self, z_GD: Tensor, condition_GE: Tensor) -> Tensor:
-        """Return the x whose z this is, (G, D)."""
+        """Return x such that `forward` maps it to z, (G, D)."""
         for block in reversed(self._blocks()):
             z_GD = block.inverse(z_GD, condition_GE)
         return z_GD
@@ -107,7 +107,7 @@ class ConditionalFlow(nn.Module):
 
 
 class _CouplingBlock(nn.Module):
-    """A fixed permutation, and two affine couplings: each half is changed given the other."""
+    """A fixed permutation and two affine couplings: each half is transformed given the other."""
 
     permutation: Tensor
     in_second: Tensor
@@ -118,7 +118,7 @@ class _CouplingBlock(nn.Module):
         from zuko.nn import MLP
 
         super().__init__()
-        self.first = round(num_features / 2)  # Python rounds halves to even, as the formula does.
+        self.first = round(num_features / 2)  # Rounds half to even, as in the module docstring.
         self.clamp = clamp
         rest = num_features - self.first
         hidden = [width] * (depth - 1)
@@ -128,34 +128,34 @@ class _CouplingBlock(nn.Module):
         self.register_buffer("in_second", torch.arange(num_features) >= self.first)
 
     def forward(self, x_GD: Tensor, condition_GE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changed rows, and the log-determinant of each."""
-        x_GD, first_G = self._change_first(condition_GE).call_and_ladj(x_GD[:, self.permutation])
-        x_GD, second_G = self._change_second(condition_GE).call_and_ladj(x_GD)
+        """Return the transformed rows, and the log-determinant of each."""
+        x_GD, first_G = self._transform_first(condition_GE).call_and_ladj(x_GD[:, self.permutation])
+        x_GD, second_G = self._transform_second(condition_GE).call_and_ladj(x_GD)
         return x_GD, first_G + second_G
 
     def inverse(self, z_GD: Tensor, condition_GE: Tensor) -> Tensor:
-        """Return the rows that `forward` takes to these."""
-        z_GD = self._change_second(condition_GE).inv(z_GD)
-        z_GD = self._change_first(condition_GE).inv(z_GD)
+        """Return the rows that `forward` maps to z."""
+        z_GD = self._transform_second(condition_GE).inv(z_GD)
+        z_GD = self._transform_first(condition_GE).inv(z_GD)
         return z_GD[:, self.permutation.argsort()]
 
-    def _change_first(self, condition_GE: Tensor) -> CouplingTransform:
+    def _transform_first(self, condition_GE: Tensor) -> CouplingTransform:
         return self._coupling(self.subnet2, condition_GE, self.in_second)
 
-    def _change_second(self, condition_GE: Tensor) -> CouplingTransform:
+    def _transform_second(self, condition_GE: Tensor) -> CouplingTransform:
         return self._coupling(self.subnet1, condition_GE, ~self.in_second)
 
     def _coupling(
         self, subnet: nn.Module, condition_GE: Tensor, constant_D: Tensor
     ) -> CouplingTransform:
-        """Return the change of the coordinates outside `constant_D`, given those inside."""
+        """Return the transform of the coordinates outside `constant_D`, given those inside."""
         from zuko.transforms import CouplingTransform
 
-        def given(constant_GF: Tensor) -> DependentTransform:
+        def transform(constant_GF: Tensor) -> DependentTransform:
             a_scale, shift = subnet(torch.cat([constant_GF, condition_GE], dim=1)).chunk(2, dim=1)
             return _affine(shift, self.clamp * _SOFT_CLAMP * a_scale.atan())
 
-        return CouplingTransform(given, constant_D)
+        return CouplingTransform(transform, constant_D)
 
 
 def _affine(shift: Tensor, log_scale: Tensor) -> DependentTransform:
@@ -163,6 +163,6 @@ def _affine(shift: Tensor, log_scale: Tensor) -> DependentTransform:
     from zuko.transforms import DependentTransform, MonotonicAffineTransform
 
     affine = MonotonicAffineTransform(shift, log_scale)
-    # In the place of zuko's own clamp.
+    # zuko applies a clamp of its own to the scale: overwrite it with ours.
     affine.log_scale, affine.scale = log_scale, log_scale.exp()
     return DependentTransform(affine, 1)

@@ -1,10 +1,10 @@
-"""The two forms of a loss, which also hold for losses of one's own (config `loss.name: custom`).
+"""The two interfaces of a loss, also for custom losses (config `loss.name: custom`).
 
 Row form: one statistic per row of the global batch and proxy shard, `partial -> merge -> finish`.
 Proxies are sharded over ranks; only the statistics cross ranks. Dense is "one shard".
 
-A loss whose shards must know something of all shards first (the nearest of all proxies, the
-positive's distance) has several rounds of partial and merge.
+A loss that needs a result over all shards first (the nearest of all proxies, the positive's
+distance) has several rounds of partial and merge.
 
 Pair form: a function of the embeddings and labels of the global batch, without proxies.
 
@@ -25,10 +25,10 @@ from dml_dist.losses.numerics import Merge, Statistics
 
 @dataclass(frozen=True)
 class ProxyShard:
-    """Which rows of the class table a proxy shard holds: whole classes, K rows each.
+    """Range of the proxy table that a shard holds: whole classes, K rows each.
 
-    Row `(c - low_class) K + k` of the shard is proxy k of class c. A table that belongs to no
-    classes (fractional and dynamic assignment) counts as one of so many classes of one row.
+    Row `(c - low_class) K + k` of the shard is proxy k of class c. A table whose rows
+    belong to no class (fractional and dynamic assignment) is treated as one class per row.
 
     Attributes:
         num_classes: C, classes of the whole table.
@@ -44,12 +44,12 @@ class ProxyShard:
 
     @property
     def row_low(self) -> int:
-        """The whole table's row that is row 0 of this shard."""
+        """First row of this shard in the whole table."""
         return self.low_class * self.proxies_per_class
 
     @property
     def row_high(self) -> int:
-        """One past the whole table's last row of this shard."""
+        """One past the last row of this shard in the whole table."""
         return self.high_class * self.proxies_per_class
 
     @property
@@ -60,10 +60,10 @@ class ProxyShard:
 
 @runtime_checkable
 class RowLoss(Protocol):
-    """A loss over sharded proxies, of one round.
+    """A loss over sharded proxies, with one round of partial and merge.
 
-    The methods are pure, do not look up ranks, and are differentiable. Embeddings and proxies
-    come as they are, not normalised, in float32 or float64.
+    The methods are pure, differentiable and independent of ranks. Embeddings and proxies are
+    passed raw, not normalized, in float32 or float64.
     """
 
     @property
@@ -79,19 +79,19 @@ class RowLoss(Protocol):
     ) -> Statistics:
         """Return the statistics over one proxy shard.
 
-        Their shapes depend on the batch only. A value that this shard has nothing for is the
-        neutral element of its merge: 0 for `sum`, -inf for the others.
+        Their shapes depend on the batch only. Where this shard contributes nothing, the value is
+        the neutral element of its merge: 0 for `sum`, -inf for the others.
         """
 
     def finish(self, total: Statistics) -> Tensor:
-        """Return the loss, a 0-d tensor, of statistics over all shards."""
+        """Return the loss, a 0-d tensor, from the statistics over all shards."""
 
     def statistics(self, total: Statistics) -> Statistics:
         """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
 
 
 Partial = Callable[[Tensor, Tensor, Tensor, ProxyShard, Statistics], Statistics]
-"""Embeddings (G, D), labels (G,), proxies (L, D), the shard and the rounds before -> statistics."""
+"""(embeddings (G, D), labels (G,), proxies (L, D), shard, earlier rounds) -> statistics."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class Round:
 
     Attributes:
         merges: This round's statistics by name, each with its merge.
-        partial: Gives them over one proxy shard, as `RowLoss.partial` does. Its last argument is
-            the statistics of the rounds before over all shards, as constants: they say what is
-            counted, and no gradient goes through them. What the loss is a differentiable function
-            of is merged again in this round, or used in `finish`.
-        scalars: Statistics that are one number, not one of each row of the batch.
+        partial: Computes them over one proxy shard, as `RowLoss.partial` does. Its last argument
+            holds the statistics of earlier rounds over all shards, detached: they select what is
+            counted. A value that needs a gradient is merged again in this round, or used in
+            `finish`.
+        scalars: Names of 0-d statistics; all others are (G,).
     """
 
     merges: Mapping[str, Merge]
@@ -114,7 +114,7 @@ class Round:
 
 @runtime_checkable
 class RoundsLoss(Protocol):
-    """A loss over sharded proxies of several rounds, else as `RowLoss`."""
+    """A loss over sharded proxies with several rounds; otherwise like `RowLoss`."""
 
     @property
     def proxies_per_class(self) -> int:
@@ -122,26 +122,26 @@ class RoundsLoss(Protocol):
 
     @property
     def rounds(self) -> tuple[Round, ...]:
-        """The rounds in their order; no name of a statistic stands in two of them."""
+        """The rounds in order; each statistic's name occurs in one round only."""
 
     def finish(self, total: Statistics) -> Tensor:
-        """Return the loss, a 0-d tensor, of the statistics of all rounds over all shards."""
+        """Return the loss, a 0-d tensor, from the statistics of all rounds over all shards."""
 
     def statistics(self, total: Statistics) -> Statistics:
         """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
 
 
 def table_units(loss: RowLoss | RoundsLoss, num_classes: int) -> int:
-    """Return what a loss's table is cut by: its classes, or single rows if it has no such order.
+    """Return the number of units by which a proxy table is sharded: classes, or single rows.
 
-    A loss whose table has its own number of rows says so by an attribute `num_free_rows`.
+    A loss whose rows belong to no class has an attribute `num_free_rows`.
     """
     free: int | None = getattr(loss, "num_free_rows", None)
     return num_classes if free is None else free
 
 
 def rounds_of(loss: RowLoss | RoundsLoss) -> tuple[Round, ...]:
-    """Return the rounds of a loss of either kind."""
+    """Return the rounds of a loss; a `RowLoss` has one."""
     if isinstance(loss, RoundsLoss):
         return loss.rounds
 
@@ -155,9 +155,9 @@ def rounds_of(loss: RowLoss | RoundsLoss) -> tuple[Round, ...]:
 
 @runtime_checkable
 class PairLoss(Protocol):
-    """A loss over the embeddings of the global batch: pairs, triplets, or anything without proxies.
+    """A loss over the embeddings of the global batch (pairs, triplets), without proxies.
 
-    Called with embeddings (G, D), not normalised, in float32 or float64, and labels (G,) int64;
+    Called with embeddings (G, D), not normalized, in float32 or float64, and labels (G,) int64;
     returns a 0-d tensor.
     """
 

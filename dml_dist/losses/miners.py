@@ -1,7 +1,7 @@
-"""Which pairs and triplets of a batch count: choices without gradient.
+"""Pair and triplet mining: which pairs and triplets of a batch count, without gradient.
 
-Shape legend: G rows of the global batch, A anchors of this part, D embedding size, K numbers
-drawn for each anchor.
+Shape legend: G rows of the global batch, A anchors of this part, D embedding size, K draws of an
+anchor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from dml_dist.losses.pairs import AnchorBatch
 
 _STREAM = 0x6E656773
-"""Keeps these draws apart from others with the same seed; part of what a seed means."""
+"""Separates this random stream from others with the same seed; changing it changes results."""
 
 
 @torch.no_grad()
@@ -30,8 +30,8 @@ def hardest_triplets(batch: AnchorBatch, distances_AG: Tensor) -> tuple[Tensor, 
     """Return each anchor's triplet with the largest d_ap - d_an among those that count.
 
     Hermans et al., "In Defense of the Triplet Loss", 2017 ("batch hard"): the farthest positive
-    and the nearest negative; of equally far ones the lower row. With representatives the triplet
-    holds one, in any of its places.
+    and the nearest negative, ties to the lower row. With representatives the triplet contains at
+    least one, in any role.
 
     Args:
         batch: Which pairs are positive and negative.
@@ -46,6 +46,7 @@ def hardest_triplets(batch: AnchorBatch, distances_AG: Tensor) -> tuple[Tensor, 
     if batch.is_representative_G is None:
         return _hardest(distances_AG, positive_AG, ~same_AG)[:3]
     held_AG = batch.holds_representative()
+    # The representative is anchor or positive, or anchor or negative: take the harder of the two.
     p_A, n_A, found_A, gap_A = _hardest(distances_AG, positive_AG & held_AG, ~same_AG)
     p2_A, n2_A, found2_A, gap2_A = _hardest(distances_AG, positive_AG, ~same_AG & held_AG)
     second_A = found2_A & (~found_A | (gap2_A > gap_A))
@@ -71,7 +72,8 @@ def multi_similarity_pairs(
     """Return the pairs that the miner of the multi-similarity loss keeps, (A, G) bool each.
 
     Wang et al., CVPR 2019: a positive with S < max over negatives + epsilon, a negative with
-    S > min over positives - epsilon. An anchor without the one kind keeps none of the other.
+    S > min over positives - epsilon. An anchor without positives keeps no
+    negatives, and vice versa.
     """
     hardest_negative_A1 = cosines_AG.masked_fill(~negative_AG, -torch.inf).amax(1, keepdim=True)
     hardest_positive_A1 = cosines_AG.masked_fill(~positive_AG, torch.inf).amin(1, keepdim=True)
@@ -79,9 +81,6 @@ def multi_similarity_pairs(
         positive_AG & (cosines_AG - epsilon < hardest_negative_A1),
         negative_AG & (cosines_AG + epsilon > hardest_positive_A1),
     )
-
-
-# ---------------------------------------------------------------- distance-weighted sampling
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def distance_weights(
     distance_cutoff: float,
     loss_cutoff: float,
 ) -> Tensor:
-    """Return the weights with which negatives are drawn, (A, G) float64, largest 1 or all zero.
+    """Return the sampling weights of negatives, (A, G) float64; a row's maximum is 1, or all are 0.
 
     Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017: the inverse of the density
     of distances between random points of the unit sphere,
@@ -101,7 +100,7 @@ def distance_weights(
         q(d) = d^(D - 2) (1 - d^2 / 4)^((D - 3) / 2)
 
     with d no smaller than `distance_cutoff`. Negatives at `loss_cutoff` or beyond have no loss and
-    are not drawn; an anchor that has only such ones draws evenly among them.
+    are not drawn; an anchor that has no others draws uniformly.
 
     Args:
         distances_AG: Distances of unit vectors, not squared.
@@ -110,6 +109,7 @@ def distance_weights(
         distance_cutoff: Lower bound on the distance, in (0, loss_cutoff).
         loss_cutoff: In (distance_cutoff, 2).
     """
+    # In logarithms: d^(2 - D) overflows for usual D.
     clamped_AG = distances_AG.double().clamp(distance_cutoff, loss_cutoff)
     log_weights_AG = (2.0 - embedding_size) * clamped_AG.log()
     log_weights_AG -= (embedding_size - 3.0) / 2.0 * (1.0 - clamped_AG.square() / 4.0).log()
@@ -124,31 +124,32 @@ def distance_weights(
 def draw_weighted(weights_AG: Tensor, uniforms_AK: Tensor) -> Tensor:
     """Return K columns for each row, drawn in proportion to its weights, (A, K) int64.
 
-    A row of zero weights gives columns that mean nothing.
+    Columns of a row with zero weights are undefined.
 
     Args:
         weights_AG: Weights >= 0, float64.
-        uniforms_AK: Numbers in [0, 1), float64: a column is drawn where the running sum of the
-            weights first exceeds the number's share of their total.
+        uniforms_AK: Uniform draws u in [0, 1), float64: the first column at which the cumulative
+            sum of the weights exceeds u times their total is drawn.
     """
     sums_AG = weights_AG.cumsum(dim=1)
     total_A1 = sums_AG[:, -1:]
-    # Below the total even when the product is rounded up, so that the last sum exceeds it.
-    marks_AK = torch.minimum(
+    # Stay below the total even when the product rounds up, so that the last column exceeds it.
+    thresholds_AK = torch.minimum(
         uniforms_AK * total_A1, torch.nextafter(total_A1, torch.zeros_like(total_A1))
     )
-    columns_AK = torch.searchsorted(sums_AG, marks_AK, right=True)
+    columns_AK = torch.searchsorted(sums_AG, thresholds_AK, right=True)
     return columns_AK.clamp_max(weights_AG.shape[1] - 1)
 
 
 def uniforms(seed: int, step: int, batch: AnchorBatch, per_anchor: int) -> Tensor:
-    """Return numbers in [0, 1) for every anchor, (A, K) float64 on the batch's device.
+    """Return uniform draws in [0, 1) for every anchor, (A, K) float64 on the batch's device.
 
-    Number k of row i is drawn from (seed, step, k, i) and the size of the global batch, whoever
+    Draw k of row i depends on (seed, step, k, i) and the global batch size, not on the rank that
     has row i as an anchor.
     """
-    name = np.random.SeedSequence(seed, spawn_key=(_STREAM, step))
-    generator = np.random.Generator(np.random.Philox(name))
-    numbers_KG = generator.random((per_anchor, len(batch.labels_G)))
-    own_AK = np.ascontiguousarray(numbers_KG[:, batch.low : batch.high].T)
+    sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM, step))
+    generator = np.random.Generator(np.random.Philox(sequence))
+    # Every rank draws for the whole batch and keeps its columns: any number of ranks agrees.
+    uniforms_KG = generator.random((per_anchor, len(batch.labels_G)))
+    own_AK = np.ascontiguousarray(uniforms_KG[:, batch.low : batch.high].T)
     return torch.from_numpy(own_AK).to(batch.labels_G.device)

@@ -1,4 +1,4 @@
-"""Arithmetic that the losses share: row normalisation, merging of partial statistics."""
+"""Shared numerics of the losses: row normalization, merging of partial statistics."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 Merge = Literal["logsumexp", "max", "sum", "argmax"]
-"""How one statistic of two proxy shards becomes that of both together.
+"""How a statistic of two proxy shards is merged.
 
-`argmax` is of (2, ...) float64 tensors without gradient, of values and the table's rows that they
-are of: the larger value stays, of equal ones that of the lower row.
+`argmax` takes (2, ...) float64 tensors without gradient: values and the table rows they come from.
+The larger value wins, ties go to the lower row.
 """
 
 Statistics = dict[str, Tensor]
-"""Statistics of a batch over some proxy shards: name -> tensor; equal shapes on every shard."""
+"""Statistics of a batch over some proxy shards: name -> tensor, same shapes on every shard."""
 
 MIN_NORM = 1e-12
-"""Rows shorter than this are divided by it and not by their norm, so that they stay finite."""
+"""Rows with a smaller norm are divided by this instead, so that they stay finite."""
 
 _SOFTPLUS_LINEAR = 50.0
 
 
 def accurate_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return float64 when a tensor has it, else float32: losses never run in half precision."""
+    """Return float64 if any tensor has it, else float32: losses never run in half precision."""
     found = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if found else torch.float32
 
@@ -41,12 +41,12 @@ def safe_exp_difference(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def softplus_exact(x: Tensor) -> Tensor:
-    """Return log(1 + exp(x)); beyond 50 it is x, which is exact in float64."""
+    """Return log(1 + exp(x)); above 50 it is x, which is exact in float64."""
     return torch.nn.functional.softplus(x, threshold=_SOFTPLUS_LINEAR)
 
 
 def group_rows(keys_G: Tensor) -> Tensor:
-    """Return numbers 0 .. n - 1 of the n groups of equal keys, (G,) int64, in order of the keys."""
+    """Return the group number 0 .. n - 1 of each key, (G,) int64, groups in order of their key."""
     ordered_G, order_G = keys_G.sort(stable=True)
     begins_G = torch.cat([keys_G.new_zeros(1), (ordered_G[1:] != ordered_G[:-1]).to(keys_G.dtype)])
     return torch.empty_like(keys_G).scatter_(0, order_G, begins_G.cumsum(0))
@@ -55,8 +55,8 @@ def group_rows(keys_G: Tensor) -> Tensor:
 def merge_statistics(a: Statistics, b: Statistics, merges: Mapping[str, Merge]) -> Statistics:
     """Return the statistics over the proxy shards of `a` and `b` together.
 
-    Associative, and commutative but for the gradient of equal maxima, which goes to `a`: the
-    shard of the lower rows comes first.
+    Associative, and commutative except for the gradient of equal maxima, which goes to `a`: pass
+    the shard with the lower rows first.
 
     Args:
         a: Statistics over some shards.
@@ -69,7 +69,7 @@ def merge_statistics(a: Statistics, b: Statistics, merges: Mapping[str, Merge]) 
 def _merge(a: Tensor, b: Tensor, how: Merge) -> Tensor:
     match how:
         case "logsumexp":
-            # Not logaddexp, whose gradient is not a number where both are -inf.
+            # Not logaddexp: its gradient is NaN where both are -inf.
             peak = torch.maximum(a, b).detach()
             total = safe_exp_difference(a, peak) + safe_exp_difference(b, peak)
             return peak + total.clamp_min(torch.finfo(total.dtype).tiny).log()

@@ -1,15 +1,15 @@
-"""Losses over pairs of rows of the global batch, shared out by anchor; the contrastive loss.
+"""Losses over pairs of rows of the global batch, partitioned by anchor; the contrastive loss.
 
-A part of such a loss has some rows of the batch as anchors and pairs them with all rows: (A, G)
-distances, never (G, G) but where one part has all anchors. What a part leaves are sums and counts,
-`partial -> merge (by adding) -> finish`; counts have no gradient.
+A part takes some rows of the batch as anchors and pairs them with all rows: (A, G) distances,
+(G, G) only if one part has all anchors. It returns sums and counts, `partial -> merge (addition)
+-> finish`; counts have no gradient.
 
     n(x) = x / max(|x|, 1e-12)        d_ij = |n(e_i) - n(e_j)|, with gradient 0 where d_ij = 0
 
 Every distance is computed from its two rows alone, in a fixed order: its bits do not depend on
-how the anchors are shared out, so that miners choose the same pairs on any number of ranks.
+the partition, so that miners select the same pairs on any number of ranks.
 
-With `is_representative_G` only pairs and triplets that hold a representative count.
+With `is_representative_G` only pairs and triplets that contain a representative count.
 
 Shape legend: G rows of the global batch, A anchors of this part, D embedding size.
 """
@@ -29,22 +29,22 @@ from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normaliz
 from dml_dist.losses.one_process import check_labels
 
 Reduction = Literal["nonzero", "mean"]
-"""Mean over the terms that are not zero, or over all of them; 0 where there are none."""
+"""Mean over the nonzero terms, or over all terms; 0 if there are none."""
 
 
 @dataclass(frozen=True, eq=False)
 class AnchorBatch:
-    """The global batch, and which of its rows are the anchors of one part.
+    """The global batch, and the range of rows that are the anchors of one part.
 
     Attributes:
-        embeddings_GD: All embeddings, not normalised, (G, D) float32 or float64.
+        embeddings_GD: All embeddings, not normalized, (G, D) float32 or float64.
         labels_G: Their classes, (G,) int64.
         low: The first anchor's row.
         high: One past the last anchor's row.
         is_representative_G: Which rows are representatives, (G,) bool; None counts all pairs.
         betas_A: Margin loss: beta of every anchor, (A,), of the loss's dtype.
-        seed: Names, with the step, what is drawn for a row, >= 0.
-        step: Updates made so far, >= 0.
+        seed: Seed, >= 0; with the step it determines a row's random draws.
+        step: Optimizer updates so far, >= 0.
         neighbors_Ch: Hard class mining: nearest classes of every class, (C, h) int64, -1 for none.
     """
 
@@ -59,12 +59,12 @@ class AnchorBatch:
     neighbors_Ch: Tensor | None = None
 
     def unit_rows(self) -> Tensor:
-        """Return the normalised embeddings, (G, D), in float32, or float64 if they are."""
+        """Return the normalized embeddings, (G, D), in float32, or float64 if they are."""
         dtype = accurate_dtype(self.embeddings_GD)
         return normalize_rows(self.embeddings_GD.to(dtype))
 
     def same_class(self) -> Tensor:
-        """Return which rows are of the anchor's class, itself included, (A, G) bool."""
+        """Return which rows have the anchor's class, the anchor included, (A, G) bool."""
         return self.labels_G[self.low : self.high, None] == self.labels_G
 
     def pair_masks(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class AnchorBatch:
         return positive_AG & held_AG, negative_AG & held_AG
 
     def mined_pairs(self) -> Tensor | None:
-        """Return which pairs are of classes of which mining found one near the other, (A, G) bool.
+        """Return which pairs are of two classes of which one is mined for the other, (A, G) bool.
 
         None without hard class mining.
         """
@@ -93,7 +93,7 @@ class AnchorBatch:
         return mined_AG
 
     def holds_representative(self) -> Tensor:
-        """Return which pairs hold a representative, (A, G) bool; all without representatives."""
+        """Return which pairs contain a representative, (A, G) bool; all without representatives."""
         flags_G = self.is_representative_G
         if flags_G is None:
             flags_G = torch.ones_like(self.labels_G, dtype=torch.bool)
@@ -102,7 +102,7 @@ class AnchorBatch:
 
 @runtime_checkable
 class AnchorLoss(Protocol):
-    """A loss of pairs or triplets, whose terms are shared out by anchor."""
+    """A loss over pairs or triplets whose terms are partitioned by anchor."""
 
     @property
     def merges(self) -> Mapping[str, Merge]:
@@ -111,36 +111,34 @@ class AnchorLoss(Protocol):
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums, differentiable, and counts over the anchors of one part.
 
-        With `batch.neighbors_Ch` what `mined_counts` gives may be among them.
+        With `batch.neighbors_Ch` they may include those of `mined_counts`.
         """
 
     def finish(self, total: Statistics) -> Tensor:
-        """Return the loss, a 0-d tensor, of the statistics of all anchors."""
+        """Return the loss, a 0-d tensor, from the statistics of all anchors."""
 
     def statistics(self, total: Statistics) -> Statistics:
         """Return 0-d tensors to be recorded beside the loss."""
 
 
-# ---------------------------------------------------------------- distances
-
-
 def pair_distances(anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
-    """Return |a_i - x_j|, (A, G), differentiable once; the gradient is 0 where it is 0."""
+    """Return |a_i - x_j|, (A, G), differentiable once; the gradient is 0 at distance 0."""
     distances: Tensor = _PairDistances.apply(anchors_AD, rows_GD)
     return distances
 
 
 _NEAR = 1e-2
-"""Below this a matrix product would lose digits of the pair's difference; few are so near."""
+"""Below this distance a matrix product would lose digits of the difference; few pairs are."""
 
-_NEAR_NUMBERS = 1 << 22
-"""Numbers of the differences of near pairs that are held at a time."""
+_NEAR_ELEMENTS = 1 << 22
+"""Elements of the differences of near pairs in memory at a time."""
 
 
 class _PairDistances(Function):
     @staticmethod
     def forward(ctx: Any, anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
-        # Differences, not a matrix product, whose last digits depend on the block.
+        # Differences, not a matrix product: its last digits depend on the block's shape, and mining
+        # must select the same pairs however anchors are partitioned.
         mode = "donot_use_mm_for_euclid_dist"
         distances_AG = torch.cdist(anchors_AD, rows_GD, compute_mode=mode)
         ctx.save_for_backward(anchors_AD, rows_GD, distances_AG)
@@ -153,9 +151,11 @@ class _PairDistances(Function):
         weights_AG = torch.where(distances_AG > 0, grad_AG / distances_AG, 0.0)
         near_AG = (distances_AG < _NEAR) & (weights_AG != 0)
         far_AG = weights_AG.masked_fill(near_AG, 0.0)
+        # sum_j w_ij (a_i - x_j) by products, which are far faster than (A, G, D) differences.
         of_anchors = anchors_AD * far_AG.sum(dim=1, keepdim=True) - far_AG @ rows_GD
         of_rows = rows_GD * far_AG.sum(dim=0)[:, None] - far_AG.T @ anchors_AD
-        chunk = max(1, _NEAR_NUMBERS // max(1, rows_GD.shape[1]))
+        # Near pairs by differences, since the two products above would cancel.
+        chunk = max(1, _NEAR_ELEMENTS // max(1, rows_GD.shape[1]))
         for pairs_Q2 in near_AG.nonzero().split(chunk):
             i_Q, j_Q = pairs_Q2.unbind(dim=1)
             pulls_QD = weights_AG[i_Q, j_Q, None] * (anchors_AD[i_Q] - rows_GD[j_Q])
@@ -164,14 +164,11 @@ class _PairDistances(Function):
         return of_anchors, of_rows
 
 
-# ---------------------------------------------------------------- sums and counts
-
-
 def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
-    """Return the sum of the counted terms, how many are not zero, and how many there are.
+    """Return the sum, the number of nonzero and the number of all counted terms, 0-d each.
 
     Args:
-        name: What the terms are; the keys are `{name}_sum`, `{name}_nonzero`, `{name}_count`.
+        name: Name of the terms; the keys are `{name}_sum`, `{name}_nonzero`, `{name}_count`.
         terms: Terms >= 0, of any shape.
         counted: Which of them count, of the same shape.
     """
@@ -184,16 +181,16 @@ def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
 
 
 MINED_MERGES: Mapping[str, Merge] = {"mined_nonzero": "sum", "mined_count": "sum"}
-"""Of what `mined_counts` gives."""
+"""Merges of the statistics of `mined_counts`."""
 
 
 def mined_counts(terms: Tensor, counted: Tensor, mined: Tensor | None) -> Statistics:
-    """Count the terms of mined negatives, and those that are not zero; nothing without mining.
+    """Count the terms with mined negatives, and the nonzero ones; {} without mining.
 
     Args:
         terms: Terms >= 0, of any shape; above zero where the margin is violated.
         counted: Which of them count.
-        mined: Which of them have a negative that was mined, or None.
+        mined: Which of them have a mined negative, or None without mining.
     """
     if mined is None:
         return {}
@@ -205,12 +202,12 @@ def mined_counts(terms: Tensor, counted: Tensor, mined: Tensor | None) -> Statis
 
 
 def sum_merges(*names: str) -> dict[str, Merge]:
-    """Return the merges of what `sum_and_counts` gives for each name."""
+    """Return the merges of the statistics of `sum_and_counts` for each name."""
     return {f"{name}_{part}": "sum" for name in names for part in ("sum", "nonzero", "count")}
 
 
 def reduced(total: Statistics, reduction: Reduction, *names: str) -> Tensor:
-    """Return the mean of the named terms together, 0-d; 0 where there is nothing to average."""
+    """Return the mean of the named terms together, 0-d; 0 if there are none."""
     counts = "nonzero" if reduction == "nonzero" else "count"
     sums = torch.stack([total[f"{name}_sum"] for name in names]).sum()
     number = torch.stack([total[f"{name}_{counts}"] for name in names]).sum()
@@ -218,7 +215,7 @@ def reduced(total: Statistics, reduction: Reduction, *names: str) -> Tensor:
 
 
 def active_share(total: Statistics, name: str) -> Tensor:
-    """Return the share of the named terms that are not zero, 0-d."""
+    """Return the nonzero fraction of the named terms, 0-d."""
     return total[f"{name}_nonzero"] / total[f"{name}_count"].clamp_min(1.0)
 
 
@@ -231,32 +228,31 @@ def whole_batch(
     seed: int = 0,
     step: int = 0,
 ) -> AnchorBatch:
-    """Return a batch whose rows are all anchors, for one process.
+    """Return a batch in which every row is an anchor, for one process.
 
     Raises:
         ValueError: If shapes or dtypes do not fit.
     """
     if embeddings_BD.ndim != 2:
-        raise ValueError(f"required embeddings (B, D), got shape {tuple(embeddings_BD.shape)}")
+        raise ValueError(
+            f"embeddings must be a matrix (B, D), but have shape {tuple(embeddings_BD.shape)}"
+        )
     num_rows = embeddings_BD.shape[0]
     check_labels(labels_B, num_rows, None)
     flags = is_representative_B
     if flags is not None and (flags.shape != (num_rows,) or flags.dtype != torch.bool):
         raise ValueError(
-            f"required is_representative of shape ({num_rows},) and dtype bool, "
-            f"got {tuple(flags.shape)} and {flags.dtype}"
+            f"is_representative must have shape ({num_rows},) and dtype bool, but has "
+            f"{tuple(flags.shape)} and {flags.dtype}"
         )
     return AnchorBatch(embeddings_BD, labels_B, 0, num_rows, flags, betas_B, seed, step)
-
-
-# ---------------------------------------------------------------- contrastive
 
 
 @dataclass(frozen=True)
 class Contrastive:
     """Contrastive loss: relu(d - m_pos) of same-class and relu(m_neg - d) of other ordered pairs.
 
-    Each of the two is reduced by itself, and they are added. With d not squared, as in the
+    Each of the two is reduced separately, and the results are added. With d not squared, as in the
     "reality check" protocol; Hadsell et al. (CVPR 2006) square it.
 
     Attributes:
@@ -288,12 +284,12 @@ class Contrastive:
         }
 
     def finish(self, total: Statistics) -> Tensor:
-        """Return the two means, added."""
+        """Return the sum of the two means."""
         positive = reduced(total, self.reduction, "positive")
         return positive + reduced(total, self.reduction, "negative")
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the shares of pairs beyond their margin."""
+        """Return the fractions of pairs that violate their margin."""
         return {
             "active_positives": active_share(total, "positive"),
             "active_negatives": active_share(total, "negative"),
@@ -314,9 +310,9 @@ def contrastive_loss(
     Args:
         embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
         labels_B: Classes, (B,) int64.
-        positive_margin: Distance up to which positives are left alone, < 2.
-        negative_margin: Distance from which on negatives are left alone, in (0, 2].
-        reduction: Mean over the terms that are not zero, or over all pairs.
+        positive_margin: Positives up to this distance have no loss, < 2.
+        negative_margin: Negatives from this distance on have no loss, in (0, 2].
+        reduction: Mean over the nonzero terms, or over all pairs.
         is_representative_B: Only pairs with such a row count, (B,) bool; None counts all.
 
     Raises:

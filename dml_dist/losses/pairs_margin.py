@@ -4,12 +4,12 @@ Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017. Over ordere
 
     positives: relu(d_ai - beta_a + m)      negatives: relu(beta_a - d_ai + m)
 
-All positive pairs count; for each of them its anchor draws one negative. The loss is the sum of
-both over the number of its terms that are not zero (or over all its terms), plus
+All positive pairs count; for each of them the anchor draws one negative. The loss is the sum of
+both divided by the number of nonzero terms (or of all terms), plus
 
     nu * mean over the rows of the batch of beta_a
 
-beta_a is fixed, one learnt number, or that of the anchor's class. Deviation: the authors' code
+beta_a is constant, one learned parameter, or learned per class. Deviation: the authors' code
 weights nu beta by the anchor's number of triplets over the number of non-zero terms.
 
 Shape legend: G rows of the global batch, A anchors of this part, D embedding size, K draws of an
@@ -41,17 +41,17 @@ from dml_dist.losses.pairs import (
 )
 
 BetaForm = Literal["fixed", "scalar", "class"]
-"""beta is a constant, one learnt number, or one learnt number for each class."""
+"""Whether beta is a constant, one learned parameter, or one per class."""
 
 
 @dataclass(frozen=True)
 class Margin:
-    """Margin loss, shared out by anchor; `AnchorBatch.betas_A` holds beta.
+    """Margin loss, partitioned by anchor; `AnchorBatch.betas_A` holds beta.
 
     Attributes:
         margin: m > 0.
-        beta: Its value, or where it begins; margin <= beta <= 2 - margin.
-        beta_form: What beta is.
+        beta: Its value, or its initial value; margin <= beta <= 2 - margin.
+        beta_form: Whether beta is fixed or learned.
         nu: Weight of the mean beta, >= 0.
         distance_cutoff: Negatives nearer than this are drawn as if they were this far.
         loss_cutoff: Negatives at this distance or beyond are drawn only where there are no others.
@@ -99,7 +99,7 @@ class Margin:
         return reduced(total, self.reduction, "positive", "negative") + self.nu * mean_beta
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the shares of terms that are not zero, and the batch's mean beta."""
+        """Return the nonzero fractions of terms, and the batch's mean beta."""
         return {
             "active_positives": active_share(total, "positive"),
             "active_negatives": active_share(total, "negative"),
@@ -110,7 +110,7 @@ class Margin:
     def _draw(
         self, batch: AnchorBatch, distances_AG: Tensor, negative_AG: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the drawn negatives and which of them count: one for each other of the class."""
+        """Return the drawn negatives and which of them count: one per positive of the anchor."""
         weights_AG = distance_weights(
             distances_AG,
             negative_AG,
@@ -119,12 +119,13 @@ class Margin:
             loss_cutoff=self.loss_cutoff,
         )
         _, sizes = batch.labels_G.unique(return_counts=True)
+        # The largest class of the whole batch, so that the draws do not depend on the partition.
         per_anchor = int(sizes.max()) - 1 if len(sizes) else 0
         others_A = batch.same_class().sum(dim=1) - 1
-        numbers_AK = uniforms(batch.seed, batch.step, batch, per_anchor)
-        places_K = torch.arange(per_anchor, device=others_A.device)
-        wanted_AK = (places_K < others_A[:, None]) & negative_AG.any(dim=1, keepdim=True)
-        return draw_weighted(weights_AG, numbers_AK), wanted_AK
+        uniforms_AK = uniforms(batch.seed, batch.step, batch, per_anchor)
+        draws_K = torch.arange(per_anchor, device=others_A.device)
+        counted_AK = (draws_K < others_A[:, None]) & negative_AG.any(dim=1, keepdim=True)
+        return draw_weighted(weights_AG, uniforms_AK), counted_AK
 
 
 def margin_loss(
@@ -146,14 +147,14 @@ def margin_loss(
     Args:
         embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
         labels_B: Classes, (B,) int64; 0 .. C - 1 where there is a beta for each class.
-        betas: beta: a number, a tensor of one number, or of one for each class, (C,).
+        betas: beta: a number, a tensor of one element, or one per class, (C,).
         margin: m > 0.
         nu: Weight of the mean beta, >= 0.
         distance_cutoff: Negatives nearer than this are drawn as if they were this far.
         loss_cutoff: Negatives at this distance or beyond are drawn only where there are no others.
-        reduction: Mean over the terms that are not zero, or over all.
-        seed: Names, with the step and the row, what is drawn.
-        step: Updates made so far.
+        reduction: Mean over the nonzero terms, or over all.
+        seed: Seed of the draws, with the step and the row.
+        step: Optimizer updates so far.
         is_representative_B: Only pairs with such a row count, (B,) bool; None counts all.
 
     Raises:

@@ -34,15 +34,15 @@ from dml_dist.losses.pairs import (
 
 @dataclass(frozen=True)
 class MultiSimilarity:
-    """Multi-similarity loss, shared out by anchor.
+    """Multi-similarity loss, partitioned by anchor.
 
     Attributes:
         positive_scale: a > 0.
         negative_scale: b > 0.
         base: l, the cosine at which an exponential is 1.
-        epsilon: The miner's, > 0, or None to keep all pairs.
-        reduction: `mean` over the rows of the batch, as in the paper, or over those with a term
-            that is not zero.
+        epsilon: Slack of the miner, > 0, or None to keep all pairs.
+        reduction: `mean` over the rows of the batch, as in the paper, or over those with a nonzero
+            term.
     """
 
     positive_scale: float = 2.0
@@ -80,14 +80,15 @@ class MultiSimilarity:
         return reduced(total, self.reduction, "anchor")
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the share of rows that have a pair."""
+        """Return the fraction of rows that have a pair."""
         return {"active_anchors": active_share(total, "anchor")}
 
 
 def _log_one_plus_sum(exponents_AG: Tensor, kept_AG: Tensor) -> Tensor:
     """Return log(1 + sum exp) over the kept entries of each row, (A,); 0 where there are none."""
     any_A1 = kept_AG.any(dim=1, keepdim=True)
-    # A row that keeps nothing is summed over everything, for a finite gradient that is not used.
+    # A row that keeps nothing is summed over all entries: logsumexp of -inf alone would have a NaN
+    # gradient, which `where` does not remove.
     sums_A = exponents_AG.masked_fill(~kept_AG & any_A1, -torch.inf).logsumexp(dim=1)
     return torch.where(any_A1[:, 0], torch.logaddexp(sums_A, torch.zeros_like(sums_A)), 0.0)
 
@@ -111,8 +112,8 @@ def multi_similarity_loss(
         positive_scale: a > 0.
         negative_scale: b > 0.
         base: l, the cosine at which an exponential is 1.
-        epsilon: The miner's, > 0; None keeps all pairs.
-        reduction: Mean over all rows, or over those with a term that is not zero.
+        epsilon: Slack of the miner, > 0; None keeps all pairs.
+        reduction: Mean over all rows, or over those with a nonzero term.
         is_representative_B: Only pairs with such a row count, (B,) bool; None counts all.
 
     Raises:

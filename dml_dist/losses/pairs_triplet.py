@@ -3,8 +3,8 @@
     h( d_ap - d_an + m ),  h = relu, or softplus (`smooth`)
 
 `squared` takes squared distances; `swap` takes min(d_an, d_pn) for d_an (Balntas et al., BMVC
-2016), after triplets are chosen. Triplets are worked through in chunks of positive pairs: (Q, G)
-tensors of a stated memory, never (A, G, G).
+2016), after mining. Triplets are processed in chunks of positive pairs: (Q, G)
+tensors of bounded memory, never (A, G, G).
 
 Shape legend: G rows of the global batch, A anchors of this part, D embedding size, Q positive
 pairs of a chunk.
@@ -37,25 +37,25 @@ from dml_dist.losses.pairs import (
 )
 
 Mining = Literal["all", "semi_hard", "hard"]
-"""All triplets; those with d_ap < d_an < d_ap + m; each anchor's one of the largest d_ap - d_an."""
+"""All triplets; those with d_ap < d_an < d_ap + m; the one with the largest d_ap - d_an."""
 
 _LIVE_TENSORS = 12
-"""(Q, G) tensors that a chunk and its backward pass hold at most, with `swap`."""
+"""Upper bound on the (Q, G) tensors of a chunk and its backward pass, with `swap`."""
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """Triplet loss, shared out by anchor.
+    """Triplet loss, partitioned by anchor.
 
     Attributes:
         margin: m >= 0; at most 2, or 4 with `squared`.
         mining: Which triplets count.
         squared: Whether distances are squared.
         swap: Whether d_an may be replaced by a smaller d_pn.
-        smooth: softplus for relu.
+        smooth: Use softplus instead of relu.
         reduction: `nonzero` or `mean`, over the triplets that count.
-        triplet_memory_mb: Bound on the memory of triplets in MiB; at least the triplets of one
-            positive pair are held.
+        triplet_memory_mb: Bound on the memory of triplets in MiB; a chunk has at least one positive
+            pair.
     """
 
     margin: float = 0.1
@@ -84,11 +84,11 @@ class Triplet:
         return reduced(total, self.reduction, "triplet")
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the share of the counted triplets that violate the margin."""
+        """Return the fraction of the counted triplets that violate the margin."""
         return {"active_triplets": active_share(total, "triplet")}
 
     def _hard(self, batch: AnchorBatch, unit_GD: Tensor, distances_AG: Tensor) -> Statistics:
-        positive_A, negative_A, found_A = hardest_triplets(batch, self._measured(distances_AG))
+        positive_A, negative_A, found_A = hardest_triplets(batch, self._maybe_squared(distances_AG))
         ap_A = distances_AG.gather(1, positive_A[:, None])[:, 0]
         an_A = distances_AG.gather(1, negative_A[:, None])[:, 0]
         if self.swap:
@@ -119,7 +119,7 @@ class Triplet:
             if (flags_G := batch.is_representative_G) is not None:
                 counted_QG &= (flags_G[a_Q + batch.low] | flags_G[p_Q])[:, None] | flags_G
             if self.mining == "semi_hard":
-                measured = self._measured(ap_Q1), self._measured(an_QG)
+                measured = self._maybe_squared(ap_Q1), self._maybe_squared(an_QG)
                 counted_QG &= semi_hard(*measured, self.margin)
             if self.swap:
                 an_QG = torch.minimum(an_QG, pair_distances(all_GD[p_Q], all_GD))
@@ -131,13 +131,13 @@ class Triplet:
             }
 
         names = [*self.merges, *(MINED_MERGES if mined_AG is not None else ())]
-        return _sum_of_chunks(chunk, pairs_P2.split(rows), [distances_AG, unit_GD], names)
+        return _sum_over_chunks(chunk, pairs_P2.split(rows), [distances_AG, unit_GD], names)
 
-    def _measured(self, distances: Tensor) -> Tensor:
+    def _maybe_squared(self, distances: Tensor) -> Tensor:
         return distances.square() if self.squared else distances
 
     def _terms(self, positive: Tensor, negative: Tensor) -> Tensor:
-        violation = self._measured(positive) - self._measured(negative) + self.margin
+        violation = self._maybe_squared(positive) - self._maybe_squared(negative) + self.margin
         if self.smooth:
             return torch.logaddexp(violation, torch.zeros_like(violation))
         return violation.relu()
@@ -164,10 +164,10 @@ def triplet_loss(
         margin: m >= 0.
         mining: `all`; `semi_hard`, d_ap < d_an < d_ap + m; or `hard`, each anchor's triplet with
             the largest d_ap - d_an.
-        squared: Take squared distances, for choosing as well.
-        swap: Take min(d_an, d_pn) for d_an, after triplets are chosen.
-        smooth: softplus for relu.
-        reduction: Mean over the terms that are not zero, or over all triplets that count.
+        squared: Use squared distances, for mining as well.
+        swap: Use min(d_an, d_pn) for d_an, after mining.
+        smooth: Use softplus instead of relu.
+        reduction: Mean over the nonzero terms, or over all triplets that count.
         triplet_memory_mb: Bound on the memory of triplets in MiB, > 0.
         is_representative_B: Only triplets with such a row count, (B,) bool; None counts all.
 
@@ -179,31 +179,29 @@ def triplet_loss(
     return loss.finish(loss.anchor_partial(batch))
 
 
-# ---------------------------------------------------------------- sums in chunks
-
 _Chunk = Callable[[Sequence[Tensor], Tensor], Statistics]
-"""From leaves and a chunk's positive pairs to its sum and counts."""
+"""(leaves, positive pairs of a chunk) -> its sum and counts."""
 
 
-def _sum_of_chunks(
+def _sum_over_chunks(
     function: _Chunk, chunks: Sequence[Tensor], leaves: Sequence[Tensor], names: Sequence[str]
 ) -> Statistics:
-    """Return the statistics added over chunks; each chunk's graph is gone before the next.
+    """Return the statistics summed over chunks; each chunk's graph is freed before the next.
 
-    The sum is linear in its own gradient, a number: the gradients of the leaves are computed chunk
-    by chunk together with the sum, and only scaled in the backward pass.
+    The gradient of the sum is a scalar factor, so the gradients of the leaves are computed chunk by
+    chunk in the forward pass, and only scaled in the backward pass.
 
     Args:
-        function: Gives the statistics of a chunk.
-        chunks: Positive pairs.
-        leaves: What the statistics are computed from.
-        names: Of the statistics, in their order; the first is the sum, the others are counts.
+        function: Computes the statistics of a chunk.
+        chunks: Positive pairs, (Q, 2) int64 each.
+        leaves: Tensors the statistics are computed from.
+        names: Names of the statistics in order; the first is the sum, the others are counts.
     """
-    totals = _SumOfChunks.apply(function, chunks, len(names), *leaves)
+    totals = _SumOverChunks.apply(function, chunks, len(names), *leaves)
     return dict(zip(names, totals, strict=True))
 
 
-class _SumOfChunks(Function):
+class _SumOverChunks(Function):
     @staticmethod
     def forward(
         ctx: Any, function: _Chunk, chunks: Sequence[Tensor], number: int, *leaves: Tensor
@@ -217,6 +215,7 @@ class _SumOfChunks(Function):
             with torch.set_grad_enabled(any(needed)):
                 found = list(function(copies, chunk).values())
             if any(needed):
+                # Only the sum has a gradient; it accumulates in `copies` and frees the graph.
                 found[0].backward()
             totals = [total + value.detach() for total, value in zip(totals, found, strict=True)]
         ctx.grads = [copy.grad for copy in copies]

@@ -7,11 +7,11 @@ of a proxy's class and the others:
     1/|P+| sum_{p in P+} log(1 + sum_{x in X_p+} exp(-a (s(x, p) - m)))
     + 1/|P| sum_{p in P} log(1 + sum_{x in X_p-} exp(a (s(x, p) + m)))
 
-The released code of non-isotropy regularisation averages the first term over samples instead,
+The released code of non-isotropy regularization averages the first term over samples instead,
 `positives="samples"`: 1/B sum_i of the term of sample i's proxy.
 
-The loss is column-wise: a proxy's term needs all samples and no other proxy. A proxy shard gives
-its whole terms, and only numbers cross ranks.
+The loss is column-wise: a proxy's term needs all samples and no other proxy. A proxy shard computes
+its terms completely, and only scalars cross ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.autograd.function import once_differentiable
 from dml_dist.losses.chunks import ChunkedLogits, OwnLogits, chunk_rows, in_chunk, own_rows
 from dml_dist.losses.forms import ProxyShard, Round
 from dml_dist.losses.numerics import Statistics, accurate_dtype, group_rows, normalize_rows
-from dml_dist.losses.one_process import loss_of_table
+from dml_dist.losses.one_process import dense_loss
 
 
 @dataclass(frozen=True)
 class ProxyAnchor:
-    """Proxy-Anchor as a loss over proxy shards (`losses/forms.py`).
+    """Proxy-Anchor over proxy shards (`losses/forms.py`).
 
     Attributes:
         scale: a > 0.
@@ -48,12 +48,12 @@ class ProxyAnchor:
 
     @property
     def proxies_per_class(self) -> int:
-        """One."""
+        """K = 1."""
         return 1
 
     @property
     def rounds(self) -> tuple[Round, ...]:
-        """One round, of numbers."""
+        """One round of scalars."""
         names = ("positive_term", "negative_term", "positive_cosine")
         return (Round(dict.fromkeys(names, "sum"), self._partial, frozenset(names)),)
 
@@ -62,7 +62,7 @@ class ProxyAnchor:
         return total["positive_term"] + total["negative_term"]
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return both terms and the mean cosine to the own proxy."""
+        """Return both terms and the mean positive cosine."""
         return dict(total)
 
     def _partial(
@@ -92,10 +92,10 @@ class ProxyAnchor:
         }
 
     def _positive_term(self, pulls_G: Tensor, labels_G: Tensor) -> Tensor:
-        """Return the average of the proxies' log(1 + sum exp(pull)); a pull of -inf is none."""
+        """Return the mean of the proxies' log(1 + sum exp(pull)); a pull of -inf adds nothing."""
         groups_G = group_rows(labels_G)
         zeros_G = torch.zeros_like(pulls_G)
-        # The 1 in the logarithm is exp(0): the peak is at least 0.
+        # The 1 in the logarithm is exp(0), so the maximum is at least 0.
         peak_G = zeros_G.scatter_reduce(0, groups_G, pulls_G.detach(), "amax")
         exps_G = (pulls_G - peak_G[groups_G]).exp()
         terms_G = log_one_plus(peak_G, zeros_G.index_add(0, groups_G, exps_G))
@@ -106,11 +106,12 @@ class ProxyAnchor:
 
 def log_one_plus(peak: Tensor, total: Tensor) -> Tensor:
     """Return log(1 + exp(peak) total) for peak >= 0, without overflow or loss of a small total."""
+    # peak + log(exp(-peak) + total), with exp(-peak) = 1 + expm1(-peak).
     return peak + (total + torch.expm1(-peak)).log1p()
 
 
 class _ColumnStatistics(Function):
-    """The sum over proxies of log(1 + sum over others' logits exp(logit + offset)); own logits."""
+    """Sum over proxies of log(1 + sum over negatives exp(logit + offset)), and positive logits."""
 
     @staticmethod
     def forward(
@@ -121,20 +122,20 @@ class _ColumnStatistics(Function):
         offset: float,
         rows_per_chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        walk = ChunkedLogits(queries_GD, proxies_LD, rows_per_chunk)
+        chunked = ChunkedLogits(queries_GD, proxies_LD, rows_per_chunk)
         own = OwnLogits(own_1G, queries_GD)
-        terms_L1 = torch.empty_like(walk.norm_L1)
+        terms_L1 = torch.empty_like(chunked.norm_L1)
         with torch.autocast(queries_GD.device.type, enabled=False):
-            for low, high, logits in walk.chunks():
+            for low, high, logits in chunked.chunks():
                 logits_cG = logits[:-1]
-                walk.measure(low, high)
-                walk.fill(low, high, logits_cG)
+                chunked.measure(low, high)
+                chunked.fill(low, high, logits_cG)
                 logits.scatter_(0, own.collect(low, high, logits), -torch.inf)
                 logits_cG.add_(offset)
                 peak_c1 = logits_cG.amax(dim=1, keepdim=True).clamp_min_(0)
                 total_c1 = logits_cG.sub_(peak_c1).exp_().sum(dim=1, keepdim=True)
                 terms_L1[low:high] = log_one_plus(peak_c1, total_c1)
-        ctx.save_for_backward(queries_GD, proxies_LD, walk.norm_L1, terms_L1, own_1G)
+        ctx.save_for_backward(queries_GD, proxies_LD, chunked.norm_L1, terms_L1, own_1G)
         ctx.offset, ctx.rows_per_chunk = offset, rows_per_chunk
         return terms_L1.sum(), own.positive(len(proxies_LD))[0]
 
@@ -144,15 +145,15 @@ class _ColumnStatistics(Function):
         queries_GD, proxies_LD, norm_L1, terms_L1, own_1G = ctx.saved_tensors
         grad_queries_GD = torch.zeros_like(queries_GD)
         grad_proxies_LD = torch.empty_like(proxies_LD)
-        walk = ChunkedLogits(queries_GD, proxies_LD, ctx.rows_per_chunk, norm_L1)
+        chunked = ChunkedLogits(queries_GD, proxies_LD, ctx.rows_per_chunk, norm_L1)
         with torch.autocast(queries_GD.device.type, enabled=False):
-            for low, high, grads in walk.chunks():
+            for low, high, grads in chunked.chunks():
                 grads_cG = grads[:-1]
-                walk.fill(low, high, grads_cG)
+                chunked.fill(low, high, grads_cG)
                 grads_cG.sub_(terms_L1[low:high] - ctx.offset).exp_().mul_(grad_sum)
-                place_1G = in_chunk(own_1G, low, high)[1]
-                grads.scatter_(0, place_1G, grad_positive_G[None])
-                walk.add_gradients(low, high, grads_cG, grad_queries_GD, grad_proxies_LD)
+                index_1G = in_chunk(own_1G, low, high)[1]
+                grads.scatter_(0, index_1G, grad_positive_G[None])
+                chunked.add_gradients(low, high, grads_cG, grad_queries_GD, grad_proxies_LD)
         return grad_queries_GD, grad_proxies_LD, None, None, None
 
 
@@ -181,4 +182,4 @@ def proxy_anchor_loss(
         ValueError: If shapes or labels do not fit.
     """
     loss = ProxyAnchor(scale, margin, positives, logit_memory_mb)
-    return loss_of_table(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))
+    return dense_loss(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))

@@ -1,14 +1,14 @@
-"""Proxy-NCA: proxies of classes take the place of the other images.
+"""Proxy-NCA: class proxies replace the other images of a batch.
 
 Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017.
 
-Embeddings are normalised to length s_x and proxies to s_p; with squared Euclidean distances the
+Embeddings are normalized to length s_x and proxies to s_p; with squared Euclidean distances the
 logit of sample i and proxy c is, up to a constant that cancels,
 
     l_ic = 2 s_x s_p cos(x_i, p_c)
 
 The positive is the nearest of the K proxies of the sample's class (static assignment), negatives
-are all proxies of other classes; the other proxies of the own class count nowhere.
+are all proxies of other classes; the other proxies of the own class are ignored.
 
     denominator negatives (the paper):  mean_i [ logsumexp_neg(l_i) - l_i+ ]
     denominator all:                    mean_i softplus( logsumexp_neg(l_i) - l_i+ )
@@ -18,8 +18,8 @@ gradients when the loss is tiny and when the positive's softmax underflows. Labe
 (denominator all) takes the target 1 - e on the positive and e spread evenly over the (C - 1) K
 negatives, and adds e (l_i+ - mean_neg(l_i)).
 
-Fractional assignment has fewer proxies than classes: a fixed map gives each class a row that it
-shares with others. Classes that share a sample's row give it no negative, so it is the same loss
+Fractional assignment has fewer proxies than classes: a fixed map assigns each class a row that it
+shares with others. Classes that share a row are not negatives of each other, so it is the same loss
 with rows in place of classes.
 
 With class weights the mean is sum_i w_{y_i} l_i / sum_i w_{y_i}. The margin surrogate is in
@@ -35,7 +35,7 @@ from typing import Literal
 from torch import Tensor
 
 from dml_dist.losses.chunks import own_rows
-from dml_dist.losses.class_weights import held_weights, mean_over_rows, table_labels
+from dml_dist.losses.class_weights import local_weights, mean_over_rows, table_labels
 from dml_dist.losses.forms import ProxyShard
 from dml_dist.losses.numerics import (
     Merge,
@@ -49,7 +49,7 @@ from dml_dist.losses.proxy_logits import negative_statistics
 
 @dataclass(frozen=True)
 class ProxyNCA:
-    """Proxy-NCA as a loss of row form (`losses/forms.py`).
+    """Proxy-NCA over proxy shards (`losses/forms.py`).
 
     Attributes:
         num_classes: Units of the table: C >= 2, or with `class_rows` its rows P >= 2.
@@ -76,15 +76,15 @@ class ProxyNCA:
     def __post_init__(self) -> None:
         if self.num_classes < 2:
             raise ValueError(
-                f"Proxy-NCA required at least 2 classes, got {self.num_classes}: "
-                "a single class has no negatives"
+                f"Proxy-NCA needs at least 2 classes for negatives, but num_classes is "
+                f"{self.num_classes}"
             )
         if self.label_smoothing > 0 and self.denominator == "negatives":
-            raise ValueError("label_smoothing > 0 required denominator 'all', got 'negatives'")
+            raise ValueError("label_smoothing > 0 needs denominator 'all', but it is 'negatives'")
 
     @property
     def num_free_rows(self) -> int | None:
-        """P where the table has its own number of rows, None where it has K a class."""
+        """P with shared rows (`class_rows`), None for a table of K rows per class."""
         return None if self.class_rows is None else self.num_classes
 
     @property
@@ -94,7 +94,7 @@ class ProxyNCA:
 
     @property
     def merges(self) -> Mapping[str, Merge]:
-        """The statistics of one row: two, a third with label smoothing, one with weights."""
+        """Two statistics per row, one more with label smoothing, one more with class weights."""
         merges: dict[str, Merge] = {"lse_negatives": "logsumexp", "positive": "sum"}
         if self.label_smoothing > 0:
             merges["sum_negatives"] = "sum"
@@ -121,7 +121,7 @@ class ProxyNCA:
             values["sum_negatives"] = found.sum_negatives
         if self.class_weights is not None:
             weights_C = self.class_weights
-            values["weight"] = held_weights(weights_C, labels_G, own_KG, len(proxies_LD), dtype)
+            values["weight"] = local_weights(weights_C, labels_G, own_KG, len(proxies_LD), dtype)
         return values
 
     def finish(self, total: Statistics) -> Tensor:
@@ -137,7 +137,7 @@ class ProxyNCA:
         return mean_over_rows(loss_G, total)
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the mean cosine to the positive, and the share of rows it does not dominate."""
+        """Return the mean positive cosine, and the fraction of rows whose negatives outweigh it."""
         violated_G = total["lse_negatives"] > total["positive"]
         return {
             "positive_cosine": total["positive"].mean() / self.logit_scale,

@@ -1,18 +1,18 @@
 """Proxy-NCA with dynamic assignment: a sample's positive is the nearest of all proxies.
 
-Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017. The table has
-P proxies of no class. p(x) is the nearest proxy of x (equal ones: the lower row), and
+Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017. The P
+proxies belong to no class. p(x) is the nearest proxy of x (ties: the lower row), and
 
     with labels      negatives of x are {p(z) : z in the GLOBAL batch, y_z != y_x} without p(x):
                      a shared proxy is never its own negative
     without labels   negatives are all proxies but p(x)
 
-A row without negatives has no term: it adds 0 to the mean over the batch. (Whether the paper takes
-p(x) or the class's p(y) for the positive could not be checked.) The surrogates are those of
-`losses/proxy_nca.py` and `losses/proxy_nca_margin.py`; which proxy is nearest is a choice without
-a derivative.
+A row without negatives adds 0 to the mean over the batch. (We could not verify whether the paper
+uses p(x) or the class's p(y) as the positive.) The surrogates are those of
+`losses/proxy_nca.py` and `losses/proxy_nca_margin.py`; the choice of the nearest proxy has no
+derivative.
 
-Two rounds: the nearest proxy over all shards, then the statistics that it selects.
+Two rounds: the nearest proxy over all shards, then the statistics given that choice.
 
 Shape legend: G rows of the global batch, D embedding size, L proxies of the shard, c a chunk.
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dml_dist.losses.chunks import ChunkedLogits, chunk_rows
-from dml_dist.losses.class_weights import held_weights, mean_over_rows
+from dml_dist.losses.class_weights import local_weights, mean_over_rows
 from dml_dist.losses.forms import ProxyShard, Round
 from dml_dist.losses.numerics import (
     Merge,
@@ -41,8 +41,8 @@ from dml_dist.losses.proxy_nca_margin import (
     COSINE_SCALE,
     Reduction,
     hinge_losses,
+    hinge_metrics,
     hinge_statistics,
-    hinge_statistics_of,
 )
 
 
@@ -53,11 +53,11 @@ class DynamicProxyNCA:
     Attributes:
         num_free_rows: P >= 2, rows of the table.
         surrogate: `nca` or `margin`.
-        denominator: Of `nca`: `all`, or `negatives` as in the paper.
-        embedding_scale: s_x > 0, of `nca`.
-        proxy_scale: s_p > 0, of `nca`.
+        denominator: For `nca`: `all`, or `negatives` as in the paper.
+        embedding_scale: s_x > 0, for `nca`.
+        proxy_scale: s_p > 0, for `nca`.
         margin: M of `margin`, in squared distances of unit rows, 0 < M < 4.
-        reduction: Of a row's hinges.
+        reduction: Reduction of a row's hinges over its negatives.
         use_labels: Whether negatives are the other classes' proxies.
         logit_memory_mb: Bound on the memory for logits in MiB, > 0.
         class_weights: Weight of each class, (C,), or None for equal ones.
@@ -76,7 +76,7 @@ class DynamicProxyNCA:
 
     @property
     def proxies_per_class(self) -> int:
-        """One row a unit of the table."""
+        """K = 1: every row is a unit of its own."""
         return 1
 
     @property
@@ -107,16 +107,17 @@ class DynamicProxyNCA:
             return mean_over_rows(loss_G, total)
         lse_G = total["lse_negatives"]
         some_G = lse_G > -torch.inf
+        # A row without negatives (-inf) adds 0; NaN is kept, so that a diverged model is noticed.
         gap_G = lse_G.where(some_G | lse_G.isnan(), 0.0) - total["positive"]
         loss_G = softplus_exact(gap_G) if self.denominator == "all" else gap_G
         return mean_over_rows(loss_G.where(some_G | loss_G.isnan(), 0.0), total)
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return cosine and violations as for static assignment, and the proxies chosen."""
+        """Return the statistics of static assignment, and the number of chosen proxies."""
         dtype = total["positive"].dtype
         chosen = (group_rows(nearest_rows(total)).max() + 1).to(dtype)
         if self.surrogate == "margin":
-            return {**hinge_statistics_of(total), "chosen_proxies": chosen}
+            return {**hinge_metrics(total), "chosen_proxies": chosen}
         violated_G = total["lse_negatives"] > total["positive"]
         return {
             "positive_cosine": total["positive"].mean() / self.logit_scale,
@@ -138,16 +139,18 @@ class DynamicProxyNCA:
         _: Statistics,
     ) -> Statistics:
         queries_GD, table_LD = self._queries(embeddings_GD, proxies_LD)
-        walk = ChunkedLogits(queries_GD, table_LD, chunk_rows(queries_GD, self.logit_memory_mb))
+        chunked = ChunkedLogits(queries_GD, table_LD, chunk_rows(queries_GD, self.logit_memory_mb))
         best_G = queries_GD.new_full((len(queries_GD),), -torch.inf)
         row_G = torch.zeros_like(labels_G)
-        for low, high, logits in walk.chunks():
-            walk.measure(low, high)
-            walk.fill(low, high, logits[:-1])
-            peak_G, place_G = logits[:-1].max(dim=0)
+        for low, high, logits in chunked.chunks():
+            chunked.measure(low, high)
+            chunked.fill(low, high, logits[:-1])
+            peak_G, index_G = logits[:-1].max(dim=0)
+            # Strictly greater: ties stay with the lower row.
             better_G = peak_G > best_G
             best_G = torch.where(better_G, peak_G, best_G)
-            row_G = torch.where(better_G, place_G + low, row_G)
+            row_G = torch.where(better_G, index_G + low, row_G)
+        # float64 holds row numbers exactly up to 2^53, so one tensor carries both.
         return {"nearest": torch.stack([best_G.double(), (row_G + shard.row_low).double()])}
 
     def _selected(
@@ -162,7 +165,7 @@ class DynamicProxyNCA:
         rows_G = nearest_rows(known)
         own_1G, excluded = (rows_G - shard.row_low)[None], None
         if self.use_labels:
-            chosen = _choose(rows_G, labels_G, shard)
+            chosen = _select_proxies(rows_G, labels_G, shard)
             own_1G, excluded = chosen.own_1G, chosen.excluded
             table_LD = table_LD[chosen.local_rows_G]
         memory_mb = self.logit_memory_mb
@@ -183,25 +186,25 @@ class DynamicProxyNCA:
             )
             values |= {"lse_negatives": found.lse_negatives, "positive": found.positive}
         if self.class_weights is not None:
-            values["weight"] = held_weights(
+            values["weight"] = local_weights(
                 self.class_weights, labels_G, own_1G, len(table_LD), queries_GD.dtype
             )
         return values
 
 
 def nearest_rows(total: Statistics) -> Tensor:
-    """Return the rows of the nearest proxies, (G,) int64; row 0 for one that is not a number."""
+    """Return the rows of the nearest proxies, (G,) int64; row 0 if it is not finite."""
     rows_G = total["nearest"][1]
     return rows_G.where(rows_G.isfinite(), 0.0).long()
 
 
-class _Chosen(NamedTuple):
-    """The batch's distinct nearest proxies as a table of G columns, some of them empty.
+class _SelectedProxies(NamedTuple):
+    """The batch's distinct nearest proxies as G columns; unused columns are empty.
 
     Attributes:
-        local_rows_G: The shard's row of each column; any where it has none.
+        local_rows_G: The shard's row of each column; arbitrary where it holds none.
         own_1G: Column of each row's own proxy, (1, G); -1 where the shard does not hold it.
-        excluded: Which columns are no negatives, of all rows of the batch.
+        excluded: Which columns are not negatives of which rows of the batch.
     """
 
     local_rows_G: Tensor
@@ -209,12 +212,12 @@ class _Chosen(NamedTuple):
     excluded: Excluded
 
 
-def _choose(rows_G: Tensor, labels_G: Tensor, shard: ProxyShard) -> _Chosen:
-    """Return the distinct rows, and which of them another class of the batch has chosen."""
+def _select_proxies(rows_G: Tensor, labels_G: Tensor, shard: ProxyShard) -> _SelectedProxies:
+    """Return the distinct rows, and which of them samples of another class selected."""
     column_G = group_rows(rows_G)
     row_of_column_G = torch.full_like(rows_G, -1).scatter_(0, column_G, rows_G)
     held_G = (row_of_column_G >= shard.row_low) & (row_of_column_G < shard.row_high)
-    # A column is chosen by a class other than y if the lowest or the highest label in it is not y.
+    # Samples of a class other than y selected a column iff its lowest or highest label is not y.
     empty_G = torch.full_like(labels_G, -1)
     lowest_G = empty_G.scatter_reduce(0, column_G, labels_G, "amin", include_self=False)
     highest_G = empty_G.scatter_reduce(0, column_G, labels_G, "amax", include_self=False)
@@ -225,7 +228,7 @@ def _choose(rows_G: Tensor, labels_G: Tensor, shard: ProxyShard) -> _Chosen:
 
     local_G = (row_of_column_G - shard.row_low).clamp(0, shard.row_high - shard.row_low - 1)
     own_G = torch.where(held_G[column_G], column_G, -1)
-    return _Chosen(local_G, own_G[None], excluded)
+    return _SelectedProxies(local_G, own_G[None], excluded)
 
 
 def _count_negatives(own_1G: Tensor, num_rows: int, excluded: Excluded | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Proxy-NCA of one process, on plain tensors: one shard through the formulas of all its forms."""
+"""Proxy-NCA in one process, on plain tensors: the sharded formulas with one shard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dml_dist.losses.forms import RoundsLoss, RowLoss
-from dml_dist.losses.one_process import loss_of_table, whole_classes
+from dml_dist.losses.one_process import count_classes, dense_loss
 from dml_dist.losses.proxy_nca import ProxyNCA
 from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA
 from dml_dist.losses.proxy_nca_margin import ProxyNCAMargin
@@ -40,14 +40,14 @@ def proxy_nca_loss(
             `class_rows` (P, D).
         surrogate: `nca`, or `margin`, which uses no scales, denominator and label smoothing.
         denominator: `all`, or `negatives` as in the paper.
-        embedding_scale: s_x, the length that normalised embeddings are given, > 0.
-        proxy_scale: s_p, the length that normalised proxies are given, > 0.
+        embedding_scale: s_x, the length that normalized embeddings are given, > 0.
+        proxy_scale: s_p, the length that normalized proxies are given, > 0.
         margin: M of the margin surrogate, in squared distances of unit rows, 0 < M < 4.
         margin_reduction: Of the hinges of a row over its negatives.
         proxies_per_class: K, >= 1.
         label_smoothing: Share of the target on the negatives, 0 <= e < 1.
         class_rows: Row of each class, (C,) int64, where classes share proxies (fractional).
-        class_weights: Weight of each class, (C,); none means equal ones.
+        class_weights: Weight of each class, (C,); None for equal weights.
         logit_memory_mb: Bound on the memory for logits in MiB, > 0.
 
     Raises:
@@ -55,13 +55,15 @@ def proxy_nca_loss(
     """
     if class_rows is not None and proxies_per_class != 1:
         raise ValueError(
-            f"required one proxy a class with class_rows, got proxies_per_class {proxies_per_class}"
+            f"class_rows needs one proxy per class, but proxies_per_class is {proxies_per_class}"
         )
-    units = whole_classes(proxies, proxies_per_class)
+    units = count_classes(proxies, proxies_per_class)
     num_classes = units if class_rows is None else len(class_rows)
     _check_classes("class_weights", class_weights, num_classes)
     if class_rows is not None and not bool(((class_rows >= 0) & (class_rows < units)).all()):
-        raise ValueError(f"required class_rows in 0 .. {units - 1}, got others")
+        raise ValueError(
+            f"class_rows must be in 0 .. {units - 1}, the rows of proxies, but some are not"
+        )
     loss: RowLoss | RoundsLoss
     if surrogate == "margin":
         check_margin(margin)
@@ -86,7 +88,7 @@ def proxy_nca_loss(
             class_rows,
             class_weights,
         )
-    return loss_of_table(
+    return dense_loss(
         loss, embeddings_BD, labels_B, proxies, num_classes=num_classes, num_units=units
     )
 
@@ -113,8 +115,8 @@ def dynamic_proxy_nca_loss(
         proxies_PD: Proxies, (P, D), P >= 2, of any length.
         surrogate: `nca`, or `margin`, which uses no scales and denominator.
         denominator: `all`, or `negatives` as in the paper.
-        embedding_scale: s_x, the length that normalised embeddings are given, > 0.
-        proxy_scale: s_p, the length that normalised proxies are given, > 0.
+        embedding_scale: s_x, the length that normalized embeddings are given, > 0.
+        proxy_scale: s_p, the length that normalized proxies are given, > 0.
         margin: M of the margin surrogate, in squared distances of unit rows, 0 < M < 4.
         margin_reduction: Of the hinges of a row over its negatives.
         logit_memory_mb: Bound on the memory for logits in MiB, > 0.
@@ -123,7 +125,7 @@ def dynamic_proxy_nca_loss(
         ValueError: If shapes, labels or options do not fit.
     """
     if len(proxies_PD) < 2:
-        raise ValueError(f"required at least 2 proxies, got {len(proxies_PD)}")
+        raise ValueError(f"dynamic assignment needs at least 2 proxies, but got {len(proxies_PD)}")
     check_margin(margin)
     loss = DynamicProxyNCA(
         len(proxies_PD),
@@ -139,7 +141,7 @@ def dynamic_proxy_nca_loss(
     if labels_B is None:
         labels_B = torch.zeros(len(embeddings_BD), dtype=torch.int64, device=embeddings_BD.device)
     num_classes = int(labels_B.max()) + 1 if len(labels_B) else 1
-    return loss_of_table(
+    return dense_loss(
         loss,
         embeddings_BD,
         labels_B,
@@ -150,13 +152,14 @@ def dynamic_proxy_nca_loss(
 
 
 def check_margin(margin: float) -> None:
-    """Raise ValueError for a margin that no, or every, pair of squared distances keeps."""
+    """Raise ValueError for a margin that all or no pairs of squared distances satisfy."""
     if not 0 < margin < 4:
         raise ValueError(
-            f"required a margin between 0 and 4, the squared distances of unit rows, got {margin}"
+            f"margin must be between 0 and 4, the range of squared distances of unit rows, but is "
+            f"{margin}"
         )
 
 
 def _check_classes(name: str, values: Tensor | None, num_classes: int) -> None:
     if values is not None and values.shape != (num_classes,):
-        raise ValueError(f"required {name} of shape ({num_classes},), got {tuple(values.shape)}")
+        raise ValueError(f"{name} must have shape ({num_classes},), but has {tuple(values.shape)}")

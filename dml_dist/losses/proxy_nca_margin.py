@@ -5,8 +5,8 @@ Euclidean distances of unit rows (scales are not applied), D = 2 - 2 cos,
 
     l_i = sum or mean over negatives of [ D(x_i, p+) - D(x_i, p-) + M ]_+
 
-Two rounds: the positive's cosine first, then the hinges against it. The derivative by the
-positive's distance is the number of hinges that are open, which `finish` puts in.
+Two rounds: first the positive's cosine, then the hinges against it. The derivative by the
+positive's distance is the number of active hinges, which `finish` applies.
 
 Shape legend: G rows of the global batch, D embedding size, L proxies of the shard, c proxies of a
 chunk, K proxies a class.
@@ -24,25 +24,25 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dml_dist.losses.chunks import ChunkedLogits, OwnLogits, chunk_rows, in_chunk, own_rows
-from dml_dist.losses.class_weights import held_weights, mean_over_rows, table_labels
+from dml_dist.losses.class_weights import local_weights, mean_over_rows, table_labels
 from dml_dist.losses.forms import ProxyShard, Round
 from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normalize_rows
 from dml_dist.losses.proxy_logits import Excluded
 
 COSINE_SCALE = 2.0
-"""A difference of distances is this times one of cosines; queries are given this length."""
+"""Squared distance = 2 - 2 cos: queries get this norm, so that logits are in its unit."""
 
 Reduction = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
 class ProxyNCAMargin:
-    """Proxy-NCA, margin surrogate, static or fractional, over proxy shards (`losses/forms.py`).
+    """Proxy-NCA with the margin surrogate, static or fractional (`losses/forms.py`).
 
     Attributes:
         num_classes: Units of the table: C >= 2, or with `class_rows` its rows P >= 2.
         margin: M, in squared distances of unit rows, 0 < M < 4.
-        reduction: Of a row's hinges.
+        reduction: Reduction of a row's hinges over its negatives.
         proxies_per_class: K >= 1.
         logit_memory_mb: Bound on the memory for logits in MiB, > 0.
         class_rows: Row of each class, (C,) int64, for fractional assignment.
@@ -59,7 +59,7 @@ class ProxyNCAMargin:
 
     @property
     def num_free_rows(self) -> int | None:
-        """P where the table has its own number of rows, None where it has K a class."""
+        """P with shared rows (`class_rows`), None for a table of K rows per class."""
         return None if self.class_rows is None else self.num_classes
 
     @property
@@ -79,8 +79,8 @@ class ProxyNCAMargin:
         return mean_over_rows(hinge_losses(total) / count, total)
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the mean cosine to the positive, and the share of rows with an open hinge."""
-        return hinge_statistics_of(total)
+        """Return the mean positive cosine, and the fraction of rows with an active hinge."""
+        return hinge_metrics(total)
 
     def _queries(self, embeddings_GD: Tensor, proxies_LD: Tensor) -> tuple[Tensor, Tensor]:
         dtype = accurate_dtype(embeddings_GD, proxies_LD)
@@ -100,8 +100,8 @@ class ProxyNCAMargin:
     ) -> Statistics:
         queries_GD, table_LD = self._queries(embeddings_GD, proxies_LD)
         own_KG = self._own(labels_G, shard)
-        held_KG, place_KG = in_chunk(own_KG, 0, len(table_LD))
-        rows_KGD = table_LD[place_KG.clamp_max(len(table_LD) - 1)]
+        held_KG, index_KG = in_chunk(own_KG, 0, len(table_LD))
+        rows_KGD = table_LD[index_KG.clamp_max(len(table_LD) - 1)]
         unit_KGD = torch.nn.functional.normalize(rows_KGD, dim=2, eps=1e-12)
         nearest_G = (unit_KGD * queries_GD).sum(dim=2).amax(dim=0)
         return {"known_positive": nearest_G.masked_fill(~held_KG[0], 0.0)}
@@ -125,14 +125,14 @@ class ProxyNCAMargin:
         )
         values: Statistics = found._asdict()
         if self.class_weights is not None:
-            values["weight"] = held_weights(
+            values["weight"] = local_weights(
                 self.class_weights, labels_G, own_KG, len(table_LD), queries_GD.dtype
             )
         return values
 
 
 class HingeStatistics(NamedTuple):
-    """What the margin surrogate needs of all logits over one shard, each (G,).
+    """Statistics of all logits over one shard that the margin surrogate needs, each (G,).
 
     Attributes:
         hinges: Sum over negatives of [logit - threshold]_+.
@@ -147,12 +147,14 @@ class HingeStatistics(NamedTuple):
 
 def hinge_losses(total: Mapping[str, Tensor]) -> Tensor:
     """Return each row's sum of hinges, (G,), with its derivative by the positive."""
+    # The threshold is a constant in round 2. This term is 0 and adds the missing gradient: -1 per
+    # active hinge.
     positive_G = total["positive"]
     return total["hinges"] - (positive_G - positive_G.detach()) * total["open"]
 
 
-def hinge_statistics_of(total: Mapping[str, Tensor]) -> Statistics:
-    """Return what is recorded beside a loss of hinges."""
+def hinge_metrics(total: Mapping[str, Tensor]) -> Statistics:
+    """Return the recorded statistics of a hinge loss, 0-d each."""
     violated_G = total["open"] > 0
     return {
         "positive_cosine": total["positive"].mean() / COSINE_SCALE,
@@ -170,15 +172,15 @@ def hinge_statistics(
     memory_mb: float,
     excluded: Excluded | None = None,
 ) -> HingeStatistics:
-    """Return statistics of the logits `queries . normalised proxies`, differentiable once.
+    """Return statistics of the logits `queries . normalized proxies`, differentiable once.
 
     Args:
-        queries_GD: Normalised embeddings times COSINE_SCALE, (G, D) float32 or float64.
+        queries_GD: Normalized embeddings times COSINE_SCALE, (G, D) float32 or float64.
         proxies_LD: Raw proxies of the shard, (L, D), the same dtype.
         own_KG: The shard's rows that each query owns, as for `negative_statistics`.
         threshold_G: The positive's logit less the margin, (G,); a constant.
-        memory_mb: Bound on the memory for logits in MiB; at least one row is held.
-        excluded: Which rows are no negatives either; all others are when it is None.
+        memory_mb: Bound on the memory for logits in MiB; a chunk has at least one row.
+        excluded: Which other rows are not negatives; None for none.
     """
     rows = chunk_rows(queries_GD, memory_mb)
     return HingeStatistics(
@@ -197,14 +199,14 @@ class _HingeStatistics(Function):
         rows_per_chunk: int,
         excluded: Excluded | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        walk = ChunkedLogits(queries_GD, proxies_LD, rows_per_chunk)
+        chunked = ChunkedLogits(queries_GD, proxies_LD, rows_per_chunk)
         own = OwnLogits(own_KG, queries_GD)
         hinges_G, open_G = torch.zeros_like(threshold_G), torch.zeros_like(threshold_G)
         with torch.autocast(queries_GD.device.type, enabled=False):
-            for low, high, logits in walk.chunks():
+            for low, high, logits in chunked.chunks():
                 logits_cG = logits[:-1]
-                walk.measure(low, high)
-                walk.fill(low, high, logits_cG)
+                chunked.measure(low, high)
+                chunked.fill(low, high, logits_cG)
                 logits.scatter_(0, own.collect(low, high, logits), -torch.inf)
                 if excluded is not None:
                     logits_cG.masked_fill_(excluded(low, high), -torch.inf)
@@ -212,7 +214,7 @@ class _HingeStatistics(Function):
                 open_G += (logits_cG > 0).sum(dim=0)
                 hinges_G += logits_cG.clamp_min_(0).sum(dim=0)
         positive_G, best_1G, _ = own.positive(len(proxies_LD))
-        saved = (queries_GD, proxies_LD, walk.norm_L1, threshold_G, own_KG, best_1G)
+        saved = (queries_GD, proxies_LD, chunked.norm_L1, threshold_G, own_KG, best_1G)
         ctx.save_for_backward(*saved)
         ctx.rows_per_chunk, ctx.excluded = rows_per_chunk, excluded
         ctx.mark_non_differentiable(open_G)
@@ -226,15 +228,15 @@ class _HingeStatistics(Function):
         queries_GD, proxies_LD, norm_L1, threshold_G, own_KG, best_1G = ctx.saved_tensors
         grad_queries_GD = torch.zeros_like(queries_GD)
         grad_proxies_LD = torch.empty_like(proxies_LD)
-        walk = ChunkedLogits(queries_GD, proxies_LD, ctx.rows_per_chunk, norm_L1)
+        chunked = ChunkedLogits(queries_GD, proxies_LD, ctx.rows_per_chunk, norm_L1)
         with torch.autocast(queries_GD.device.type, enabled=False):
-            for low, high, grads in walk.chunks():
+            for low, high, grads in chunked.chunks():
                 grads_cG = grads[:-1]
-                walk.fill(low, high, grads_cG)
+                chunked.fill(low, high, grads_cG)
                 torch.mul(grads_cG > threshold_G, grad_hinges_G, out=grads_cG)
                 if ctx.excluded is not None:
                     grads_cG.masked_fill_(ctx.excluded(low, high), 0.0)
                 grads.scatter_(0, in_chunk(own_KG, low, high)[1], 0.0)
                 grads.scatter_(0, in_chunk(best_1G, low, high)[1], grad_positive_G[None])
-                walk.add_gradients(low, high, grads_cG, grad_queries_GD, grad_proxies_LD)
+                chunked.add_gradients(low, high, grads_cG, grad_queries_GD, grad_proxies_LD)
         return grad_queries_GD, grad_proxies_LD, None, None, None, None

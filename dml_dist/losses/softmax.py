@@ -1,17 +1,17 @@
-"""Softmax over class proxies on the unit sphere: normalised softmax, CosFace, ArcFace.
+"""Softmax over class proxies on the unit sphere: normalized softmax, CosFace, ArcFace.
 
 With cosines cos_ic of sample i and class proxy c, cross-entropy over the logits
 
-    normalised softmax (Zhai and Wu, 2019)    cos_ic / T
+    normalized softmax (Zhai and Wu, 2019)    cos_ic / T
     CosFace (Wang et al., CVPR 2018)          s (cos_ic - m [c = y_i])
     ArcFace (Deng et al., CVPR 2019)          s cos(theta + m) for c = y_i, theta = arccos(cos_ic);
                                               s cos_ic for others
 
-ArcFace's target is s (cos theta - m sin m) where theta > pi - m, as common implementations have
-it: else it would grow again with the angle.
+Beyond theta = pi - m, ArcFace's target logit is s (cos theta - m sin m), as in common
+implementations: s cos(theta + m) would increase again with the angle.
 
-All are the mean over the global batch of softplus(logsumexp_{c != y} l_ic - l_iy), which keeps
-float32 gradients of tiny losses.
+Each loss is the mean over the global batch of softplus(logsumexp_{c != y} l_ic - l_iy). This form
+keeps the float32 gradients of very small losses.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from dml_dist.losses.numerics import (
     normalize_rows,
     softplus_exact,
 )
-from dml_dist.losses.one_process import loss_of_table
+from dml_dist.losses.one_process import dense_loss
 from dml_dist.losses.proxy_logits import negative_statistics
 
 
 @dataclass(frozen=True)
 class NormalizedSoftmax:
-    """Normalised softmax as a loss of row form, and what the others change of it.
+    """Normalized softmax, and the base class of CosFace and ArcFace, which override `target`.
 
     Attributes:
         scale: s = 1 / T > 0.
@@ -50,16 +50,16 @@ class NormalizedSoftmax:
 
     @property
     def proxies_per_class(self) -> int:
-        """One."""
+        """K = 1."""
         return 1
 
     @property
     def merges(self) -> Mapping[str, Merge]:
-        """Two statistics of each row."""
+        """The log-sum-exp over negatives and the positive logit of each row."""
         return {"lse_negatives": "logsumexp", "positive": "sum"}
 
     def target(self, positive_G: Tensor) -> Tensor:
-        """Return the logits of the own classes, of their logits without a margin."""
+        """Return the target logits, (G,), given the positive logits without a margin."""
         return positive_G
 
     def partial(
@@ -80,7 +80,7 @@ class NormalizedSoftmax:
         return softplus_exact(total["lse_negatives"] - self.target(total["positive"])).mean()
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return the mean cosine to the own proxy, and the share of rows it does not dominate."""
+        """Return the mean positive cosine, and the fraction of rows that violate the margin."""
         violated_G = total["lse_negatives"] > self.target(total["positive"])
         return {
             "positive_cosine": total["positive"].mean() / self.scale,
@@ -90,7 +90,7 @@ class NormalizedSoftmax:
 
 @dataclass(frozen=True)
 class CosFace(NormalizedSoftmax):
-    """CosFace as a loss of row form.
+    """CosFace over proxy shards (`losses/forms.py`).
 
     Attributes:
         scale: s > 0.
@@ -108,7 +108,7 @@ class CosFace(NormalizedSoftmax):
 
 @dataclass(frozen=True)
 class ArcFace(NormalizedSoftmax):
-    """ArcFace as a loss of row form.
+    """ArcFace over proxy shards (`losses/forms.py`).
 
     Attributes:
         scale: s > 0.
@@ -122,17 +122,19 @@ class ArcFace(NormalizedSoftmax):
     def target(self, positive_G: Tensor) -> Tensor:
         """Return s cos(theta + m), continued linearly in the cosine beyond pi - m.
 
-        cos(theta + m) = cos theta cos m - sin theta sin m. At cos = +-1, where the sine has no
-        derivative, its part of the gradient is 0; the embedding's gradient would have none either.
+        cos(theta + m) = cos theta cos m - sin theta sin m. The sine term has gradient 0 at
+        cos = +-1.
         """
         margin = math.radians(self.margin_degrees)
         cos_G = positive_G / self.scale
         eps = torch.finfo(cos_G.dtype).eps
+        # (1 - cos)(1 + cos) cancels less than 1 - cos^2 near cos = +-1, where sqrt has an infinite
+        # derivative: the clamp keeps it finite and `where` sets it to 0.
         squared_G = (1 - cos_G) * (1 + cos_G)
         sin_G = squared_G.clamp_min(eps).sqrt().where(squared_G > eps, 0.0)
-        moved_G = cos_G * math.cos(margin) - sin_G * math.sin(margin)
-        beyond_G = cos_G - margin * math.sin(margin)
-        return self.scale * torch.where(cos_G < -math.cos(margin), beyond_G, moved_G)
+        with_margin_G = cos_G * math.cos(margin) - sin_G * math.sin(margin)
+        linear_G = cos_G - margin * math.sin(margin)
+        return self.scale * torch.where(cos_G < -math.cos(margin), linear_G, with_margin_G)
 
 
 def normalized_softmax_loss(
@@ -143,7 +145,7 @@ def normalized_softmax_loss(
     temperature: float = 0.05,
     logit_memory_mb: float = 64.0,
 ) -> Tensor:
-    """Return the normalised softmax of one process, a 0-d tensor.
+    """Return the normalized softmax of one process, a 0-d tensor.
 
     Args:
         embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
@@ -156,7 +158,7 @@ def normalized_softmax_loss(
         ValueError: If shapes or labels do not fit.
     """
     loss = NormalizedSoftmax(1.0 / temperature, logit_memory_mb)
-    return loss_of_table(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))
+    return dense_loss(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))
 
 
 def cosface_loss(
@@ -182,7 +184,7 @@ def cosface_loss(
         ValueError: If shapes or labels do not fit.
     """
     loss = CosFace(scale, logit_memory_mb, margin)
-    return loss_of_table(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))
+    return dense_loss(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))
 
 
 def arcface_loss(
@@ -208,4 +210,4 @@ def arcface_loss(
         ValueError: If shapes or labels do not fit.
     """
     loss = ArcFace(scale, logit_memory_mb, margin_degrees)
-    return loss_of_table(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))
+    return dense_loss(loss, embeddings_BD, labels_B, proxies, num_classes=len(proxies))

@@ -130,5 +130,5 @@ def test_the_seed_alone_decides() -> None:
     [{"num_features": 1}, {"num_conditions": 0}, {"num_blocks": 0}, {"depth": 1}, {"width": 0}],
 )
 def test_sizes_that_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="required num_features >= 2"):
+    with pytest.raises(ValueError, match="a flow needs num_features >= 2"):
         make_flow(**sizes)

@@ -363,9 +363,9 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str)
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="required embeddings"):
+    with pytest.raises(ValueError, match="embeddings must be a matrix"):
         contrastive_loss(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="required is_representative of shape"):
+    with pytest.raises(ValueError, match="is_representative must have shape"):
         triplet_loss(rows(), LABELS, is_representative_B=REPRESENTATIVES[:3])
-    with pytest.raises(ValueError, match=r"required class ids 0 \.\. 1, got 0 \.\. 5"):
+    with pytest.raises(ValueError, match=r"labels are 0 \.\. 5, outside the class ids 0 \.\. 1"):
         margin_loss(rows(), LABELS, torch.ones(2))

@@ -224,13 +224,16 @@ def test_chunks_fit_their_memory() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"labels": [0, 1, 5]}, r"required class ids 0 \.\. 4, got 0 \.\. 5"),
-        ({"labels": [0, -1, 4]}, r"got -1 \.\. 4"),
-        ({"labels": [0, 1]}, r"required labels of shape \(3,\) and dtype int64, got \(2,\)"),
-        ({"proxies": (5, 3)}, r"got shapes \(3, 4\) and \(5, 3\)"),
-        ({"proxies_per_class": 2}, "required whole classes of 2 proxies, got 5 rows"),
-        ({"label_smoothing": 0.1, "denominator": "negatives"}, "required denominator 'all'"),
-        ({"proxies": (1, 4), "labels": [0, 0, 0]}, "required at least 2 classes, got 1"),
+        ({"labels": [0, 1, 5]}, r"labels are 0 \.\. 5, outside the class ids 0 \.\. 4"),
+        ({"labels": [0, -1, 4]}, r"labels are -1 \.\. 4"),
+        ({"labels": [0, 1]}, r"must have shape \(3,\) and dtype int64, but have \(2,\)"),
+        ({"proxies": (5, 3)}, r"have the shapes \(3, 4\) and \(5, 3\)"),
+        ({"proxies_per_class": 2}, "5, is not a multiple of proxies_per_class 2"),
+        ({"label_smoothing": 0.1, "denominator": "negatives"}, "needs denominator 'all'"),
+        (
+            {"proxies": (1, 4), "labels": [0, 0, 0]},
+            "at least 2 classes for negatives, but num_classes is 1",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, Any], text: str) -> None:
@@ -243,7 +246,7 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], text: str) -> None:
 # ---------------------------------------------------------------- building
 
 
-class NoFormAtAll:
+class NeitherForm:
     """Neither a row nor a pair form."""
 
     merges = ()
@@ -282,23 +285,23 @@ def test_custom_forms_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("config", "num_classes", "text"),
     [
-        (ProxyNCAConfig(), 1, "required at least 2 training classes, got 1"),
+        (ProxyNCAConfig(), 1, "needs at least 2 training classes .* has 1"),
         (
             CustomLossConfig(
                 target="tests.custom_examples:ContrastivePairs", options={"margn": 1.0}
             ),
             3,
-            "takes the options .'margn'. and returns a loss, got TypeError",
+            "failed when called with the options .'margn'.: TypeError",
         ),
         (
-            CustomLossConfig(target="tests.unit.test_proxy_nca:NoFormAtAll"),
+            CustomLossConfig(target="tests.unit.test_proxy_nca:NeitherForm"),
             3,
-            "got NoFormAtAll without proxies_per_class, finish, statistics",
+            "returned NeitherForm, which lacks proxies_per_class, finish, statistics",
         ),
         (
             CustomLossConfig(target="tests.unit.test_proxy_nca:pair_with_parameters"),
             3,
-            "without parameters, got a module with .'weight', 'bias'.",
+            "returned a module with the parameters .'weight', 'bias'.",
         ),
     ],
 )

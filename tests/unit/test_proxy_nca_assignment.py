@@ -308,7 +308,7 @@ def test_draws_of_revived_proxies_differ_between_steps_and_proxies() -> None:
 
 
 def test_class_ids_beyond_the_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"required class ids 0 \.\. 3, got 0 \.\. 4"):
+    with pytest.raises(ValueError, match=r"labels are 0 \.\. 4, outside the class ids 0 \.\. 3"):
         _counted().step([0, 4], 0, 90)
 
 
