@@ -139,8 +139,8 @@ class Rounds:
             with self._stage("list"):
                 missed = joined if owner == self._comm.rank else []
                 missed += [
-                    self._list_block(row_Q, num_places, owner)
-                    for row_Q, num_places in self._blocks(left[owner])
+                    self._list_block(row_Q, num_neighbors, owner)
+                    for row_Q, num_neighbors in self._blocks(left[owner])
                 ]
             missed_Q, super_missed_Q = (
                 np.concatenate([np.zeros(0, dtype=np.int64), *parts])
@@ -167,15 +167,17 @@ class Rounds:
         join = CrossJoin(
             self._vectors_ND, self._shard.approximation, population.sizes, places.__getitem__, comm
         )
-        lists, is_open_N = join.run()
-        places_N = places[comm.rank]
+        lists, is_unresolved_N = join.run()
+        k_N = places[comm.rank]
         missed = []
         for index_Q in np.array_split(
-            np.flatnonzero((places_N > 0) & ~is_open_N), 1 + len(places_N) // _JOINED_AT_ONCE
+            np.flatnonzero((k_N > 0) & ~is_unresolved_N), 1 + len(k_N) // _JOINED_AT_ONCE
         ):
             part = Neighbors(lists.distance_QK[index_Q], lists.row_QK[index_Q])
-            missed.append(self._take_lists(index_Q + self._low, part, places_N[index_Q]))
-        open_rows = comm.gather_objects(np.flatnonzero(is_open_N) + self._low, what="gather open")
+            missed.append(self._take_lists(index_Q + self._low, part, k_N[index_Q]))
+        open_rows = comm.gather_objects(
+            np.flatnonzero(is_unresolved_N) + self._low, what="gather open"
+        )
         for rank, (row_Q, rows) in enumerate(zip(left, open_rows, strict=True)):
             low, _ = population.part(rank)
             left[rank] = row_Q[(places[rank][row_Q - low] == 0) | np.isin(row_Q, rows)]
@@ -185,10 +187,10 @@ class Rounds:
         """Return the places of each row of a rank in a join, int64; 0 for none."""
         low, high = self._population.part(rank)
         row_Q = self._population.counted_queries(rank)
-        places_Q = self._places(row_Q)
-        places_N = np.zeros(high - low, dtype=np.int64)
-        places_N[row_Q - low] = np.where(places_Q <= _LONGEST_JOINED, places_Q, 0)
-        return places_N
+        k_Q = self._list_lengths(row_Q)
+        k_N = np.zeros(high - low, dtype=np.int64)
+        k_N[row_Q - low] = np.where(k_Q <= _LONGEST_JOINED, k_Q, 0)
+        return k_N
 
     def _may_join(self, left: list[np.ndarray], places: list[np.ndarray]) -> bool:
         """Whether a join is possible, sensible, and fits the memory, alike on every rank."""
@@ -203,36 +205,36 @@ class Rounds:
         needed = max(join_bytes(part, self._vectors_ND.shape[1], len(left)) for part in places)
         return needed <= self._memory_bytes
 
-    def _places(self, row_Q: np.ndarray) -> np.ndarray:
+    def _list_lengths(self, row_Q: np.ndarray) -> np.ndarray:
         """Return how long the lists of queries are to be, (Q,) int64."""
         shortest = max(min(max(self._tally.recall_at), _SHORTEST_LIST), self._neighbors)
         num_relevant_Q = self._population.num_relevant_N[row_Q]
-        places_Q = np.maximum(num_relevant_Q, shortest)
+        k_Q = np.maximum(num_relevant_Q, shortest)
         for definition in self._tally.definitions:
-            places_Q = np.maximum(places_Q, definition.places(num_relevant_Q))
-        return np.minimum(places_Q, self._population.num_gallery)
+            k_Q = np.maximum(k_Q, definition.places(num_relevant_Q))
+        return np.minimum(k_Q, self._population.num_gallery)
 
     def _blocks(self, row_Q: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """Yield blocks of queries with the length of their lists."""
-        row_Q = row_Q[np.argsort(self._places(row_Q), kind="stable")]
-        places_Q = self._places(row_Q)
+        row_Q = row_Q[np.argsort(self._list_lengths(row_Q), kind="stable")]
+        k_Q = self._list_lengths(row_Q)
         low = 0
         while low < len(row_Q):
             # Lists of one block differ in length by a factor of two at most.
-            high = int(np.searchsorted(places_Q, 2 * places_Q[low], side="right"))
-            num_places = int(places_Q[high - 1])
-            high = min(high, low + self._queries_per_block(num_places))
-            yield row_Q[low:high], int(places_Q[high - 1])
+            high = int(np.searchsorted(k_Q, 2 * k_Q[low], side="right"))
+            num_neighbors = int(k_Q[high - 1])
+            high = min(high, low + self._queries_per_block(num_neighbors))
+            yield row_Q[low:high], int(k_Q[high - 1])
             low = high
 
-    def _list_block(self, row_Q: np.ndarray, num_places: int, owner: int) -> Missed:
+    def _list_block(self, row_Q: np.ndarray, num_neighbors: int, owner: int) -> Missed:
         """Rank the nearest rows of a block; return the queries without a hit, on the owner."""
-        found = self._gallery.nearest(self._queries(row_Q, owner), num_places, owner)
+        found = self._gallery.nearest(self._queries(row_Q, owner), num_neighbors, owner)
         if found is None:
             return row_Q[:0], row_Q[:0]
-        return self._take_lists(row_Q, found, np.full(len(row_Q), num_places))
+        return self._take_lists(row_Q, found, np.full(len(row_Q), num_neighbors))
 
-    def _take_lists(self, row_Q: np.ndarray, found: Neighbors, places_Q: np.ndarray) -> Missed:
+    def _take_lists(self, row_Q: np.ndarray, found: Neighbors, k_Q: np.ndarray) -> Missed:
         """Add queries by their lists, of which the first places count; return those without a hit.
 
         They are those without a hit of their class, and those without one of their super-class.
@@ -240,7 +242,7 @@ class Rounds:
         neighbor_QK = found.row_QK.cpu().numpy()
         class_N = self._population.class_N
         is_free = neighbor_QK == NO_ROW
-        is_free |= np.arange(neighbor_QK.shape[1]) >= places_Q[:, None]
+        is_free |= np.arange(neighbor_QK.shape[1]) >= k_Q[:, None]
         position_QK = np.where(is_free, 0, neighbor_QK)
         relevant_QK = (class_N[position_QK] == class_N[row_Q][:, None]) & ~is_free
         num_relevant_Q = self._population.num_relevant_N[row_Q]
@@ -252,7 +254,7 @@ class Rounds:
             listed_QK = np.where(is_free, -1, neighbor_QK)[:, : self._neighbors]
             distance_QK = found.distance_QK[:, : self._neighbors].cpu().numpy()
             self._parts.append(Listed(row_Q, listed_QK, distance_QK))
-        is_short_Q = places_Q < max(self._tally.recall_at)
+        is_short_Q = k_Q < max(self._tally.recall_at)
         missed_Q = row_Q[(rank_Q == metrics.NOT_LISTED) & is_short_Q]
         return missed_Q, super_missed_Q[is_short_Q[np.isin(row_Q, super_missed_Q)]]
 
@@ -295,9 +297,9 @@ class Rounds:
         classes = self._tensor((self._population.class_N if super_N is None else super_N)[row_Q])
         return Queries(vectors_QD, self._tensor(row_Q), classes)
 
-    def _queries_per_block(self, num_places: int) -> int:
+    def _queries_per_block(self, num_neighbors: int) -> int:
         width, world_size = self._vectors_ND.shape[1], self._comm.world_size
-        return queries_per_block(self._memory_bytes, num_places, width, world_size)
+        return queries_per_block(self._memory_bytes, num_neighbors, width, world_size)
 
     def _finish(self) -> Outcome:
         """Merge what the ranks found about their own queries."""

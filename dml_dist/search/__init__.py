@@ -1,1 +1,1 @@
-"""Exact nearest neighbours over gallery shards: proposed in float32, decided in float64."""
+"""Exact nearest neighbors over gallery shards: proposed in float32, decided in float64."""

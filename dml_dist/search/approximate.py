@@ -1,9 +1,9 @@
-"""Float32 distances with a proven bound: they propose and sort out, they never decide.
+"""Approximate float32 distances with a proven error bound: they select candidates.
 
-A gallery shard's rows are shifted by a middle and scaled by a power of two before they are rounded
-to float32 again, y = fl(s (x - m)). Neither changes which rows are near; the shift keeps the bound
-small for embeddings that lie far from the origin or close together, the scale keeps the squares
-in float32's range. The approximate distance is a(q, g) = |y_q|^2 + |y_g|^2 - 2 y_q . y_g in any
+A gallery shard's rows are shifted by a center and scaled by a power of two before they are rounded
+to float32 again, y = fl(s (x - m)). Neither changes which rows are near. The shift keeps the bound
+small for embeddings far from the origin or close together; the scale keeps the squares in
+float32's range. The approximate distance is a(q, g) = |y_q|^2 + |y_g|^2 - 2 y_q . y_g in any
 order of summation.
 
 Bound (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1; u = 2^-24):
@@ -13,10 +13,12 @@ and of thresholds to float32,
 
     |a(q, g) - s^2 d(q, g)| <= c (|y_q| + |y_g|)^2,     c = 1.05 (D + 16) u.
 
-Against a threshold t (scaled) a row with |y_g| > |y_q| + sqrt(t) is farther than t whatever its
-a, so (2 |y_q| + sqrt(t))^2 may stand in the bound: one far gallery row costs the others nothing.
-D 2^-120 is added for what underflows. All of it needs true float32 products: no TF32, no bfloat16
-(`full_precision`).
+The factor 1.05 covers the second-order terms and 16 the roundings beside the sums.
+
+Compared with a scaled threshold t, a row with |y_g| > |y_q| + sqrt(t) is farther than t whatever
+its a, so (2 |y_q| + sqrt(t))^2 may replace the square: a single outlier in the gallery does not
+loosen the bound of other rows. D 2^-120 is added for underflow. All of this needs true float32
+products: no TF32, no bfloat16 (`full_precision`).
 
 Legend: N gallery rows of this shard, Q queries, D embedding width.
 """
@@ -38,12 +40,12 @@ _CENTER_SAMPLE = 1024
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Have float32 matrix products carried out in float32 inside the block.
+    """Compute float32 matrix products in true float32 inside the context.
 
-    Neither the precision that the caller has set nor an autocast around the block counts inside.
+    Overrides the caller's matmul precision and autocast.
 
     Args:
-        device: Where the products are taken.
+        device: Device of the products.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -56,7 +58,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """What a comparison of approximate distances with scaled exact ones needs, per query.
+    """Queries prepared for comparing approximate with scaled exact distances.
 
     Attributes:
         rows_QD: The queries' y, float32.
@@ -70,7 +72,7 @@ class Thresholds:
 
 
 class Approximation:
-    """The float32 form y of a gallery shard, and of queries against it.
+    """The shifted and scaled rows y of a gallery shard, and of queries against it.
 
     Attributes:
         rows_ND: y of the gallery rows, float32, (N, D).
@@ -83,10 +85,11 @@ class Approximation:
 
         Args:
             stored_ND: Stored float32 rows, (N, D).
-            radius: A number that no stored row's norm exceeds, queries included.
+            radius: Upper bound on the norms of all stored rows, queries included.
         """
         num_rows, width = stored_ND.shape
         self._center_D = _center(stored_ND)
+        # A power of two scales without rounding.
         self._scale = 2.0 ** -math.frexp(radius)[1] if radius > 0 else 1.0
         self._coefficient = 1.05 * (width + 16) * 2.0**-24
         self._underflow = width * 2.0**-120
@@ -102,26 +105,27 @@ class Approximation:
         return Thresholds(rows_QD, square_Q, square_Q.sqrt())
 
     def bound(self, norm_Q: Tensor, scaled_distance_Q: Tensor) -> Tensor:
-        """Return the bound on |a - s^2 d| that holds for deciding against a threshold.
+        """Return the bound on |a - s^2 d| for comparisons with a threshold.
 
         Args:
             norm_Q: |y_q|, (Q,) float64.
             scaled_distance_Q: The threshold s^2 t of each query, (Q,) float64, may be inf.
         """
+        # |y_q| + |y_g| at most: by the largest norm of the shard, or by the module docstring.
         reach_Q = torch.minimum(
             norm_Q + self._largest_norm, 2.0 * norm_Q + scaled_distance_Q.sqrt()
         )
         return self._coefficient * reach_Q.square() + self._underflow
 
     def above(self, norm_Q: Tensor, approximate_Q: Tensor) -> Tensor:
-        """Return what s^2 d of no row exceeds whose a is at most `approximate_Q`, (Q,) float64.
+        """Return an upper bound on s^2 d of rows whose a is at most `approximate_Q`, (Q,) float64.
 
         From (|y_g| - |y_q|)^2 <= s^2 d <= a + c (|y_q| + |y_g|)^2 follows
         |y_g| (1 - sqrt(c)) <= |y_q| (1 + sqrt(c)) + sqrt(a).
         """
         root = self._coefficient**0.5
         near_Q = approximate_Q.clamp(min=0.0).sqrt() + norm_Q * (1.0 + root)
-        # Wider than any embedding is, root would reach 1 and say nothing.
+        # root >= 1 needs D beyond 10^7; the inequality then gives no bound.
         other_Q = near_Q / (1.0 - root) if root < 1.0 else torch.full_like(near_Q, torch.inf)
         reach_Q = norm_Q + other_Q.clamp(max=self._largest_norm)
         return approximate_Q + self._coefficient * reach_Q.square() + self._underflow
@@ -143,9 +147,9 @@ class Approximation:
 
 
 def _center(stored_ND: Tensor) -> Tensor:
-    """Return the median of each coordinate over some evenly spaced rows, (D,) float64.
+    """Return the coordinatewise median of some evenly spaced rows, (D,) float64.
 
-    A median stays near most rows when a few are far off, and is a row's own value when all agree.
+    The median is robust to outliers, and equals the rows exactly when all agree.
     """
     if not len(stored_ND):
         return torch.zeros(stored_ND.shape[1], dtype=torch.float64, device=stored_ND.device)

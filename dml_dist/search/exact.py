@@ -1,9 +1,9 @@
-"""The distance that decides: float64, one pair at a time, in one fixed order.
+"""Reference distance: float64, one pair at a time, in one fixed order.
 
 Rows are stored as float32. The distance of two stored rows is the sum of their squared differences
-in float64, added as a halving tree over the coordinates padded with zeros to a power of two. Only
-elementwise operations occur, so the bits depend on the two rows and on nothing else: not on block
-shapes, on the number of threads, of ranks, or on the device. A matrix product has none of this.
+in float64, added as a binary tree over the coordinates, padded with zeros to a power of two. Only
+elementwise operations are used, so the bits depend on the two rows alone: not on block shapes, the
+number of threads or ranks, or the device. A matrix product guarantees none of this.
 
 Legend: N gallery rows, Q queries, P pairs, D embedding width.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 Distance = Literal["cosine", "euclidean"]
 
-# Float64 elements worked on at a time: two such arrays fit a core's cache; a GPU wants more.
+# Float64 elements per chunk: two such arrays fit a core's cache; a GPU needs larger ones.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def store_rows(embeddings_ND: Tensor, distance: Distance) -> Tensor:
-    """Return the float32 rows that distances are taken of, (N, D).
+    """Return the float32 rows whose distances are computed, (N, D).
 
     For "cosine" a row is divided by its norm in float64 and then rounded, so that squared
     Euclidean distance is 2 - 2 cos up to that rounding; a row of zeros stays zero. For
@@ -45,16 +45,18 @@ def store_rows(embeddings_ND: Tensor, distance: Distance) -> Tensor:
 
 
 def tree_sum(values_PD: Tensor) -> Tensor:
-    """Return the row sums of float64 values, (P,), added as a halving tree.
+    """Return the row sums of float64 values, (P,), added as a binary tree.
 
-    `values_PD` is used as working space. Coordinate j meets j + h for h = the powers of two below
-    D, largest first, which is the tree over D padded with zeros to a power of two.
+    `values_PD` is overwritten. Coordinate j + h is added to j for h = the powers of two below D,
+    largest first: the tree over D padded with zeros to a power of two. The fixed order makes the
+    sum reproducible; `sum()` may reorder.
     """
     width = values_PD.shape[1]
     if width == 0:
         return values_PD.new_zeros(values_PD.shape[0])
     while width > 1:
         half = 1 << ((width - 1).bit_length() - 1)
+        # Only the coordinates beyond `half` have a partner; the others would add a zero.
         values_PD[:, : width - half] += values_PD[:, half:width]
         width = half
     return values_PD[:, 0].clone()
@@ -81,7 +83,7 @@ def pair_distances(
 
 
 def chunks(num_rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Yield bounds of row chunks that are small enough for float64 copies of them."""
+    """Yield the bounds of row chunks whose float64 copies fit the cache."""
     size = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 18) // max(1, width))
     for low in range(0, num_rows, size):
         yield low, min(low + size, num_rows)

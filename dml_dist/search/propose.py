@@ -1,8 +1,8 @@
-"""Candidates for the k nearest rows of a gallery shard, by Faiss or by a blocked product.
+"""Candidates for the k nearest rows of a gallery shard, by Faiss or by blocked products.
 
-Both give the rows that are smallest in some float32 evaluation of the approximate distance, and
-the largest distance among them: no row that is left out has a smaller one. Which rows they propose
-may differ between the two, with threads and with block shapes; what is made of them does not.
+Both return the rows with the smallest float32 approximate distances, and the largest distance among
+them, which no omitted row is below. The candidates may differ between backends, thread counts and
+block shapes; the final results do not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dml_dist.search.approximate import Approximation, Thresholds
 Backend = Literal["faiss", "torch"]
 
 _GALLERY_TILE = {"cpu": 2048, "cuda": 32768}
-# A float32 product and what topk makes of it.
+# A float32 product and its copy in topk.
 _BYTES_PER_PRODUCT = 8
 
 
@@ -29,8 +29,8 @@ class Proposals:
 
     Attributes:
         position_QK: Rows of the gallery shard, int64, in no particular order.
-        farthest_Q: Scaled approximate distance that every row left out reaches, float64; inf when
-            none is left out.
+        farthest_Q: Lower bound on the scaled approximate distance of omitted rows, float64; inf if
+            no row is omitted.
     """
 
     position_QK: Tensor
@@ -38,14 +38,14 @@ class Proposals:
 
 
 def resolve_backend(name: str, device: torch.device) -> Backend:
-    """Return the backend that `name` ("auto", "faiss" or "torch") means on a device.
+    """Return the backend for `name` ("auto", "faiss" or "torch") on a device.
 
     Raises:
         ConfigError: If the name is unknown, or names Faiss and it is not installed.
     """
     if name not in ("auto", "faiss", "torch"):
         raise ConfigError(
-            f"required evaluation.backend to be one of auto, faiss, torch, got {name!r}"
+            f"evaluation.backend {name!r} is unknown; choose one of auto, faiss, torch"
         )
     if name == "torch" or (name == "auto" and device.type != "cpu"):
         return "torch"
@@ -55,8 +55,8 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
         if name == "auto":
             return "torch"
         raise ConfigError(
-            "required the package faiss for evaluation.backend faiss, got an import error "
-            f"({error}); install faiss-gpu or faiss-cpu, or choose backend torch"
+            f"evaluation.backend faiss: the package faiss cannot be imported ({error}); "
+            "install faiss-gpu or faiss-cpu, or choose backend torch"
         ) from error
     return "faiss"
 
@@ -75,8 +75,8 @@ def propose(
         queries: The queries' float32 rows, Q of them.
         num_candidates: K, >= 1.
         backend: "faiss" or "torch".
-        memory_bytes: Bound on this rank's working memory, half of it for products; Faiss takes
-            blocks of its own.
+        memory_bytes: Bound on this rank's working memory, half of it for products; Faiss chooses
+            its own block sizes.
     """
     num_rows, num_queries = gallery.rows_ND.shape[0], queries.rows_QD.shape[0]
     if num_candidates >= num_rows:
@@ -104,7 +104,7 @@ def gallery_tile(device_type: str, num_queries: int, memory_bytes: int) -> int:
 def _propose_faiss(gallery: Approximation, queries: Thresholds, num_candidates: int) -> Proposals:
     import faiss
 
-    # Faiss has a copy of OpenMP of its own, which torch.set_num_threads does not reach.
+    # Faiss links its own OpenMP, which torch.set_num_threads does not control.
     faiss.omp_set_num_threads(torch.get_num_threads())
     device = gallery.rows_ND.device
     distance_QK, position_QK = faiss.knn(
@@ -137,5 +137,5 @@ def _propose_torch(
             )
             positions = positions.gather(1, kept)
         best = values, positions
-    assert best is not None, "a shard without rows has no proposals to make"
+    assert best is not None, "an empty shard has no candidates"
     return Proposals(best[1], best[0].amax(dim=1).to(torch.float64) + queries.square_Q)

@@ -1,9 +1,9 @@
-"""Searches over the representatives of classes: greedy k-centre, and nearest classes.
+"""Searches over the representatives of classes: greedy k-center, and nearest classes.
 
-Both give the same integers for any number of ranks: distances are the exact ones of
-`search/exact.py`, ties go to the lower place or class.
+Both return the same integers for any number of ranks: distances are those of `search/exact.py`,
+ties go to the lower index or class.
 
-Shape legend: C classes, b places of a class's pool, m representatives of a class, h neighbours,
+Shape legend: C classes, b rows of a class's pool, m representatives of a class, h neighbors,
 D embedding size.
 """
 
@@ -22,37 +22,37 @@ _NEIGHBORS = "nearest classes"
 
 
 def k_center(embeddings_CbD: Tensor, number: int) -> Tensor:
-    """Pick from each class's pool by greedy k-centre (Gonzalez): each next one is the farthest.
+    """Select from each class's pool by greedy k-center (Gonzalez, 1985).
 
-    The first place is picked first; each further one has the largest distance to its nearest
-    picked one.
+    The first row is selected first; each further one has the largest distance to its nearest
+    selected row.
 
     Args:
-        embeddings_CbD: Embeddings of the pools; they are normalised here.
+        embeddings_CbD: Embeddings of the pools; they are normalized here.
         number: m, 1 <= m <= b.
 
     Returns:
-        (C, m) int64 places in 0 .. b - 1, all different but where a pool repeats an image.
+        (C, m) int64 indices in 0 .. b - 1, distinct unless a pool repeats an image.
     """
-    num_classes, num_places, size = embeddings_CbD.shape
+    num_classes, pool_size, size = embeddings_CbD.shape
     stored_CbD = store_rows(embeddings_CbD.reshape(-1, size), "cosine").reshape(
-        num_classes, num_places, size
+        num_classes, pool_size, size
     )
-    picked_C = torch.zeros(num_classes, dtype=torch.int64, device=embeddings_CbD.device)
-    all_picked = [picked_C]
+    selected_C = torch.zeros(num_classes, dtype=torch.int64, device=embeddings_CbD.device)
+    all_selected = [selected_C]
     nearest_Cb = torch.full(
-        (num_classes, num_places), torch.inf, dtype=torch.float64, device=embeddings_CbD.device
+        (num_classes, pool_size), torch.inf, dtype=torch.float64, device=embeddings_CbD.device
     )
-    first_C = torch.arange(num_classes, device=embeddings_CbD.device) * num_places
+    first_C = torch.arange(num_classes, device=embeddings_CbD.device) * pool_size
     flat = stored_CbD.reshape(-1, size)
-    everyone = torch.arange(len(flat), device=flat.device)
+    every_row = torch.arange(len(flat), device=flat.device)
     for _ in range(number - 1):
-        centre = (first_C + picked_C).repeat_interleave(num_places)
-        distance_Cb = pair_distances(flat, everyone, flat, centre).reshape(num_classes, num_places)
+        center = (first_C + selected_C).repeat_interleave(pool_size)
+        distance_Cb = pair_distances(flat, every_row, flat, center).reshape(num_classes, pool_size)
         nearest_Cb = torch.minimum(nearest_Cb, distance_Cb)
-        picked_C = nearest_Cb.argmax(dim=1)  # The first among equals.
-        all_picked.append(picked_C)
-    return torch.stack(all_picked, dim=1)
+        selected_C = nearest_Cb.argmax(dim=1)  # The first among equals.
+        all_selected.append(selected_C)
+    return torch.stack(all_selected, dim=1)
 
 
 def nearest_classes(
@@ -66,14 +66,14 @@ def nearest_classes(
     """Return the nearest other classes of each class, nearest first, ties to the lower class.
 
     The distance of two classes is that of their nearest representatives. Each rank searches for
-    the neighbours of its part of the classes.
+    the neighbors of its part of the classes.
 
     Args:
         embeddings_CmD: Embeddings of the representatives, the same on every rank; they are
-            normalised here.
+            normalized here.
         number: h >= 1.
         comm: The ranks; every rank calls this.
-        backend: "auto", "faiss" or "torch": what proposes neighbours.
+        backend: Search backend for candidates: "auto", "faiss" or "torch".
         memory_mb: Bound on this rank's working memory in MiB, beside the embeddings.
 
     Returns:
@@ -94,15 +94,16 @@ def nearest_classes(
     sizes = part_sizes(num_classes, comm.world_size)
     low = sum(sizes[: comm.rank])
     own = slice(low * num_rows, (low + sizes[comm.rank]) * num_rows)
-    # Enough that h other classes are among them, even if each of them fills m places.
+    # The own class and h others, even if each of them contributes all its m rows.
     found = shard.nearest(
         Queries(stored_ND[own], row_N[own], class_N[own]), min((number + 1) * num_rows, len(row_N))
     )
     distance_cM = found.distance_QK.reshape(sizes[comm.rank], -1)
     class_cM = (found.row_QK // num_rows).reshape(distance_cM.shape)
-    # Free places are at infinity, and so is the own class.
+    # Empty entries are at infinity; put the own class there as well.
     own_c1 = torch.arange(low, low + sizes[comm.rank], device=class_cM.device)[:, None]
     distance_cM = distance_cM.masked_fill(class_cM == own_c1, torch.inf)
+    # Collective: every rank contributes its part of the classes.
     return comm.all_gather_rows(
         _first_classes(distance_cM, class_cM, number), sizes, what=_NEIGHBORS
     )
@@ -113,7 +114,8 @@ def _first_classes(distance_cM: Tensor, class_cM: Tensor, number: int) -> Tensor
     order = class_cM.argsort(dim=1, stable=True)
     order = order.gather(1, distance_cM.gather(1, order).argsort(dim=1, stable=True))
     distance_cM, class_cM = distance_cM.gather(1, order), class_cM.gather(1, order)
-    # A class counts at its first place: sorted by class, those that follow an equal one go.
+    # Keep a class's first (nearest) entry: sorted by class, entries that follow an equal one are
+    # repeats.
     by_class = class_cM.argsort(dim=1, stable=True)
     sorted_classes = class_cM.gather(1, by_class)
     repeats = torch.zeros_like(sorted_classes, dtype=torch.bool)

@@ -91,7 +91,7 @@ def test_order_of_rows_and_names_of_classes_do_not_matter_without_ties(
 def test_lists_merge_to_the_same_for_any_shards_in_any_order(
     rows: tuple[np.ndarray, np.ndarray, list[str]],
     cuts: list[int],
-    num_places: int,
+    num_neighbors: int,
     random: object,
 ) -> None:
     x, labels = torch.from_numpy(rows[0]), torch.from_numpy(rows[1])
@@ -107,12 +107,12 @@ def test_lists_merge_to_the_same_for_any_shards_in_any_order(
             backend="torch",
             memory_bytes=1 << 20,
         )
-        return shard.nearest(queries, num_places)
+        return shard.nearest(queries, num_neighbors)
 
     bounds = sorted({0, len(x), *(cut % (len(x) + 1) for cut in cuts)})
     parts = [part(low, high) for low, high in pairwise(bounds)]
     random.shuffle(parts)
-    merged = reduce(lambda a, b: merge_neighbors([a, b], num_places), parts)
+    merged = reduce(lambda a, b: merge_neighbors([a, b], num_neighbors), parts)
     whole = part(0, len(x))
     assert torch.equal(merged.row_QK, whole.row_QK)
     assert torch.equal(merged.distance_QK, whole.distance_QK)

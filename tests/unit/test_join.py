@@ -25,29 +25,29 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return request.param
 
 
-def _join(x: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _join(x: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = torch.from_numpy(x)
     radius = float(np.abs(x).max()) * x.shape[1] ** 0.5
-    join = SelfJoin(rows, torch.arange(len(x)) + 100, Approximation(rows, radius), places)
-    lists, is_open = join.run(int(places.max()))
-    return lists.distance_QK.numpy(), lists.row_QK.numpy() - 100, is_open
+    join = SelfJoin(rows, torch.arange(len(x)) + 100, Approximation(rows, radius), k)
+    lists, is_unresolved = join.run(int(k.max()))
+    return lists.distance_QK.numpy(), lists.row_QK.numpy() - 100, is_unresolved
 
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.roles is None])
 def test_lists_are_those_of_brute_force(name: str) -> None:
     x = stored(CASES[name].embeddings, "euclidean")
-    places = np.minimum(1 + np.arange(len(x)) % 6, len(x) - 1)
-    places[3::11] = 0
-    distances, rows, is_open = _join(x, places)
+    k = np.minimum(1 + np.arange(len(x)) % 6, len(x) - 1)
+    k[3::11] = 0
+    distances, rows, is_unresolved = _join(x, k)
     exact = exact_distances(x)
-    for query in np.flatnonzero(~is_open & (places > 0)):
+    for query in np.flatnonzero(~is_unresolved & (k > 0)):
         order = sorted((exact[query, g], g) for g in range(len(x)) if g != query)
-        expected = order[: places[query]]
+        expected = order[: k[query]]
         found = zip(distances[query], rows[query], strict=True)
-        assert list(found)[: places[query]] == expected, query
+        assert list(found)[: k[query]] == expected, query
     if name in ("normal", "lone classes", "near-duplicates of other classes"):
-        assert not is_open.any()
+        assert not is_unresolved.any()
 
 
 @pytest.mark.usefixtures("chunk")
@@ -55,11 +55,11 @@ def test_collapsed_rows_are_left_open_and_keep_no_candidates() -> None:
     x = np.ones((150, 3), dtype=np.float32)
     x[:5] = np.arange(5)[:, None]
     rows = torch.from_numpy(x)
-    places = np.full(150, 4)
-    join = SelfJoin(rows, torch.arange(150), Approximation(rows, 7.0), places)
-    _, is_open = join.run(4)
-    assert is_open[5:].all()
-    assert sum(kept.num_sorted for kept in join._kept) <= 5 * (2 * 4 + self_join.SPARE)
+    k = np.full(150, 4)
+    join = SelfJoin(rows, torch.arange(150), Approximation(rows, 7.0), k)
+    _, is_unresolved = join.run(4)
+    assert is_unresolved[5:].all()
+    assert sum(kept.num_sorted for kept in join._kept) <= 5 * (2 * 4 + self_join.SLACK)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -89,9 +89,9 @@ def test_joins_and_blocks_give_the_same_digits(monkeypatch: pytest.MonkeyPatch) 
     made = []
     make = cross_join.SelfJoin.run
 
-    def run(join: SelfJoin, num_places: int) -> object:
-        made.append(num_places)
-        return make(join, num_places)
+    def run(join: SelfJoin, num_neighbors: int) -> object:
+        made.append(num_neighbors)
+        return make(join, num_neighbors)
 
     monkeypatch.setattr(cross_join.SelfJoin, "run", run)
     for memory_mb in (512.0, 0.5):

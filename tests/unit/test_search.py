@@ -136,13 +136,15 @@ def test_autocast_around_an_evaluation_changes_nothing(width: int, distance: str
 # ---------------------------------------------------------------- lists and counts
 
 
-def _brute_force(x: Tensor, rows: Tensor, num_places: int) -> tuple[np.ndarray, np.ndarray]:
+def _brute_force(x: Tensor, rows: Tensor, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
     """Lists of all rows against a gallery of some, by a full sort."""
     distances = exact_distances(x.numpy())[:, rows.numpy()]
-    listed_rows = np.full((len(x), num_places), NO_ROW)
-    listed = np.full((len(x), num_places), np.inf)
+    listed_rows = np.full((len(x), num_neighbors), NO_ROW)
+    listed = np.full((len(x), num_neighbors), np.inf)
     for q in range(len(x)):
-        order = [n for n in np.lexsort((rows.numpy(), distances[q])) if rows[n] != q][:num_places]
+        order = [n for n in np.lexsort((rows.numpy(), distances[q])) if rows[n] != q][
+            :num_neighbors
+        ]
         listed_rows[q, : len(order)] = rows.numpy()[order]
         listed[q, : len(order)] = distances[q, order]
     return listed, listed_rows
@@ -155,12 +157,12 @@ def _assert_lists(found: Neighbors, x: Tensor, rows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])
-@pytest.mark.parametrize("num_places", [1, 9, 200])
-def test_lists_of_a_shard_that_holds_some_of_the_rows(backend: str, num_places: int) -> None:
+@pytest.mark.parametrize("num_neighbors", [1, 9, 200])
+def test_lists_of_a_shard_that_holds_some_of_the_rows(backend: str, num_neighbors: int) -> None:
     x = torch.cat([_normal(60, 6), _normal(60, 6).round()])
     rows = torch.arange(30, 110, 2)
     shard = _shard(x[rows], rows, backend=backend)
-    _assert_lists(shard.nearest(_all_queries(x), num_places), x, rows)
+    _assert_lists(shard.nearest(_all_queries(x), num_neighbors), x, rows)
 
 
 @pytest.mark.parametrize("memory_bytes", [1 << 9, 1 << 24])

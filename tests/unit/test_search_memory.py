@@ -57,16 +57,16 @@ class LiveTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("memory_mb", [16, 512])
-@pytest.mark.parametrize("num_places", [1, 8, 100, 3000])
+@pytest.mark.parametrize("num_neighbors", [1, 8, 100, 3000])
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_blocks_fit_the_memory_by_formula(
-    device: str, memory_mb: int, num_places: int, world_size: int
+    device: str, memory_mb: int, num_neighbors: int, world_size: int
 ) -> None:
     memory = memory_mb * MIB
-    num_queries = queries_per_block(memory, num_places, 512, world_size)
+    num_queries = queries_per_block(memory, num_neighbors, 512, world_size)
     tile = gallery_tile(device, num_queries, memory)
     # A product in float32, and candidates of 12 bytes beside the lists of all ranks.
-    lists = num_queries * num_places * (12 + 16 * world_size)
+    lists = num_queries * num_neighbors * (12 + 16 * world_size)
     assert 4 * num_queries * tile + lists <= memory
     assert num_queries * tile >= 4096
 
