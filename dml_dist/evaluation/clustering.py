@@ -1,7 +1,7 @@
-"""How well k-means finds the classes: NMI, AMI and pairwise F1, the same for any number of ranks.
+"""Clustering metrics of k-means: NMI, AMI and pairwise F1, the same for any number of ranks.
 
-k is the number of classes of the evaluated rows, queries and gallery together; k-means runs once,
-on the rows that distances are taken of (normalised for "cosine"; centres are plain means).
+k is the number of classes of the evaluated rows, queries and gallery together. k-means runs once,
+on the stored rows (normalized for "cosine"; centers are plain means).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def measure_clusters(
         population: The rows of all ranks.
         vectors_ND: This rank's stored rows.
         comm: The ranks.
-        wanted: Names; those out of `CLUSTERING_METRICS` are measured, and nothing without one. f1
-            comes with pair_precision and pair_recall.
-        seed: Seed of the first centres; it is part of what is returned.
-        backend: What proposes centres.
+        wanted: Metric names; those in `CLUSTERING_METRICS` are measured, k-means does not run
+            without one. f1 comes with pair_precision and pair_recall.
+        seed: Seed of the initial centers; also part of the result.
+        backend: Search backend for candidates.
         memory_bytes: Bound on this rank's working memory.
     """
     if not set(wanted) & set(CLUSTERING_METRICS):
@@ -79,10 +79,8 @@ def measure_clusters(
     }
 
 
-# ---------------- structure
-
-LARGEST_SAMPLE = 4096
-"""Rows that are looked at; every pair of them is."""
+MAX_SAMPLE_ROWS = 4096
+"""Maximum rows of the sample; all its pairs are measured."""
 
 _STREAM = 0x53545255
 
@@ -90,34 +88,34 @@ _STREAM = 0x53545255
 def measure_structure(
     population: Population, vectors_ND: Tensor, comm: Comm, *, seed: int
 ) -> dict[str, float]:
-    """Return the measures of `metrics.structure` that there are, by name; every rank calls this.
+    """Return the measures of `metrics.structure` without NaN, by name; every rank calls this.
 
-    All rows where they are at most `LARGEST_SAMPLE`, else those of whole classes in an order drawn
-    from the seed. The rows do not depend on the number of ranks; sums are in float64.
+    Uses all rows up to `MAX_SAMPLE_ROWS`, else whole classes in a random order. The sample does not
+    depend on the number of ranks; sums are in float64.
 
     Args:
         population: The rows of all ranks.
-        vectors_ND: This rank's rows as distances are taken of them.
+        vectors_ND: This rank's stored rows.
         comm: The ranks.
-        seed: Seed of the draw.
+        seed: Seed of the sample.
     """
-    chosen_N = _chosen(population.class_N, seed)
+    is_sampled_N = _sample_rows(population.class_N, seed)
     low, high = population.part(comm.rank)
-    own = torch.from_numpy(chosen_N[low:high]).to(vectors_ND.device)
+    own = torch.from_numpy(is_sampled_N[low:high]).to(vectors_ND.device)
     bounds = [population.part(rank) for rank in range(comm.world_size)]
-    sizes = [int(chosen_N[first:end].sum()) for first, end in bounds]
+    sizes = [int(is_sampled_N[first:end].sum()) for first, end in bounds]
     rows = comm.all_gather_rows(vectors_ND[own], sizes, what="rows whose structure is measured")
-    found = embedding_structure(rows.cpu().numpy(), population.class_N[chosen_N]).as_dict()
+    found = embedding_structure(rows.cpu().numpy(), population.class_N[is_sampled_N]).as_dict()
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
-def _chosen(class_N: np.ndarray, seed: int) -> np.ndarray:
-    """Return which rows are looked at, (N,) bool."""
+def _sample_rows(class_N: np.ndarray, seed: int) -> np.ndarray:
+    """Return which rows are sampled, (N,) bool."""
     sizes_C = np.bincount(class_N)
     order = np.random.default_rng([seed, _STREAM]).permutation(len(sizes_C))
-    # At least two classes, however large they are, so that there is a distance between classes.
-    fits = np.cumsum(sizes_C[order]) <= LARGEST_SAMPLE
+    # At least two classes, whatever their size: the inter-class distance needs them.
+    fits = np.cumsum(sizes_C[order]) <= MAX_SAMPLE_ROWS
     fits[:2] = True
-    chosen_C = np.zeros(len(sizes_C), dtype=bool)
-    chosen_C[order[fits]] = True
-    return chosen_C[class_N]
+    is_sampled_C = np.zeros(len(sizes_C), dtype=bool)
+    is_sampled_C[order[fits]] = True
+    return is_sampled_C[class_N]

@@ -1,4 +1,4 @@
-"""Embeddings of the images of batches, with the network as it was found left behind."""
+"""Compute the embeddings of batches of images, without changing the model's state."""
 
 from __future__ import annotations
 
@@ -37,21 +37,20 @@ def embed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the embeddings of batches with their labels and rows, in the order of the batches.
 
-    The model computes in evaluation mode and without gradients; each of its modules is put back
-    into the mode in which it was. An embedding's bits depend on the batch it is computed in, so
-    batches that are to give the same digits must be cut the same way.
+    The model runs in evaluation mode and without gradients; the mode of each module is restored.
+    An embedding's bits depend on its batch, so the same results need the same batches.
 
     Args:
-        model: images (b, 3, H, W) -> embeddings (b, D), on `device`; it is given images of the
-            type of its first floating parameter, float32 when it has none.
+        model: images (b, 3, H, W) -> embeddings (b, D), on `device`; images are cast to the dtype
+            of its first floating parameter, float32 if it has none.
         batches: This rank's batches.
-        device: Where the model is.
-        precision: Type of autocast, or none for the model's own.
+        device: Device of the model.
+        precision: Autocast dtype, or None for the model's own.
         progress: Called with the number of images embedded so far, after each batch.
 
     Returns:
-        Embeddings (n, D) float32, labels (n,) int64, rows (n,) int64; (0, 0) embeddings when
-        there are no batches.
+        Embeddings (n, D) float32, labels (n,) int64, rows (n,) int64; (0, 0) embeddings without
+        batches.
     """
     embeddings: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -67,7 +66,7 @@ def embed(
     with _evaluation_mode(model), torch.inference_mode(), autocast:
         for batch in batches:
             images = batch.images.to(device, dtype, non_blocking=True)
-            # The copy to the host waits for the device.
+            # Sync point: the copy to the host waits for the device.
             embeddings.append(model(images).to(torch.float32).cpu().numpy())
             labels.append(batch.labels.numpy())
             rows.append(batch.rows.numpy())
@@ -90,8 +89,8 @@ def _floating_type(model: nn.Module) -> torch.dtype:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Modules are put back one by one: frozen normalisation layers stay in evaluation mode while
-    # the rest of the network trains.
+    # Restore each module, not only the root: frozen normalization layers are in evaluation mode
+    # while the rest of the network trains.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

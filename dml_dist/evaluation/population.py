@@ -1,4 +1,4 @@
-"""The rows that are evaluated: this rank's part, checked, and what every rank knows of all rows."""
+"""The rows to evaluate: validation of this rank's part, and facts about the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ROLE_BITS = {"query": 1, "gallery": 2, "both": 3}
 
 @dataclass(frozen=True, eq=False)
 class LocalRows:
-    """One rank's checked rows, in global row order.
+    """One rank's validated rows, in global row order.
 
     Attributes:
-        embeddings_ND: Finite rows of a floating type, on the device that searches.
+        embeddings_ND: Finite rows of a floating type, on the search device.
         labels_N: int64.
         role_N: int64; bit 0 is a query, bit 1 is in the gallery.
     """
@@ -38,8 +38,8 @@ class Population:
 
     Attributes:
         sizes: Rows of each rank.
-        label_C: Label of each dense class, int64, rising.
-        class_N: Dense class of each row, int64, in rising order of labels.
+        label_C: Label of each dense class, int64, increasing.
+        class_N: Dense class of each row, int64, in increasing order of labels.
         num_relevant_N: Gallery rows of the same class without the row itself, int64.
         is_query_N: Whether the row is a query, lone ones included.
         is_gallery_N: Whether the row is in the gallery.
@@ -78,7 +78,7 @@ class Population:
 def check_rows(
     embeddings: Array, labels: Array, roles: Sequence[str] | np.ndarray | None, device: torch.device
 ) -> LocalRows:
-    """Return one rank's rows as tensors on the device that searches.
+    """Validate one rank's rows, and return them as tensors on the search device.
 
     Raises:
         DataError: If shapes or types are wrong, or a value is not finite.
@@ -86,8 +86,8 @@ def check_rows(
     embeddings_ND = torch.as_tensor(embeddings).detach()
     if embeddings_ND.ndim != 2 or not embeddings_ND.is_floating_point():
         raise DataError(
-            f"required embeddings of shape (rows, width) and a floating type, got "
-            f"{tuple(embeddings_ND.shape)} of {embeddings_ND.dtype}; pass one row an image"
+            "embeddings must be a floating-point matrix (rows, width), but have shape "
+            f"{tuple(embeddings_ND.shape)} and dtype {embeddings_ND.dtype}; pass one row per image"
         )
     num_rows = embeddings_ND.shape[0]
     embeddings_ND = embeddings_ND.to(device)
@@ -107,7 +107,7 @@ def gather_population(local: LocalRows, comm: Comm) -> Population:
     sizes = tuple(rows for rows, _ in shapes)
     if len({width for rows, width in shapes if rows}) > 1:
         raise DataError(
-            f"required embeddings of one width on all ranks, got shapes {shapes} in rank order; "
+            f"the embedding width differs between ranks; the shapes in rank order are {shapes}; "
             "embed every part with the same model"
         )
     labels_N = comm.all_gather_rows(local.labels_N, sizes, what="gather labels").cpu().numpy()
@@ -120,9 +120,9 @@ def gather_population(local: LocalRows, comm: Comm) -> Population:
     population = Population(sizes, label_C, class_N, num_relevant_N, is_query_N, is_gallery_N)
     if population.num_lone_queries == np.count_nonzero(is_query_N):
         raise DataError(
-            "required at least one query with another gallery row of its class, got "
-            f"{np.count_nonzero(is_query_N)} queries, {population.num_gallery} gallery "
-            "rows and no such pair; check labels and roles"
+            "nothing to evaluate: no query has another gallery row of its class, with "
+            f"{np.count_nonzero(is_query_N)} queries and {population.num_gallery} gallery rows; "
+            "check labels and roles"
         )
     return population
 
@@ -133,15 +133,15 @@ def check_super_classes(
     """Return the super-class of each row of this rank, "" for none.
 
     Raises:
-        DataError: If there is not one for each row.
+        DataError: If their number is not that of the rows.
     """
     if super_classes is None:
         return np.full(num_rows, "")
     names = np.asarray(super_classes, dtype=str)
     if names.shape != (num_rows,):
         raise DataError(
-            f"required one super-class for each of {num_rows} embeddings, got an array of shape "
-            f'{names.shape}; give a name, or "" for none'
+            f"super_classes must have one super-class for each of {num_rows} embeddings, but has "
+            f'shape {names.shape}; use "" for rows without one'
         )
     return names
 
@@ -165,7 +165,7 @@ def gather_super_classes(names: np.ndarray, population: Population, comm: Comm) 
 
 
 def _check_finite(embeddings_ND: Tensor) -> None:
-    # The float32 form is what is stored: a float64 value beyond its range is refused as well.
+    # Rows are stored as float32, so a float64 value beyond its range is an error as well.
     finite_N = torch.isfinite(embeddings_ND.to(torch.float32)).all(dim=1)
     if bool(finite_N.all()):
         return
@@ -173,9 +173,9 @@ def _check_finite(embeddings_ND: Tensor) -> None:
     row = embeddings_ND[bad[0]]
     column = int((~torch.isfinite(row.to(torch.float32))).nonzero()[0, 0])
     raise DataError(
-        f"required finite embeddings, got {float(row[column])} in row {int(bad[0])}, column "
-        f"{column} ({len(bad)} of {len(finite_N)} rows are affected); look for a diverged model "
-        "or a broken image"
+        f"embeddings are not finite: {float(row[column])} in row {int(bad[0])}, column {column} "
+        f"({len(bad)} of {len(finite_N)} rows are affected); check for a diverged model or a "
+        "broken image"
     )
 
 
@@ -185,28 +185,23 @@ def _check_labels(labels: Array, num_rows: int) -> Tensor:
         values = values.astype(np.int64)
     if values.shape != (num_rows,) or values.dtype.kind not in "iu":
         raise DataError(
-            f"required one integer label for each of {num_rows} embeddings, got an array of shape "
-            f"{values.shape} and type {values.dtype}; give int64 labels"
+            f"labels must be one integer for each of {num_rows} embeddings, but have shape "
+            f"{values.shape} and dtype {values.dtype}; pass int64 labels"
         )
     if values.dtype == np.uint64 and (values > np.iinfo(np.int64).max).any():
-        raise DataError(
-            f"required labels that fit int64, got {values.max()}; number the classes anew"
-        )
+        raise DataError(f"label {values.max()} does not fit into int64; renumber the classes")
     return torch.from_numpy(values.astype(np.int64))
 
 
 def _check_roles(roles: Sequence[str] | np.ndarray, num_rows: int) -> np.ndarray:
     if len(roles) != num_rows:
         raise DataError(
-            f"required one role for each of {num_rows} embeddings, got {len(roles)}; "
-            "give query, gallery or both"
+            f"roles has {len(roles)} entries for {num_rows} embeddings; pass query, gallery or "
+            "both for each row"
         )
     names, inverse = np.unique(np.asarray(roles, dtype=str), return_inverse=True)
     unknown = [str(name) for name in names if name not in _ROLE_BITS]
     if unknown:
         row = int(np.flatnonzero(np.asarray(roles, dtype=str) == unknown[0])[0])
-        raise DataError(
-            f"required roles out of query, gallery, both, got {unknown[0]!r} in row {row}; "
-            "correct the role column"
-        )
+        raise DataError(f"unknown role {unknown[0]!r} in row {row}; use query, gallery or both")
     return np.array([_ROLE_BITS[str(name)] for name in names], dtype=np.int64)[inverse]

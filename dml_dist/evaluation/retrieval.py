@@ -1,8 +1,8 @@
 """Retrieval and clustering metrics of embeddings, exact and the same for any number of ranks.
 
 Ranks hold contiguous parts of the rows, which are each rank's gallery shard and its queries. Rows
-are checked and stored (`population`, `search.exact`), then ranked (`rounds`) and clustered
-(`clustering`) as far as asked for, and the sums of all ranks are turned into means.
+are validated and stored (`population`, `search.exact`), ranked (`rounds`) and, if requested,
+clustered (`clustering`); the sums of all ranks give the means.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from dml_dist.search.exact import Distance, store_rows
 from dml_dist.search.propose import resolve_backend
 
 EXTRA_METRICS = (*CLUSTERING_METRICS, "super_class_recall", "structure")
-"""What is measured only when asked for."""
+"""Metrics that are measured only if requested."""
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResult:
-    """What an evaluation found; the same on every rank but for the seconds.
+    """Result of an evaluation, the same on every rank except for the seconds.
 
     Attributes:
         recall_at_k: K -> Recall@K, in [0, 1].
         r_precision: In [0, 1].
         map_at_r: MAP@R, in [0, 1].
-        num_queries: Queries that were counted.
-        num_gallery: Rows of the gallery.
+        num_queries: Number of counted queries.
+        num_gallery: Number of gallery rows.
         num_lone_queries: Queries without another gallery row of their class, not counted.
         seconds: Stage -> seconds: "prepare", "list" and "count" for the metrics above,
-            "super_class" and "cluster" (with structure) for those asked for, "total". "list",
+            "super_class" and "cluster" (with structure) if requested, "total". "list",
             "count" and "super_class" are the slowest rank's, the others this rank's.
         per_class: Results of each class of the evaluated rows.
-        super_class_recall_at_k: K -> share of the counted queries that have a super-class with a
-            row of it among the first K; empty when not asked for, or no row has a super-class.
-        clustering: Clustering metrics that were asked for, by name, with k-means' facts.
-        structure: How embeddings lie (`metrics.structure`), by name, when asked for.
-        definitions: Numbers of other projects that were asked for, by name.
-        query_rows: (Q,) int64, the counted queries in rising order, when neighbours were asked for.
+        super_class_recall_at_k: K -> fraction of the counted queries with a super-class that have a
+            row of it among the first K; empty unless requested, or if no row has a super-class.
+        clustering: Requested clustering metrics by name, with k-means' facts.
+        structure: Measures of the embedding distribution (`metrics.structure`), if requested.
+        definitions: Requested metrics as other projects define them, by name.
+        query_rows: (Q,) int64, the counted queries in increasing order, if neighbors are requested.
         neighbors: (Q, k) int64 global gallery rows, nearest first; -1 where the gallery ends.
         neighbor_distances: (Q, k) float64, squared Euclidean; inf where the gallery ends.
     """
@@ -113,30 +113,30 @@ def evaluate(
     super_classes: Sequence[str] | np.ndarray | None = None,
     seed: int = 0,
 ) -> RetrievalResult:
-    """Return Recall@K, R-precision and MAP@R of embeddings, and what else is asked for.
+    """Return Recall@K, R-precision, MAP@R and requested extra metrics of embeddings.
 
-    A query never finds its own row; equal distances are ordered by gallery row. The digits depend
+    A query never finds its own row; equal distances are ordered by gallery row. Every digit depends
     on rows, labels and roles alone: not on `comm`, `backend`, `memory_mb`, threads or device.
 
     Args:
-        embeddings: (N, D) rows of a floating type, not necessarily normalised; with `comm` this
+        embeddings: (N, D) rows of a floating type, not necessarily normalized; with `comm` this
             rank's contiguous part in rank order, which may be empty.
         labels: (N,) integers of any value.
         recall_at: The K of Recall@K, each >= 1; K may exceed the gallery.
-        distance: "cosine" (rows normalised in float64, then stored in float32) or "euclidean".
-        roles: (N,) "query", "gallery" or "both"; none means both for all.
-        backend: "auto", "faiss" or "torch": what proposes neighbours.
+        distance: "cosine" (rows normalized in float64, then stored in float32) or "euclidean".
+        roles: (N,) "query", "gallery" or "both"; None means both for all.
+        backend: Search backend for candidates: "auto", "faiss" or "torch".
         memory_mb: Bound on this rank's working memory in MiB, beside its embeddings, two float32
             copies of them (a third one of the gallery's rows where some rows are queries only),
-            and buffers of the libraries (some 30 MiB).
-        comm: The ranks; none means this process alone. Every rank calls this.
-        neighbors: How many neighbours of every counted query the result shall list.
-        extra: Names out of `EXTRA_METRICS`: nmi, nmi_geometric, f1, ami (k-means with as many
+            and buffers of the libraries (about 30 MiB).
+        comm: The ranks; None means this process alone. Every rank calls this.
+        neighbors: Number of neighbors of every counted query in the result.
+        extra: Names in `EXTRA_METRICS`: nmi, nmi_geometric, f1, ami (k-means with as many
             clusters as classes), super_class_recall and structure.
-        definitions: Numbers as other projects define them (`metrics.definitions`), such as
+        definitions: Metrics as other projects define them (`metrics.definitions`), such as
             "nir.map_1000" or "oml.map_at_5".
         super_classes: (N,) names, "" for none; only super_class_recall needs them.
-        seed: Seed of k-means, and of the rows whose structure is measured.
+        seed: Seed of k-means, and of the sample whose structure is measured.
 
     Raises:
         DataError: If rows are not finite, shapes or roles are wrong, or nothing can be counted.
@@ -153,6 +153,7 @@ def evaluate(
         names = check_super_classes(super_classes, len(local.labels_N))
     except DmlDistError as raised:
         error = raised
+    # Collective: if one rank's rows are invalid, all ranks raise, instead of waiting below.
     comm.agree(error, what="check the rows to evaluate")
     population = gather_population(local, comm)
     by_super = "super_class_recall" in extra
@@ -171,7 +172,7 @@ def evaluate(
     )
     prepared = time.perf_counter()
     outcome = rounds.run()
-    del rounds  # Its float32 copies are not needed by what follows.
+    del rounds  # Free its float32 copies before clustering.
     ranked = time.perf_counter()
     clustering = measure_clusters(population, vectors_ND, comm, wanted=extra, seed=seed, **search)
     structure = {}
@@ -189,7 +190,7 @@ def _result(
     clustering: dict[str, float],
     structure: dict[str, float],
 ) -> RetrievalResult:
-    """Turn sums into means."""
+    """Compute means from sums."""
     tally, listed = outcome.tally, outcome.listed
     means = metrics.finish(tally.sums, tally.recall_at)
     super_sums = tally.super_sums
@@ -244,17 +245,17 @@ def _check_options(
 ) -> None:
     if not recall_at or any(int(k) != k or k < 1 for k in recall_at):
         raise ConfigError(
-            f"required whole numbers >= 1 in recall_at, got {list(recall_at)}; give, say, (1, 10)"
+            f"recall_at must hold integers >= 1, but is {list(recall_at)}; use (1, 10), say"
         )
     if distance not in ("cosine", "euclidean"):
-        raise ConfigError(f"required distance to be cosine or euclidean, got {distance!r}")
+        raise ConfigError(f"unknown distance {distance!r}; use cosine or euclidean")
     if not memory_mb > 0:
-        raise ConfigError(f"required memory_mb > 0, got {memory_mb}; the default is 512")
+        raise ConfigError(f"memory_mb must be > 0, but is {memory_mb}; the default is 512")
     if neighbors < 0:
-        raise ConfigError(f"required neighbors >= 0, got {neighbors}; 0 lists none")
+        raise ConfigError(f"neighbors must be >= 0, but is {neighbors}; 0 returns none")
     if unknown := [name for name in extra if name not in EXTRA_METRICS]:
         raise ConfigError(
-            f"required metrics out of {', '.join(EXTRA_METRICS)}, got {unknown[0]!r}; Recall@K, "
+            f"extra metrics are {', '.join(EXTRA_METRICS)}, but not {unknown[0]!r}; Recall@K, "
             "R-precision and MAP@R are always measured"
         )
 
@@ -262,7 +263,7 @@ def _check_options(
 def _stored(
     embeddings_ND: Tensor, population: Population, distance: Distance, comm: Comm
 ) -> Tensor:
-    """Return this rank's stored rows; a rank without rows takes the others' width."""
+    """Return this rank's stored rows; a rank without rows takes the others' width. Collective."""
     width = int(
         comm.all_reduce_max(
             torch.tensor([embeddings_ND.shape[1] if len(embeddings_ND) else 0], device=comm.device),

@@ -1,6 +1,6 @@
-"""Everything that is summed over queries in one evaluation: this rank's part, then all ranks'.
+"""Sums over the queries of one evaluation: of this rank, then merged over ranks.
 
-Legend: Q queries, K places of a list, C classes.
+Legend: Q queries, K entries of a list, C classes.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from dml_dist.parallel.comm import Comm
 
 
 class Tally:
-    """Sums over queries that grow as queries are ranked.
+    """Running sums over queries.
 
     Attributes:
         recall_at: The K of Recall@K.
-        definitions: Numbers of other projects that are summed as well.
-        sums: Of our own metrics.
-        super_sums: Of Recall@K by super-class; only queries and hits are filled.
-        definition_sums: In the order of `definitions`.
+        definitions: Metric definitions of other projects to sum as well.
+        sums: Sums of our own metrics.
+        super_sums: Sums of Recall@K by super-class; only queries and hits are used.
+        definition_sums: Sums of `definitions`, in their order.
         class_sums: See `metrics.per_class`, (S, C) int64.
     """
 
     def __init__(
         self, recall_at: tuple[int, ...], definitions: Sequence[Definition], num_classes: int
     ) -> None:
-        """Start with no query."""
+        """Start without any query."""
         self.recall_at = recall_at
         self.definitions = tuple(definitions)
         self.sums = self.super_sums = metrics.RetrievalSums(0, (0,) * len(recall_at), 0, 0)
@@ -42,11 +42,11 @@ class Tally:
     def add_lists(
         self, class_Q: np.ndarray, relevant_QK: np.ndarray, num_relevant_Q: np.ndarray
     ) -> np.ndarray:
-        """Add queries by their lists; return the place of their first hit, (Q,) int64.
+        """Add queries by their lists; return the index of their first hit, (Q,) int64.
 
         Args:
             class_Q: Their classes, int64.
-            relevant_QK: Whether each neighbour, nearest first, has the query's class, bool.
+            relevant_QK: Whether each neighbor, nearest first, has the query's class, bool.
             num_relevant_Q: R of each query, int64, each >= 1.
         """
         rank_Q = metrics.first_hit(relevant_QK)
@@ -65,7 +65,7 @@ class Tally:
         return rank_Q
 
     def add_super_lists(self, relevant_QK: np.ndarray) -> np.ndarray:
-        """Add queries by whether their neighbours have their super-class; as `add_lists`."""
+        """Like `add_lists`, by whether neighbors have the query's super-class."""
         rank_Q = metrics.first_hit(relevant_QK)
         self.super_sums = self._with_ranks(self.super_sums, rank_Q, len(rank_Q))
         return rank_Q

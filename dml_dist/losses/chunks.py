@@ -137,7 +137,7 @@ class OwnLogits:
         return index_KG
 
     def positive(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the positive logit, 0 if not held, (G,), its row, (1, G), and if it is not held."""
+        """Return the positive logit (0 if not held), its row (1, G), and which are missing (G,)."""
         positive_G, best_G = self.logits_KG.max(dim=0)
         # The first of K rows decides for all: a shard has all K or none. 0 is neutral in the sum
         # over shards.

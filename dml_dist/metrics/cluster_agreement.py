@@ -5,19 +5,19 @@ With n_ij rows of class i in cluster j, a_i rows of class i, b_j rows of cluster
     I         = sum_ij n_ij / N log(N n_ij / (a_i b_j))
     H(a)      = -sum_i a_i / N log(a_i / N),  H(b) likewise
     NMI       = 2 I / (H(a) + H(b))                     arithmetic mean; 1 when both are 0
-    NMI (geo) = I / sqrt(H(a) H(b))                     what older scikit-learn versions gave
+    NMI (geo) = I / sqrt(H(a) H(b))                     as in older scikit-learn versions
     AMI       = (I - E[I]) / ((H(a) + H(b)) / 2 - E[I])
     precision = TP / sum_j b_j (b_j - 1) / 2,  TP = sum_ij n_ij (n_ij - 1) / 2
     recall    = TP / sum_i a_i (a_i - 1) / 2
-    F1        = 2 TP / (the two numbers of pairs together)
+    F1        = 2 TP / (sum of both denominators above)
 
-E[I] is the expectation over all ways to give rows to clusters that keep every a_i and b_j (Vinh,
+E[I] is the expectation over all assignments of rows to clusters that keep every a_i and b_j (Vinh,
 Epps, Bailey, "Information Theoretic Measures for Clusterings Comparison", JMLR 2010). Its terms
-depend on a_i and b_j alone, so each pair of sizes is computed once; the hypergeometric weights of
-a pair are made by their ratios and brought to the sum 1, which loses no digits for large N.
+depend on a_i and b_j alone, so each pair of sizes is computed once. The hypergeometric weights of a
+pair are computed from their ratios and normalized to sum 1, which is accurate for large N.
 
-Sums are correctly rounded (`math.fsum`), counts of pairs are integers of any size: the digits do
-not depend on how the rows were shared out.
+Sums are correctly rounded (`math.fsum`), counts of pairs are integers of any size: results do not
+depend on how rows are partitioned.
 
 Legend: N rows, E cells of the table that are not empty.
 """
@@ -34,7 +34,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Contingency:
-    """Rows of each class in each cluster, empty cells left out, rising by (class, cluster).
+    """Sparse contingency table: nonempty cells, sorted by (class, cluster).
 
     Attributes:
         class_E: int64.
@@ -49,7 +49,7 @@ class Contingency:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Pairs of rows that share a cluster, against pairs that share a class; each in [0, 1]."""
+    """Agreement of the pairs of rows in one cluster with the pairs in one class, in [0, 1]."""
 
     precision: float
     recall: float
@@ -57,18 +57,18 @@ class PairScores:
 
 
 def partial(class_N: np.ndarray, cluster_N: np.ndarray) -> Contingency:
-    """Return the table of some rows.
+    """Return the contingency table of some rows.
 
     Args:
         class_N: Class of each row, >= 0, (N,) int64.
         cluster_N: Cluster of each row, >= 0, (N,) int64.
     """
-    return _added(class_N, cluster_N, np.ones(len(class_N), dtype=np.int64))
+    return _aggregate(class_N, cluster_N, np.ones(len(class_N), dtype=np.int64))
 
 
 def merge(a: Contingency, b: Contingency) -> Contingency:
     """Return the table of two disjoint sets of rows."""
-    return _added(
+    return _aggregate(
         np.concatenate([a.class_E, b.class_E]),
         np.concatenate([a.cluster_E, b.cluster_E]),
         np.concatenate([a.count_E, b.count_E]),
@@ -79,7 +79,7 @@ def normalized_mutual_information(table: Contingency) -> float:
     """Return NMI with the arithmetic mean, in [0, 1]."""
     classes, clusters = _sizes(table)
     total = _entropy(classes) + _entropy(clusters)
-    return 1.0 if total == 0 else _share(2 * _mutual_information(table) / total)
+    return 1.0 if total == 0 else _clamp(2 * _mutual_information(table) / total)
 
 
 def geometric_nmi(table: Contingency) -> float:
@@ -88,22 +88,22 @@ def geometric_nmi(table: Contingency) -> float:
     entropies = _entropy(classes), _entropy(clusters)
     if min(entropies) == 0:
         return 1.0 if max(entropies) == 0 else 0.0
-    return _share(_mutual_information(table) / math.sqrt(entropies[0] * entropies[1]))
+    return _clamp(_mutual_information(table) / math.sqrt(entropies[0] * entropies[1]))
 
 
 def adjusted_mutual_information(table: Contingency) -> float:
     """Return AMI with the arithmetic mean: 1 for equal partitions, about 0 for random ones."""
     classes, clusters = _sizes(table)
     if len(table.count_E) == len(classes) == len(clusters):
-        return 1.0  # Equal partitions, also where E[I] leaves 0 / 0.
+        return 1.0  # Equal partitions; the quotient below may be 0 / 0.
     expected = _expected_information(classes, clusters)
     mean = (_entropy(classes) + _entropy(clusters)) / 2
-    above = mean - expected
-    return (_mutual_information(table) - expected) / above if above else 0.0
+    denominator = mean - expected
+    return (_mutual_information(table) - expected) / denominator if denominator else 0.0
 
 
 def pair_scores(table: Contingency) -> PairScores:
-    """Return pairwise precision, recall and F1; a quotient without pairs is 0."""
+    """Return pairwise precision, recall and F1; 0 if there are no pairs to divide by."""
     classes, clusters = _sizes(table)
     shared = _pairs(table.count_E.tolist())
     in_clusters, in_classes = _pairs(clusters), _pairs(classes)
@@ -114,12 +114,13 @@ def pair_scores(table: Contingency) -> PairScores:
     )
 
 
-def _added(classes: np.ndarray, clusters: np.ndarray, counts: np.ndarray) -> Contingency:
+def _aggregate(classes: np.ndarray, clusters: np.ndarray, counts: np.ndarray) -> Contingency:
     if not len(classes):
         empty = np.zeros(0, dtype=np.int64)
         return Contingency(empty, empty, empty)
     order = np.lexsort((clusters, classes))
     classes, clusters, counts = classes[order], clusters[order], counts[order]
+    # Sum the counts of equal cells, which are adjacent after the sort.
     is_first = np.ones(len(classes), dtype=bool)
     is_first[1:] = (classes[1:] != classes[:-1]) | (clusters[1:] != clusters[:-1])
     first = np.flatnonzero(is_first)
@@ -143,15 +144,15 @@ def _mutual_information(table: Contingency) -> float:
     _, class_E = np.unique(table.class_E, return_inverse=True)
     _, cluster_E = np.unique(table.cluster_E, return_inverse=True)
     classes, clusters = (np.array(sizes, dtype=np.float64) for sizes in _sizes(table))
-    share_E = table.count_E / num_rows
+    fraction_E = table.count_E / num_rows
     expected_E = classes[class_E] * clusters[cluster_E]
-    return math.fsum(share_E * np.log(num_rows * table.count_E.astype(np.float64) / expected_E))
+    return math.fsum(fraction_E * np.log(num_rows * table.count_E.astype(np.float64) / expected_E))
 
 
 def _entropy(sizes: list[int]) -> float:
     num_rows = sum(sizes)
-    share = np.array(sizes, dtype=np.float64) / num_rows
-    return abs(math.fsum(-share * np.log(share)))
+    fraction = np.array(sizes, dtype=np.float64) / num_rows
+    return abs(math.fsum(-fraction * np.log(fraction)))
 
 
 def _expected_information(classes: list[int], clusters: list[int]) -> float:
@@ -164,23 +165,24 @@ def _expected_information(classes: list[int], clusters: list[int]) -> float:
 
 
 def _expected_cell(a: int, b: int, num_rows: int) -> float:
-    """Return the expectation of a cell's term of I for a class of a rows and a cluster of b."""
+    """Return a cell's expected contribution to I, for a class of a rows and a cluster of b."""
     low, high = max(0, a + b - num_rows), min(a, b)
     n = np.arange(low, high + 1, dtype=np.float64)
     before = n[:-1]
     ratios = np.log((a - before) * (b - before)) - np.log((before + 1) * (num_rows - a - b + n[1:]))
     weights = np.concatenate([[0.0], ratios.cumsum()])
+    # In logarithms relative to the largest: the factorials themselves would overflow.
     weights = np.exp(weights - weights.max())
     weights /= math.fsum(weights)
-    some = n > 0
-    terms = n[some] / num_rows * np.log(num_rows * n[some] / (float(a) * b))
-    return math.fsum(terms * weights[some])
+    positive = n > 0
+    terms = n[positive] / num_rows * np.log(num_rows * n[positive] / (float(a) * b))
+    return math.fsum(terms * weights[positive])
 
 
 def _pairs(counts: Iterable[int]) -> int:
     return sum(count * (count - 1) // 2 for count in counts)
 
 
-def _share(value: float) -> float:
-    """Return a quotient that is in [0, 1] but for rounding."""
+def _clamp(value: float) -> float:
+    """Clamp to [0, 1], which rounding may leave."""
     return min(1.0, max(0.0, value))

@@ -1,7 +1,7 @@
-"""Recall@1, R-precision and MAP@R of each class as integer sums that merge by adding.
+"""Recall@1, R-precision and MAP@R of each class as integer sums that merge by addition.
 
-Units and their halves are those of `metrics.retrieval`, so that the sums of a class depend neither
-on the order of its queries nor on how they are shared out.
+Units and their halves are those of `metrics.ranking`, so that the sums of a class depend neither on
+the order of its queries nor on their partition.
 
 Legend: Q queries, C classes, S = 6 sums.
 """
@@ -34,7 +34,7 @@ class ClassMeans:
 
 
 def empty_sums(num_classes: int) -> np.ndarray:
-    """Return the sums of no query, (S, C) int64; sums of disjoint queries merge by `+`."""
+    """Return sums over no queries, (S, C) int64; sums over disjoint queries merge by `+`."""
     return np.zeros((6, num_classes), dtype=np.int64)
 
 
@@ -50,7 +50,7 @@ def add_partial(
     Args:
         sums_SC: From `empty_sums`.
         class_Q: Class of each query, 0..C-1, (Q,) int64.
-        hit_Q: Whether its nearest neighbour has its class, (Q,) bool.
+        hit_Q: Whether its nearest neighbor has its class, (Q,) bool.
         r_precision_Q: In [0, 1], (Q,) float64.
         map_at_r_Q: In [0, 1], (Q,) float64.
     """
@@ -81,6 +81,6 @@ def finish(sums_SC: np.ndarray) -> ClassMeans:
 
 
 def _quotients(sums_C: Iterable[int], counts_C: list[int]) -> np.ndarray:
-    # Quotients of Python integers are rounded once, whatever their size.
+    # Python's integer division is correctly rounded for any size.
     pairs = zip(sums_C, counts_C, strict=True)
     return np.array([total / count if count else np.nan for total, count in pairs], dtype=float)

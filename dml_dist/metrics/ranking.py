@@ -9,11 +9,11 @@ row has its class (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020
 
 Each is the mean over queries with R >= 1.
 
-A query's R-precision and MAP@R are rounded to multiples of 2^-52 (error at most 2^-53, and that of
-their mean likewise) and added as integers of any size, so sums depend neither on the order of the
-queries nor on how they are shared out.
+A query's R-precision and MAP@R are rounded to multiples of 2^-52 (error at most 2^-53, also of
+their mean) and added as integers of any size, so sums depend neither on the order of the queries
+nor on their partition.
 
-Legend: Q queries, K places of a list.
+Legend: Q queries, K entries of a list.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RetrievalSums:
     """Sums over queries, as integers.
 
     Attributes:
-        num_queries: Queries that were counted.
+        num_queries: Number of counted queries.
         hits_at: For each K of Recall@K, the queries with a hit among the first K.
         r_precision_units: Sum of R-precision in units of 2^-52.
         map_at_r_units: Sum of MAP@R in units of 2^-52.
@@ -56,9 +56,9 @@ class RetrievalMeans:
 
 
 def first_hit(relevant_QK: np.ndarray) -> np.ndarray:
-    """Return the place of the first relevant neighbour, from 0, or NOT_LISTED, (Q,) int64."""
-    place_Q = relevant_QK.argmax(axis=1)
-    return np.where(relevant_QK.any(axis=1), place_Q, NOT_LISTED)
+    """Return the 0-based index of the first relevant neighbor, or NOT_LISTED, (Q,) int64."""
+    index_Q = relevant_QK.argmax(axis=1)
+    return np.where(relevant_QK.any(axis=1), index_Q, NOT_LISTED)
 
 
 def recall_partial(rank_Q: np.ndarray, recall_at: Sequence[int]) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ def ranking_partial(relevant_QK: np.ndarray, num_relevant_Q: np.ndarray) -> tupl
     """Return the sums of R-precision and MAP@R over queries, in units of 2^-52.
 
     Args:
-        relevant_QK: Whether each neighbour, nearest first, has the query's class, (Q, K) bool;
+        relevant_QK: Whether each neighbor, nearest first, has the query's class, (Q, K) bool;
             K is at least every query's R.
         num_relevant_Q: R, (Q,) int64, each >= 1.
     """
@@ -92,24 +92,25 @@ def ranking_scores(
         relevant_QK: As in `ranking_partial`.
         num_relevant_Q: R, (Q,) int64, each >= 1.
     """
-    counted_QK = first_places(relevant_QK, num_relevant_Q)
+    counted_QK = top_hits(relevant_QK, num_relevant_Q)
     r_precision_Q = counted_QK.sum(axis=1) / num_relevant_Q
     return r_precision_Q, sum_of_precisions(counted_QK) / num_relevant_Q
 
 
-def first_places(relevant_QK: np.ndarray, places_Q: np.ndarray) -> np.ndarray:
-    """Return the hits among the first `places_Q` places of each query, (Q, K) bool."""
-    return relevant_QK & (np.arange(1, relevant_QK.shape[1] + 1) <= places_Q[:, None])
+def top_hits(relevant_QK: np.ndarray, length_Q: np.ndarray) -> np.ndarray:
+    """Return the hits among the first `length_Q` entries of each list, (Q, K) bool."""
+    return relevant_QK & (np.arange(1, relevant_QK.shape[1] + 1) <= length_Q[:, None])
 
 
 def sum_of_precisions(counted_QK: np.ndarray) -> np.ndarray:
     """Return sum_i P(i) rel(i) of each query over its list's hits, (Q,) float64."""
-    num_queries, num_places = counted_QK.shape
-    if num_places == 0:
+    num_queries, list_length = counted_QK.shape
+    if list_length == 0:
         return np.zeros(num_queries)
     hits_QK = counted_QK.cumsum(axis=1)
-    # A running sum adds from the left whatever K is: places beyond the last hit add exact zeros.
-    precisions_QK = np.where(counted_QK, hits_QK / np.arange(1, num_places + 1), 0.0)
+    # cumsum adds from the left for any K, and entries beyond the last hit add exact zeros, so the
+    # result does not depend on K; `sum` may reorder.
+    precisions_QK = np.where(counted_QK, hits_QK / np.arange(1, list_length + 1), 0.0)
     return precisions_QK.cumsum(axis=1)[:, -1]
 
 
@@ -130,8 +131,8 @@ def finish(total: RetrievalSums, recall_at: Sequence[int]) -> RetrievalMeans:
         ValueError: If no query was counted.
     """
     if total.num_queries == 0:
-        raise ValueError("required at least one counted query, got none")
-    # Quotients of Python integers are rounded once, whatever their size.
+        raise ValueError("no query was counted, so the means are undefined")
+    # Python's integer division is correctly rounded for any size.
     return RetrievalMeans(
         {k: hits / total.num_queries for k, hits in zip(recall_at, total.hits_at, strict=True)},
         total.r_precision_units / (total.num_queries << UNIT_BITS),
@@ -145,19 +146,19 @@ def to_units(values_Q: np.ndarray) -> np.ndarray:
 
 
 def sum_units(units_Q: np.ndarray) -> int:
-    """Return the sum of units as an integer of any size."""
+    """Return the sum of units as a Python integer, which cannot overflow."""
     upper_Q, lower_Q = split_units(units_Q)
     return join_units(int(upper_Q.sum()), int(lower_Q.sum()))
 
 
 def split_units(units_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return upper and lower halves of units: int64 sums of halves cannot overflow below 2^36 rows.
+    """Return upper and lower halves of units, whose int64 sums cannot overflow below 2^36 rows.
 
-    Sums of the units themselves would at 2,048 queries.
+    Sums of the units themselves would overflow at 2,048 queries.
     """
     return units_Q >> _HALF_BITS, units_Q & ((1 << _HALF_BITS) - 1)
 
 
 def join_units(upper: int, lower: int) -> int:
-    """Return the sum of units whose halves add up to `upper` and `lower`."""
+    """Return the sum of units from the sums of their upper and lower halves."""
     return (upper << _HALF_BITS) + lower
