@@ -1,7 +1,7 @@
 """Distributed training and exact evaluation of image embeddings.
 
-The names below are for programs with a training loop of their own; they need neither Ray nor a
-run. Each is loaded when it is first used, so that `import dml_dist` costs nothing.
+The public API below is for custom training loops; it needs neither Ray nor a run. Names are
+imported on first use, so that `import dml_dist` is fast.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dml_dist.parallel.comm import Comm
     from dml_dist.topology import Topology
 
-_HOMES = {
+_MODULES = {
     "Comm": "parallel.comm",
     "PlanSampler": "data.batches",
     "ShardDataset": "data.batches",
@@ -84,6 +84,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

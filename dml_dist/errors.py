@@ -1,13 +1,13 @@
-"""The errors that a user can meet, each with the exit code of the command that ends with it."""
+"""Errors reported to the user, each with the exit code of the command."""
 
 from __future__ import annotations
 
 
 class DmlDistError(Exception):
-    """Base of all errors that are reported as a message and not as a traceback.
+    """Base of all errors that are reported as a message instead of a traceback.
 
-    Every message has four parts: what was required, what was given, where, and what to do.
-    Subclasses take one string, so that they survive pickling between processes unchanged.
+    Every message says what is wrong, what was given, where, and what to do.
+    Subclasses take one string, so that they can be pickled between processes.
     """
 
     exit_code = 1
@@ -20,7 +20,7 @@ class ConfigError(DmlDistError):
 
 
 class DataError(DmlDistError):
-    """A data set, a tar shard or an index is not what it should be."""
+    """A data set, a tar shard or an index is invalid."""
 
     exit_code = 2
 
@@ -38,17 +38,17 @@ class CheckpointError(DmlDistError):
 
 
 class RunError(DmlDistError):
-    """A run failed after it had started; its last checkpoint is kept."""
+    """A run failed after its start; its last checkpoint is kept."""
 
     exit_code = 1
 
 
 class LoaderLostError(RunError):
-    """A loader worker died; the rank that it worked for can go on from a checkpoint."""
+    """A loader worker died; the run can resume from a checkpoint."""
 
 
 class PeerLostError(RunError):
-    """A collective ended without the other ranks: one of them died, gave up or is too late."""
+    """A collective failed because another rank died, raised or timed out."""
 
 
 class RunStopped(DmlDistError):

@@ -1,8 +1,8 @@
-"""Writing files so that a reader sees the old content or the new one, never half of it.
+"""Atomic file writes and lock files.
 
-A file is written under a temporary name in its own folder, flushed to the disk, renamed over the
-final name, and the folder's entry is flushed. A process that is killed leaves at most a hidden
-file `.<name>.<random>.tmp` behind, which nothing reads.
+A reader sees the old content of a file or the new one, never a part. A file is written under a
+temporary name in its own folder, flushed to the disk and renamed, and the folder is flushed. A
+killed process leaves at most a hidden file `.<name>.<random>.tmp`, which nothing reads.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 from dml_dist.errors import DataError
 
-_SECONDS_BETWEEN_TRIES = 0.1
+_RETRY_SECONDS = 0.1
 
-# The system keeps these locks by process: holders in one process are told apart here.
+# POSIX locks belong to a process; this map excludes other holders within the process.
 _held: dict[Path, BinaryIO] = {}
 
 
@@ -36,8 +36,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot flush folders; their renames are as durable as
-        # they can make them.
+        # Some network and FUSE file systems cannot flush folders: nothing more can be done.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
@@ -46,12 +45,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing in binary that takes its name when the block ends without an error.
+    """Open a binary file that replaces `path` when the block ends without an error.
 
     The folder must exist. Permissions follow the umask, as with `open`.
 
     Raises:
-        OSError: As `open`, `write` and `rename` do; the file at `path` is then unchanged.
+        OSError: As by `open`, `write` and `rename`; the file at `path` is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -68,21 +67,21 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write bytes to a file, completely or not at all."""
+    """Write bytes to a file atomically."""
     with open_atomic(path) as file:
         file.write(data)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write text as UTF-8 with the line ends it has, completely or not at all."""
+    """Write text as UTF-8 atomically, with its line ends unchanged."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, completely or not at all.
+    """Write a value as indented JSON atomically.
 
-    Besides what JSON knows, numpy scalars and arrays and paths are taken. Floats that JSON has no
-    word for are written as the strings "nan", "inf" and "-inf", as in records.
+    Beside JSON types, numpy scalars and arrays and paths are supported (`plain`). Non-finite floats
+    are written as the strings "nan", "inf" and "-inf", as in records.
 
     Raises:
         TypeError: If the value holds an object of another kind; nothing is written.
@@ -95,50 +94,49 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If it does not exist.
         DataError: If it is not JSON, with the line and column.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(
-            f"required a JSON file, got {path}, which is damaged ({error}); "
-            "restore it from a copy or remove it"
+            f"{path} is not valid JSON ({error}); restore it from a copy or remove it"
         ) from None
 
 
 @contextmanager
-def hold(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a lock file against all other holders, also those on other machines of a shared disk.
+def lock_file(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold an exclusive lock on a file, also across machines that share its file system.
 
-    The lock ends with this process, however that ends. Processes that were forked from it do not
-    keep it, as they would with `flock`: loader workers outlive a killed rank by some seconds.
+    The lock is released when this process ends, in any way. Unlike with `flock`, forked processes
+    do not inherit it: loader workers outlive a killed rank by some seconds.
 
     Args:
-        path: The lock file; it is made, and stays.
-        wait_seconds: How long to wait for another holder to end.
+        path: The lock file; it is created, and never removed.
+        wait_seconds: Maximum time to wait for another holder.
 
     Raises:
-        BlockingIOError: If another one holds it; `strerror` names the process.
+        BlockingIOError: If another process holds it; `strerror` names the process.
     """
     path = Path(path).resolve()
     deadline = time.monotonic() + wait_seconds
-    while (owner := _try_to_hold(path)) is not None:
+    while (owner := _try_lock(path)) is not None:
         if time.monotonic() >= deadline:
             raise BlockingIOError(errno.EAGAIN, f"held by {owner}", str(path))
-        time.sleep(_SECONDS_BETWEEN_TRIES)
+        time.sleep(_RETRY_SECONDS)
     try:
         yield
     finally:
         _held.pop(path).close()
 
 
-def _try_to_hold(path: Path) -> str | None:
-    """Hold the file and return None, or return who holds it."""
+def _try_lock(path: Path) -> str | None:
+    """Lock the file and return None, or return the process that holds it."""
     me = f"process {os.getpid()} on {socket.gethostname()}"
     if path in _held:
-        return me  # To open and close the file once more would give the lock up.
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by hold)
+        return me  # Closing a second descriptor of the file would release the lock.
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by lock_file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
@@ -155,10 +153,10 @@ def _try_to_hold(path: Path) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Return a value made of what JSON knows, at any depth.
+    """Convert a value to JSON types, recursively.
 
-    Numpy scalars and arrays, tensors, and paths become plain; non-finite floats become the words
-    "nan", "inf" and "-inf". Objects of other kinds stay, and `json` refuses them.
+    Numpy scalars and arrays, tensors and paths are converted; non-finite floats become the strings
+    "nan", "inf" and "-inf". Other objects are returned as they are, and `json` rejects them.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

@@ -1,7 +1,7 @@
-"""Contiguous parts of a range: the one rule by which rows, batches and classes are shared out.
+"""Contiguous partition of a range: the only rule for sharding rows, batches and classes.
 
-Part `r` of `W` of `n` items is `floor(r n / W) .. floor((r + 1) n / W) - 1`. Parts differ by one
-item at most, cover every item once, and depend on nothing but the three integers.
+Part `r` of `W` of `n` items is `floor(r n / W) .. floor((r + 1) n / W) - 1`. Part
+sizes differ by at most one, parts cover every item once, and depend on these three integers only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def part_bounds(total: int, num_parts: int, part: int) -> tuple[int, int]:
     """
     if total < 0 or num_parts < 1 or not 0 <= part < num_parts:
         raise ValueError(
-            f"required total >= 0 and 0 <= part < num_parts, "
-            f"got total={total}, num_parts={num_parts}, part={part}"
+            "total must be >= 0 and part in 0 .. num_parts - 1, but they are "
+            f"total={total}, num_parts={num_parts}, part={part}"
         )
     return part * total // num_parts, (part + 1) * total // num_parts
 
@@ -39,5 +39,5 @@ def part_sizes(total: int, num_parts: int) -> list[int]:
 def part_of(item: int, total: int, num_parts: int) -> int:
     """Return the part that holds `item`: the inverse of `part_bounds`."""
     if not 0 <= item < total:
-        raise ValueError(f"required 0 <= item < total, got item={item}, total={total}")
+        raise ValueError(f"item {item} is not in 0 .. total - 1 with total {total}")
     return ((item + 1) * num_parts - 1) // total

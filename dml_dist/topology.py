@@ -1,4 +1,4 @@
-"""Facts about the ranks of one run, as a value that is passed in and never looked up."""
+"""Rank, world size and device of a process, passed in as a value and never looked up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dml_dist.partition import part_bounds
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's place among the ranks of a run.
+    """Position of one rank among the ranks of a run.
 
     Attributes:
         rank: This rank, 0 .. world_size - 1.
@@ -27,13 +27,13 @@ class Topology:
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
             raise TopologyError(
-                f"required 0 <= rank < world_size, got rank={self.rank}, "
-                f"world_size={self.world_size}; start every rank through one launcher"
+                f"rank {self.rank} is not in 0 .. world_size - 1 with world_size "
+                f"{self.world_size}; start all ranks with the same launcher"
             )
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes records, checkpoints' manifests and reports."""
+        """Whether this rank writes records, checkpoint manifests and reports."""
         return self.rank == 0
 
     @property

@@ -1,4 +1,4 @@
-"""Addresses of data that is not on this machine: what is one, and how it is put together."""
+"""URLs of remote data: recognize, join and redact them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-# One slash is enough: a path object of `s3://bucket` reads `s3:/bucket`. One letter is a drive.
+# One slash is enough: `Path("s3://bucket")` becomes `s3:/bucket`. One letter is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _WEB = ("http", "https")
 
 
 def is_url(location: str | Path) -> bool:
-    """Tell whether a location names a protocol, as `https://host/folder` does; a path does not."""
+    """Return whether a location is a URL, such as `https://host/folder`, and not a path."""
     return _URL.match(str(location)) is not None
 
 
 def local_path(location: str) -> Path | None:
-    """Return the folder on this machine that a path or a file:// URL names, None for other URLs."""
+    """Return the local folder of a path or a file:// URL, None for other URLs."""
     if not is_url(location):
         return Path(location).expanduser()
     parts = urlsplit(location)
@@ -25,20 +25,20 @@ def local_path(location: str) -> Path | None:
 
 
 def protocol_of(url: str) -> str:
-    """Return the protocol of a URL in small letters, as `https`."""
+    """Return the protocol of a URL in lower case, such as `https`."""
     return url.partition(":")[0].lower()
 
 
 def join_url(url: str, name: str) -> str:
-    """Return the URL of a file below a folder's; a query, as of signed URLs, stays at the end."""
+    """Append a file name to a folder's URL; the query of a signed URL stays at the end."""
     if protocol_of(url) not in _WEB:
         return f"{url.rstrip('/')}/{name}"
     parts = urlsplit(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
 
-def shown_url(url: str) -> str:
-    """Return a URL for messages: without a user's name, password or the query of a signed URL."""
+def redact_url(url: str) -> str:
+    """Return a URL for messages, without user name, password and the query of a signed URL."""
     parts = urlsplit(url)
     if protocol_of(url) not in _WEB:
         return url

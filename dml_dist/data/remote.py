@@ -20,7 +20,7 @@ from tenacity import (
 )
 
 from dml_dist.errors import ConfigError, DataError, DmlDistError, RunError
-from dml_dist.urls import join_url, protocol_of, shown_url
+from dml_dist.urls import join_url, protocol_of, redact_url
 
 BLOCK_BYTES = 8 * 2**20
 """What one request asks for; after a fault the copy goes on at the block that was not received."""
@@ -56,7 +56,7 @@ class RemoteFolder:
 
     def shown(self, name: str = "") -> str:
         """Return the URL of the folder or of a file in it for messages, without secrets."""
-        return shown_url(join_url(self.url, name) if name else self.url)
+        return redact_url(join_url(self.url, name) if name else self.url)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, None where the server does not tell.

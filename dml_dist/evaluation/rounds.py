@@ -215,7 +215,7 @@ class Rounds:
         num_relevant_Q = self._population.num_relevant_N[row_Q]
         k_Q = np.maximum(num_relevant_Q, shortest)
         for definition in self._tally.definitions:
-            k_Q = np.maximum(k_Q, definition.lengths(num_relevant_Q))
+            k_Q = np.maximum(k_Q, definition.list_length(num_relevant_Q))
         return np.minimum(k_Q, self._population.num_gallery)
 
     def _blocks(self, row_Q: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:

@@ -1,4 +1,4 @@
-"""Networks that turn images (B, 3, H, W) into feature maps (B, F, h, w), with their weights."""
+"""Backbones from images (B, 3, H, W) to feature maps (B, F, h, w), with pretrained weights."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from dml_dist.errors import ConfigError
 
 _CONV4_GROUPS = 8
 _RESNET_GROUPS = 32
-# Children of torchvision's networks that stand behind the last feature map.
+# Children of torchvision's networks after the last feature map.
 _AFTER_FEATURES = ("avgpool", "dropout", "fc", "classifier", "flatten", "head")
-# What stands in weight files and not in the networks here: these, and auxiliary classifiers.
+# Prefixes of parameters in weight files that our networks lack: (auxiliary) classifiers.
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.")
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def build_conv4(config: Conv4Config) -> tuple[nn.Module, int]:
-    """Return four blocks of convolution 3x3, normalisation, ReLU, and their number of channels.
+    """Return four blocks of 3x3 convolution, normalization and ReLU, and their number of channels.
 
-    The first three convolutions have stride 2: half the time of pooling after each block.
+    The first three convolutions have stride 2, which takes half the time of pooling layers.
     """
     layers: list[nn.Module] = []
     channels = 3
     for stride in (2, 2, 2, 1):
-        # Normalisation subtracts the mean: a bias of the convolution would do nothing.
+        # No bias: normalization subtracts the mean, so it would have no effect.
         layers.append(nn.Conv2d(channels, config.width, 3, stride, padding=1, bias=False))
         layers.append(
             nn.BatchNorm2d(config.width)
@@ -59,12 +59,12 @@ def build_conv4(config: Conv4Config) -> tuple[nn.Module, int]:
 def build_torchvision(config: TorchvisionConfig, *, pretrained: bool) -> tuple[nn.Module, int]:
     """Return torchvision's network without its classifier, and its number of features.
 
-    The output is the last feature map (B, F, h, w); of a Vision Transformer it is the class token
-    behind the last LayerNorm, (B, F). Parameters have torchvision's names.
+    The output is the last feature map (B, F, h, w), or for a Vision Transformer the class token
+    after the last LayerNorm, (B, F). Parameters have torchvision's names.
 
     Args:
-        config: Which network, normalisation and weights.
-        pretrained: False leaves `config.weights` out (a checkpoint is loaded next).
+        config: Network, normalization and weights.
+        pretrained: Whether to load `config.weights`; False if a checkpoint is loaded next.
     """
     network = torchvision.models.get_model(config.name, weights=None, **_arguments(config))
     *_, classifier = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
@@ -90,12 +90,12 @@ def build_torchvision(config: TorchvisionConfig, *, pretrained: bool) -> tuple[n
 
 
 def _arguments(config: TorchvisionConfig) -> dict[str, Any]:
-    """Return what torchvision's builder is given."""
+    """Return the keyword arguments of torchvision's builder."""
     match config:
         case ResNetConfig():
             return {"norm_layer": _group_norm} if config.norm == "group" else {}
         case GoogLeNetConfig():
-            # Its own initialisation, without the warning that another one may come.
+            # Explicit, to avoid torchvision's warning that the default will change.
             return {"aux_logits": False, "init_weights": True}
         case ViTConfig():
             return {"image_size": config.image_size}
@@ -112,7 +112,7 @@ def _set_stochastic_depth(trunk: nn.Module, active: bool) -> None:
 
 
 class _Rescale(nn.Module):
-    """Inputs of ImageNet's mean and std to [-1, 1], where GoogLeNet's weights were trained."""
+    """Rescale inputs from ImageNet's mean and std to [-1, 1], as GoogLeNet's weights expect."""
 
     mean: Tensor
     std: Tensor
@@ -127,12 +127,12 @@ class _Rescale(nn.Module):
 
 
 def _require_image_size(network: nn.Module, inputs: tuple[Tensor]) -> None:
-    """Refuse images of another size: those of a custom transform are only known now."""
+    """Raise for images of another size; with a custom transform it is only known in forward."""
     side, given = network.image_size, tuple(inputs[0].shape[-2:])
     if given != (side, side):
         raise ConfigError(
-            f"model.backbone.image_size: required images of {side} x {side} pixels, got "
-            f"{given[0]} x {given[1]} from data.transform; set one of the two to the other"
+            f"model.backbone.image_size is {side}, but data.transform gives images of {given[0]} x "
+            f"{given[1]} pixels; make the two equal"
         )
 
 
@@ -140,7 +140,7 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
     """Return the user's module and its `num_features`.
 
     Raises:
-        ConfigError: If the target is no module with `num_features`, or refuses its options.
+        ConfigError: If the target returns no module with `num_features`, or rejects its options.
     """
     where = f"model.backbone.target {config.target}"
     factory = load_target(config.target)
@@ -148,28 +148,28 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
         module = factory(**config.options)
     except TypeError as error:
         raise ConfigError(
-            f"{where}: required a callable that takes the options {sorted(config.options)}, "
-            f"got TypeError: {error}; change model.backbone.options"
+            f"{where} does not accept the options {sorted(config.options)} (TypeError: {error}); "
+            "change model.backbone.options"
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
-            f"{where}: required a torch.nn.Module, got {type(module).__name__}; "
-            "let it return the network"
+            f"{where} returned {type(module).__name__}, but must return the network, a "
+            "torch.nn.Module"
         )
     num_features = getattr(module, "num_features", None)
     if not isinstance(num_features, int) or num_features < 1:
         raise ConfigError(
-            f"{where}: required an attribute num_features >= 1 (F of its output (B, F) or "
-            f"(B, F, H, W)), got {num_features!r}; set it in the module's __init__"
+            f"{where}: the module's attribute num_features is {num_features!r}; set it to F >= 1 "
+            "of its output (B, F) or (B, F, H, W) in __init__"
         )
     return module, num_features
 
 
 def check_weights(config: BackboneConfig) -> None:
-    """Refuse `weights` that name nothing, without building or downloading anything.
+    """Raise for invalid `weights`, without building or downloading anything.
 
     Args:
-        config: The backbone; a relative path is looked up from the current folder.
+        config: The backbone; a relative path is resolved from the current folder.
 
     Raises:
         ConfigError: If they are neither none, nor a weight name of this network, nor a file.
@@ -181,18 +181,17 @@ def check_weights(config: BackboneConfig) -> None:
     if config.weights not in names:
         if not Path(config.weights).is_file():
             raise ConfigError(
-                f"model.backbone.weights: required none, one of {names}, or the path of a "
-                f"state dict, got {config.weights!r}, which is neither a name of {config.name} "
-                "nor a file"
+                f"model.backbone.weights must be none, one of {names}, or the path of a state "
+                f"dict, but {config.weights!r} is neither a name of {config.name} nor a file"
             )
         return
     if isinstance(config, ViTConfig):
         side = known[config.weights].meta["min_size"][0]
         if config.image_size != side:
             raise ConfigError(
-                f"model.backbone.image_size: required {side}, the size that the weights "
-                f"{config.weights} of {config.name} are for, got {config.image_size}; set it and "
-                "data.transform.size to that"
+                f"model.backbone.image_size is {config.image_size}, but the weights "
+                f"{config.weights} of {config.name} need {side}; set it and data.transform.size "
+                f"to {side}"
             )
 
 
@@ -209,29 +208,29 @@ def _read_weights(config: TorchvisionConfig) -> dict[str, Tensor]:
     path = Path(config.weights)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen unrelated classes.
+    except Exception as error:  # torch.load raises many unrelated types.
         raise ConfigError(
-            f"model.backbone.weights: required a state dict saved with torch.save (tensors only), "
-            f"got {path}, which cannot be read: {error}"
+            f"model.backbone.weights: {path} cannot be read ({error}); save a state dict of "
+            "tensors with torch.save"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ConfigError(
-            f"model.backbone.weights: required a state dict (names to tensors) in {path}, "
-            f"got {type(state).__name__}; save model.state_dict() and nothing else"
+            f"model.backbone.weights: {path} holds {type(state).__name__}, not a state dict (names "
+            "to tensors); save model.state_dict() and nothing else"
         )
     return state
 
 
 def _download(entry: Any, name: str) -> dict[str, Tensor]:
-    """Return torchvision's weights from its cache folder, downloaded into it where missing."""
+    """Return torchvision's weights from its cache folder; download them if missing."""
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"model.backbone.weights: required the torchvision weights {name}, got no download "
-            f"of {entry.url} ({error}); fetch that address on a machine with a network and put "
-            f"the file at {target}, or set model.backbone.weights to its path"
+            f"model.backbone.weights {name}: the download of {entry.url} failed ({error}); "
+            f"download it on a machine with network access and copy it to {target}, or set "
+            "model.backbone.weights to its path"
         ) from error
     return state
 
@@ -244,6 +243,6 @@ def _load(trunk: nn.Module, state: dict[str, Tensor], source: str) -> None:
     except RuntimeError as error:
         text = str(error)
         raise ConfigError(
-            f"model.backbone.weights: required the parameters of this network, got other ones in "
-            f"{source}: {text[:600]}{' ...' if len(text) > 600 else ''}"
+            f"model.backbone.weights: the state dict {source} does not fit the network; use "
+            f"weights of the same architecture: {text[:600]}{' ...' if len(text) > 600 else ''}"
         ) from error

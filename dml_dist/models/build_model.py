@@ -1,4 +1,4 @@
-"""From the configuration of a model to the model."""
+"""Build a model from its configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dml_dist.models.backbones import build_conv4, build_custom, build_torchvisi
 from dml_dist.models.embedding import EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
 
-# Keeps the stream of initial weights apart from other streams of the same seed.
+# Separates this random stream from others with the same seed.
 _STREAM = 0x4D4F44
 
 
@@ -33,19 +33,20 @@ def build_model(
 ) -> EmbeddingModel:
     """Return the embedding network on the CPU, in training mode.
 
-    Initial weights are drawn from the seed alone: they are the same on every rank, for any number
-    of ranks, whatever was drawn before. The global random state is left as it was.
+    Initial weights depend on the seed alone: they are the same on every rank and for any number of
+    ranks. The global random state is unchanged.
 
     Args:
         config: The model section.
         seed: The run's seed.
-        pretrained: False leaves the backbone's `weights` out: a checkpoint is loaded next, and
-            the file of weights need not be there any more.
+        pretrained: Whether to load the backbone's `weights`; False if a checkpoint is loaded next,
+            so that the weight file need not exist any more.
         dtype: float32, or float64 for exact comparisons.
 
     Raises:
-        ConfigError: If weights or a custom backbone are not what they should be.
+        ConfigError: If weights or a custom backbone are invalid.
     """
+    # torch's initializers draw from the global generator: fork it so that callers see no change.
     with torch.random.fork_rng(devices=[]):
         drawn = int(np.random.SeedSequence([seed, _STREAM]).generate_state(1, np.uint64)[0])
         torch.default_generator.manual_seed(drawn)
@@ -89,8 +90,6 @@ def _batch_norm(config: BackboneConfig) -> BatchNormConfig | None:
     return config.batch_norm if isinstance(config, CustomBackboneConfig) else config.normalization
 
 
-# ---------------- description
-
 _STATISTICS = {
     "frozen": "frozen",
     "synchronized": "of the global batch",
@@ -99,7 +98,7 @@ _STATISTICS = {
 
 
 def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
-    """Return rows of label and value on batch normalisation and on draws, if it has them."""
+    """Return (label, value) rows on batch normalization and random layers, if there are any."""
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     rows = []
     if layers:
@@ -114,12 +113,12 @@ def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
                 f"{_STATISTICS[model.batch_norm]}",
             )
         )
-    if draws := [name for name, is_active in _draws(model).items() if is_active]:
-        rows.append(("draws in the network", f"{', '.join(draws)}; each rank for its own images"))
+    if draws := [name for name, is_active in _random_layers(model).items() if is_active]:
+        rows.append(("random layers", f"{', '.join(draws)}; each rank for its own images"))
     return tuple(rows)
 
 
-def _draws(model: nn.Module) -> dict[str, bool]:
+def _random_layers(model: nn.Module) -> dict[str, bool]:
     return {
         "stochastic depth": any(
             isinstance(layer, StochasticDepth) and layer.p > 0 for layer in model.modules()
@@ -129,5 +128,5 @@ def _draws(model: nn.Module) -> dict[str, bool]:
 
 
 def batch_norm_channels(model: nn.Module) -> list[int]:
-    """Return the number of channels of each layer of batch normalisation."""
+    """Return the number of channels of each batch normalization layer."""
     return [layer.num_features for layer in model.modules() if isinstance(layer, _BatchNorm)]

@@ -1,4 +1,4 @@
-"""The embedding network, and what kind of parameter each of its parameters is."""
+"""The embedding network, and the kind of each of its parameters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BatchNormStatistics = Literal["frozen", "synchronized", "per_rank"]
 
 @dataclass(frozen=True)
 class ParameterKind:
-    """What decides the learning rate and weight decay of a parameter.
+    """Kind of a parameter, which determines its learning rate and weight decay.
 
     Attributes:
         part: The backbone, or the head (everything after it).
-        bias: Whether it is added to a layer's output (also of normalisation layers).
-        norm: Whether it belongs to a normalisation layer, or is the power of GeM pooling, which
-            weight decay would pull away from its meaning just the same.
+        bias: Whether it is a bias (also of normalization layers).
+        norm: Whether it belongs to a normalization layer, or is the power of GeM pooling, which
+            weight decay should not change either.
     """
 
     part: Literal["backbone", "head"]
@@ -38,14 +38,14 @@ class EmbeddingModel(nn.Module):
 
     Attributes:
         backbone: Images (B, 3, H, W) to features (B, F, h, w) or (B, F).
-        pool: Feature maps to (B, F); not used for features (B, F).
+        pool: Feature maps to (B, F); skipped for features (B, F).
         norm: LayerNorm without learned parameters, or the identity.
         head: Linear layer to the embedding.
-        batch_norm: Whose statistics batch normalisation takes in training. "frozen": its running
-            ones, which it never updates, because it stays in evaluation mode; "synchronized": all
-            ranks' (`parallel/batch_norm.py`); "per_rank": its own rank's.
+        batch_norm: Statistics of batch normalization in training. "frozen": its running ones, in
+            evaluation mode; "synchronized": of all ranks (`parallel/batch_norm.py`); "per_rank":
+            of the rank's own batch.
         has_own_buffers: Whether training may change buffers of other layers too.
-        holds_backbone: The same for the time being, see `hold_backbone`.
+        is_backbone_frozen: Whether the backbone is frozen for now, see `freeze_backbone`.
         channels_last: Memory format of the images given to the backbone.
     """
 
@@ -67,17 +67,17 @@ class EmbeddingModel(nn.Module):
         self.head = head
         self.batch_norm = batch_norm
         self.has_own_buffers = has_own_buffers
-        self.holds_backbone = False
+        self.is_backbone_frozen = False
         self.channels_last = channels_last
 
     @property
     def embedding_size(self) -> int:
-        """D, the number of coordinates of an embedding."""
+        """D, the embedding dimension."""
         return self.head.out_features
 
     @property
     def has_changing_buffers(self) -> bool:
-        """Whether training changes buffers differently on each rank, so that they are shared."""
+        """Whether buffers diverge between ranks in training and have to be synchronized."""
         return any(
             self.batch_norm == "per_rank" if isinstance(layer, _BatchNorm) else self.has_own_buffers
             for layer in self.backbone.modules()
@@ -85,7 +85,7 @@ class EmbeddingModel(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return embeddings that are NOT normalised.
+        """Return embeddings that are NOT normalized.
 
         Args:
             images: (B, 3, H, W).
@@ -97,6 +97,7 @@ class EmbeddingModel(nn.Module):
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.backbone(images)
+        # Pooling and head in full precision: distances are sensitive to their rounding.
         with torch.autocast(images.device.type, enabled=False):
             features = features.to(self.head.weight.dtype)
             if features.ndim == 4:
@@ -104,20 +105,20 @@ class EmbeddingModel(nn.Module):
             embeddings: Tensor = self.head(self.norm(features))
             return embeddings
 
-    def hold_backbone(self, hold: bool) -> None:
-        """Begin or end the warm-up, in which the backbone stays as it is.
+    def freeze_backbone(self, freeze: bool) -> None:
+        """Freeze or unfreeze the backbone, for the warm-up of the head.
 
-        Its batch normalisation then is in evaluation mode, whatever `batch_norm` says: the
-        running statistics are part of what must not change. Gradients are the caller's.
+        Frozen, its batch normalization is in evaluation mode whatever `batch_norm` says, since
+        running statistics must not change. The caller handles gradients.
         """
-        if hold != self.holds_backbone:
-            self.holds_backbone = hold
+        if freeze != self.is_backbone_frozen:
+            self.is_backbone_frozen = freeze
             self.train(self.training)
 
     def train(self, mode: bool = True) -> EmbeddingModel:
-        """Set the mode; frozen batch normalisation stays in evaluation mode."""
+        """Set the mode; frozen batch normalization stays in evaluation mode."""
         super().train(mode)
-        if self.batch_norm == "frozen" or self.holds_backbone:
+        if self.batch_norm == "frozen" or self.is_backbone_frozen:
             for module in self.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
@@ -125,7 +126,7 @@ class EmbeddingModel(nn.Module):
 
 
 def freeze_affine(backbone: nn.Module) -> None:
-    """Leave scale and shift of all batch normalisation as they are: they get no gradient."""
+    """Disable the gradients of scale and shift of all batch normalization layers."""
     for layer in backbone.modules():
         if isinstance(layer, _BatchNorm):
             layer.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How a feature map (B, F, H, W) becomes one vector (B, F)."""
+"""Pooling layers from feature maps (B, F, H, W) to vectors (B, F)."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class GeMPool(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         power = self.power.clamp(*_GEM_POWERS)
         features = features.clamp(min=_GEM_FLOOR)
-        # Relative to the largest feature, so that no power overflows.
+        # Relative to the largest feature, so that powers cannot overflow.
         largest = features.amax(dim=(2, 3), keepdim=True).detach()
         mean = (features / largest).pow(power).mean(dim=(2, 3))
         return largest.flatten(1) * mean.pow(1.0 / power)
 
 
 def build_pooling(name: Literal["avg", "max", "avg+max", "gem"], gem_power: float) -> nn.Module:
-    """Return the pooling module of a name."""
+    """Return a pooling module by name."""
     match name:
         case "avg":
             return AvgPool()

@@ -1,8 +1,8 @@
-"""`dml-dist check-loss`: whether a loss gives one process's gradients on any number of ranks.
+"""`dml-dist check-loss`: check that a loss has the same gradients on any number of ranks.
 
-The loss runs on seeded batches, awkward ones included, in one process and on 2 and 3 gloo ranks, in
-float64. Loss and all gradients (network, tables of the loss, its other parameters) must be those of
-one process on the whole batch, to a relative 1e-10.
+The loss runs on seeded batches, including edge cases, in one process and on 2 and 3 gloo ranks, in
+float64. Loss and all gradients (network, proxy tables, other parameters of the loss) must equal
+those of one process on the whole batch, with a relative tolerance of 1e-10.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from dml_dist.orchestration.check_loss_ranks import (
     Measured,
     measure,
     measure_on_ranks,
-    prepare_ranks,
+    preload_forkserver,
 )
 from dml_dist.parallel.comm import Comm
 
 LIMIT = 1e-10
-"""Largest deviation, relative to the largest number of the same gradient."""
+"""Maximum deviation, relative to the largest element of the same gradient."""
 
 _SMALL = 1e-3
-"""Gradients smaller than this are compared as if they were this large."""
+"""Minimum denominator of a relative deviation, for gradients that are nearly zero."""
 
 WORLD_SIZES = (2, 3)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How one case came out on one number of ranks.
+    """Result of one case on one number of ranks.
 
     Attributes:
         case: Name of the case.
         world_size: Number of ranks.
-        deviation: The largest deviation; infinite where a number is not finite.
-        parts: What deviates more than the limit; the worst first.
-        problem: What broke, or "".
-        skipped: Why the loss does not take the case, or "".
+        deviation: Largest relative deviation; infinite if a value is not finite.
+        parts: What deviates by more than the limit, the worst first.
+        problem: Diagnosis, or "".
+        skipped: Why the loss does not support the case, or "".
     """
 
     case: str
@@ -60,25 +60,25 @@ class Finding:
 
 
 def check_loss(target: str, options: Sequence[str], console: Console) -> None:
-    """Check a loss, print a table of cases, and say what broke.
+    """Check a loss, and print a table of cases and a diagnosis.
 
     Args:
         target: Name of a loss, as in the configuration's `loss.name`, or `package.module:name` of
-            a loss of one's own.
+            a custom loss.
         options: Its options, as `key=value`.
-        console: Where the table goes.
+        console: Console for the table.
 
     Raises:
         ConfigError: If there is no such loss, an option is wrong, or the check fails.
     """
     config = loss_config(target, options)
-    prepare_ranks()
-    findings = find(config)
+    preload_forkserver()
+    findings = run_cases(config)
     console.print(_table(findings))
     if problems := _problems(findings):
         raise ConfigError(
-            f"check-loss {target}: required the loss and gradients of one process on 1, 2 and 3 "
-            f"ranks to {LIMIT:g}, got " + "; ".join(problems)
+            f"check-loss {target}: on 1, 2 and 3 ranks loss and gradients deviate from those of "
+            f"one process by more than {LIMIT:g}; " + "; ".join(problems)
         )
     if skipped := [finding for finding in findings if finding.skipped]:
         console.print(f"skipped: {skipped[0].skipped}", highlight=False, markup=False)
@@ -93,10 +93,10 @@ def check_loss(target: str, options: Sequence[str], console: Console) -> None:
 
 
 def loss_config(target: str, options: Sequence[str]) -> LossConfig:
-    """Return the loss section that a target and its options name.
+    """Return the loss section for a target and its options.
 
     Raises:
-        ConfigError: If they name none.
+        ConfigError: If the target or an option is invalid.
     """
     for option in options:
         if "=" not in option:
@@ -117,18 +117,19 @@ def loss_config(target: str, options: Sequence[str]) -> LossConfig:
     return parse_config(plain, [prefix + option for option in options]).loss
 
 
-def find(config: LossConfig) -> list[Finding]:
-    """Return how every case came out on 1, 2 and 3 ranks.
+def run_cases(config: LossConfig) -> list[Finding]:
+    """Return the results of all cases on 1, 2 and 3 ranks.
 
     Raises:
         ConfigError: If the loss cannot be built, or raises on a batch.
     """
-    alone = _alone(config)
-    again = _alone(config)
+    alone = _measure_dense(config)
+    again = _measure_dense(config)
     findings = [
         _compare(case.name, 1, one, [two])
         for case, one, two in zip(CASES, alone, again, strict=True)
     ]
+    # A loss that differs from itself in one process cannot be compared across ranks.
     if any(finding.problem for finding in findings):
         return findings
     for world_size in WORLD_SIZES:
@@ -138,19 +139,16 @@ def find(config: LossConfig) -> list[Finding]:
     return findings
 
 
-def _alone(config: LossConfig) -> list[Measured]:
+def _measure_dense(config: LossConfig) -> list[Measured]:
     try:
         return measure(config, Comm.single())
     except ConfigError:
         raise
-    except Exception as error:  # User code: whatever it raises is told as a message.
+    except Exception as error:  # User code may raise anything.
         raise ConfigError(
-            "check-loss: required a loss that takes embeddings (B, D) in float64 and labels, "
-            f"and that autograd can go through, got {type(error).__name__}: {error}"
+            f"check-loss: the loss raised {type(error).__name__}: {error}; it must accept "
+            "embeddings (B, D) in float64 and labels (B,), and be differentiable by autograd"
         ) from error
-
-
-# ---------------------------------------------------------------- comparison
 
 
 def _compare(case: str, world_size: int, expected: Measured, found: list[Measured]) -> Finding:
@@ -158,7 +156,7 @@ def _compare(case: str, world_size: int, expected: Measured, found: list[Measure
     for measured in (expected, *found):
         if measured.skipped:
             return Finding(case, world_size, skipped=measured.skipped)
-    bad = [_part(name) for name, grad in expected.grads.items() if not bool(grad.isfinite().all())]
+    bad = [_group(name) for name, grad in expected.grads.items() if not bool(grad.isfinite().all())]
     if not math.isfinite(expected.loss):
         bad.insert(0, "loss")
     if bad:
@@ -166,7 +164,9 @@ def _compare(case: str, world_size: int, expected: Measured, found: list[Measure
     if len({measured.loss for measured in found}) > 1:
         return Finding(case, world_size, math.inf, ("loss",), _DIFFERS)
     pairs = [("loss", torch.tensor(found[0].loss), torch.tensor(expected.loss))]
-    pairs += [(_part(name), _whole(name, found), grad) for name, grad in expected.grads.items()]
+    pairs += [
+        (_group(name), _full_gradient(name, found), grad) for name, grad in expected.grads.items()
+    ]
     deviations = [_deviation(actual, wanted) for _, actual, wanted in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -deviations[i])
     wrong = [pairs[i] for i in order if deviations[i] > LIMIT]
@@ -176,7 +176,7 @@ def _compare(case: str, world_size: int, expected: Measured, found: list[Measure
 
 
 def _problems(findings: Sequence[Finding]) -> list[str]:
-    """Return what broke, each once, with its parts and the first case."""
+    """Return each distinct problem with its parts and the first case."""
     result = []
     for problem in dict.fromkeys(finding.problem for finding in findings if finding.problem):
         of_it = [finding for finding in findings if finding.problem == problem]
@@ -184,44 +184,44 @@ def _problems(findings: Sequence[Finding]) -> list[str]:
         first = of_it[0]
         ranks = "in one process" if first.world_size == 1 else f"on {first.world_size} ranks"
         result.append(
-            f"{parts}: {problem} ({len(of_it)} of {len(findings)} times, first in the case "
-            f"{first.case!r} {ranks}, a deviation of {first.deviation:.1e})"
+            f"{parts}: {problem} ({len(of_it)} of {len(findings)} results, first in case "
+            f"{first.case!r} {ranks}, deviation {first.deviation:.1e})"
         )
     return result
 
 
 _NOT_FINITE = (
-    "not finite: keep square roots, logarithms and divisions away from 0 (equal rows, zero rows, "
-    "a batch without pairs)"
+    "not finite: guard square roots, logarithms and divisions against 0 (equal rows, zero rows, "
+    "batches without pairs)"
 )
 _DIFFERS = (
-    "another value on each rank: compute it from the merged statistics or the gathered batch "
-    "alone, and draw nothing from a global generator"
+    "different values on the ranks: compute it only from the merged statistics or the gathered "
+    "batch, and do not use a global random generator"
 )
-_UNSTEADY = (
-    "another result of the same batch in one process: draw from fixed seeds, and keep no state "
-    "between calls"
+_NONDETERMINISTIC = (
+    "not deterministic, two runs on the same batch in one process differ: use fixed seeds, and "
+    "keep no state between calls"
 )
 _TOO_LARGE = (
-    "W times too large: what every shard or rank has as a whole is added up over them; divide by "
-    "the global count"
+    "W times too large: a value that is global on every shard or rank is summed over them; divide "
+    "by the global count"
 )
 _TOO_SMALL = (
-    "W times too small: a count that every shard or rank has as a whole is added up over them; "
-    "divide by the global count once"
+    "W times too small: a count that is global on every shard or rank is summed over them; divide "
+    "by the global count once"
 )
 _OTHER = (
-    "not those of one process: partial must give statistics of its own shard alone, merges say "
-    "how two of them become one, finish take the merged ones"
+    "not those of one process: partial must return statistics of its own shard alone, merges must "
+    "name their merge, and finish must use only merged statistics"
 )
 
 
-def _part(name: str) -> str:
+def _group(name: str) -> str:
     return "network" if name.startswith("network.") else name
 
 
-def _whole(name: str, found: list[Measured]) -> Tensor:
-    """Return a gradient of all ranks: of a table its rows in order, else the first rank's."""
+def _full_gradient(name: str, found: list[Measured]) -> Tensor:
+    """Return a full gradient: a table's rows concatenated over ranks, else the first rank's."""
     if name not in found[0].row_low:
         return found[0].grads[name]
     return torch.cat([m.grads[name] for m in sorted(found, key=lambda m: m.row_low[name])])
@@ -235,12 +235,13 @@ def _deviation(actual: Tensor, wanted: Tensor) -> float:
 
 
 def _diagnosis(actual: Tensor, wanted: Tensor, world_size: int) -> str:
-    """Return what a wrong gradient or value looks like."""
+    """Return a diagnosis of a wrong gradient or value."""
     if world_size == 1:
-        return _UNSTEADY
+        return _NONDETERMINISTIC
     if actual.shape != wanted.shape or not bool(actual.isfinite().all()):
         return _OTHER
     actual, wanted = actual.double().reshape(-1), wanted.double().reshape(-1)
+    # The least-squares factor between both: W or 1 / W points to a typical scaling error.
     factor = float(actual @ wanted / (wanted @ wanted).clamp_min(1e-300))
     rest = float((actual - factor * wanted).norm() / actual.norm().clamp_min(1e-300))
     if rest < 1e-6 and abs(factor - world_size) < 1e-6:
@@ -251,14 +252,14 @@ def _diagnosis(actual: Tensor, wanted: Tensor, world_size: int) -> str:
 
 
 def _table(findings: Sequence[Finding]) -> Table:
-    """Return a row for each case, with its largest deviation on each number of ranks."""
-    by_place = {(finding.case, finding.world_size): finding for finding in findings}
+    """Return a table of the largest deviation of each case on each number of ranks."""
+    by_case = {(finding.case, finding.world_size): finding for finding in findings}
     sizes = sorted({finding.world_size for finding in findings})
     names = ["again", *(f"{size} ranks" for size in sizes[1:])]
     table = Table("largest deviation", *names, "")
     table.columns[0].no_wrap = True
     for case in dict.fromkeys(finding.case for finding in findings):
-        row = [by_place[case, size] for size in sizes]
+        row = [by_case[case, size] for size in sizes]
         verdict = "[red]wrong[/]" if any(finding.problem for finding in row) else "ok"
         table.add_row(escape(case), *(_cell(finding) for finding in row), verdict)
     return table

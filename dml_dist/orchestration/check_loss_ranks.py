@@ -1,7 +1,7 @@
-"""One loss on seeded batches, in one process or on several gloo ranks: values and gradients.
+"""Values and gradients of a loss on seeded batches, in one process or on several gloo ranks.
 
-Ranks are processes of this machine, forked from a server that has imported torch and holds no
-threads, that meet in a file. They run neither Ray nor a run.
+Ranks are local processes, forked from a server that has imported torch and has no threads; they
+use a file for rendezvous. Neither Ray nor a run is involved.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dml_dist.topology import Topology
 
 INPUT_SIZE, EMBEDDING_SIZE = 6, 5
 _SEED = 11
-_MEET_SECONDS = 120.0
-"""How long ranks wait for each other, imports on a busy machine included."""
+_TIMEOUT_SECONDS = 120.0
+"""Timeout of collectives, including imports on a busy machine."""
 
-_ALL_SECONDS = 300.0
-"""How long ranks may take in all."""
+_TOTAL_TIMEOUT_SECONDS = 300.0
+"""Timeout of all ranks together."""
 
 _GRACE_SECONDS = 5.0
-"""How long the others may go on after one rank has ended badly."""
+"""How long other ranks may continue after one has failed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Case:
     """One seeded batch.
 
     Attributes:
-        name: What is awkward about it.
+        name: What is special about it.
         labels: Class of every row of the global batch.
         num_classes: C.
         zero_rows: Rows whose embedding is zero.
@@ -73,14 +73,14 @@ CASES = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank found for one case.
+    """Result of one rank for one case.
 
     Attributes:
-        loss: The loss's value; NaN where `skipped`.
-        grads: Gradients by name: of the network and replicated parameters, whole, and of this
-            rank's rows of tables.
-        row_low: First row of each table's rows here, by name.
-        skipped: Why the loss does not take this case, or "".
+        loss: Value of the loss; NaN if `skipped`.
+        grads: Gradients by name: of the network and replicated parameters, and of this rank's
+            rows of tables.
+        row_low: First row of this rank in each table, by name.
+        skipped: Why the loss does not support this case, or "".
     """
 
     loss: float
@@ -90,10 +90,10 @@ class Measured:
 
 
 class _Network(nn.Module):
-    """Two layers whose bits of a row do not depend on the batch around it, and a mask.
+    """Two layers and a mask; the bits of a row do not depend on the rest of the batch.
 
-    What a miner takes of equally far rows depends on the last bit of their embeddings: with a
-    matrix product that would be another one on other ranks, whatever the loss does.
+    A miner's choice among equally far rows depends on the last bit of their embeddings. With a
+    matrix product that bit would depend on the batch of the rank, not on the loss.
     """
 
     def __init__(self) -> None:
@@ -116,61 +116,59 @@ class _Network(nn.Module):
 
 
 def measure(config: LossConfig, comm: Comm) -> list[Measured]:
-    """Return what the loss gives for every case; every rank calls this."""
+    """Return the results of all cases; every rank calls this."""
     return [_measure_case(config, case, comm) for case in CASES]
 
 
-def prepare_ranks() -> None:
-    """Let the server that ranks are forked from import what they need, once; call it first."""
+def preload_forkserver() -> None:
+    """Let the forkserver import this module once, before ranks are forked from it."""
     mp.get_context("forkserver").set_forkserver_preload([__name__])
 
 
 def measure_on_ranks(config: LossConfig, world_size: int) -> list[list[Measured]]:
-    """Return what the loss gives for every case on new ranks, by rank.
+    """Start ranks, and return the results of all cases by rank.
 
     Raises:
-        ConfigError: If the loss raised on a rank where it did not in one process.
+        ConfigError: If the loss raised on a rank, but not in one process.
         RunError: If ranks did not start or end.
     """
     context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks: list[BaseProcess] = [
-            context.Process(target=_on_rank, args=(config, rank, world_size, name), daemon=True)
+            context.Process(target=_rank_main, args=(config, rank, world_size, name), daemon=True)
             for rank in range(world_size)
         ]
         for process in ranks:
             process.start()
         late = _wait(ranks)
-        told = {
+        errors = {
             rank: path.read_text()
             for rank in range(world_size)
             if (path := folder / f"error-{rank}").exists()
         }
-        # Who lost a peer only tells of another rank's error.
-        first = {r: text for r, text in told.items() if not text.startswith("PeerLostError")}
-        if problems := [f"rank {rank}: {text}" for rank, text in (first or told).items()]:
+        # PeerLostError is only the consequence of another rank's error.
+        first = {r: text for r, text in errors.items() if not text.startswith("PeerLostError")}
+        if problems := [f"rank {rank}: {text}" for rank, text in (first or errors).items()]:
             raise ConfigError(
-                f"required a loss that runs on {world_size} ranks as in one process, got "
+                f"the loss runs in one process but failed on {world_size} ranks: "
                 + "; ".join(problems)
             )
         if late or any(process.exitcode != 0 for process in ranks):
             codes = [process.exitcode for process in ranks]
             raise RunError(
-                f"required {world_size} ranks that end by themselves, got exit codes {codes}"
-                f"{f', and ranks {late} still running' if late else ''}; look at their output"
+                f"the {world_size} ranks ended with exit codes {codes}"
+                f"{f', and ranks {late} were stopped by a timeout' if late else ''}; check their "
+                "output"
             )
         return [
             torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world_size)
         ]
 
 
-# ---------------------------------------------------------------- on a rank
-
-
 def _wait(ranks: list[BaseProcess]) -> list[int]:
-    """Wait for all ranks, and not long after one has ended badly; end those that are left."""
-    deadline = time.monotonic() + _ALL_SECONDS
+    """Wait for all ranks, only briefly after one has failed; kill and return those that remain."""
+    deadline = time.monotonic() + _TOTAL_TIMEOUT_SECONDS
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
         if any(process.exitcode not in (None, 0) for process in ranks):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
@@ -183,16 +181,20 @@ def _wait(ranks: list[BaseProcess]) -> list[int]:
     return late
 
 
-def _on_rank(config: LossConfig, rank: int, world_size: int, folder: str) -> None:
+def _rank_main(config: LossConfig, rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     place = Path(folder)
     try:
         topology = Topology(rank, world_size, rank)
-        comm = init(topology, init_method=f"file://{place}/meet", timeout_seconds=_MEET_SECONDS)
+        comm = init(
+            topology,
+            init_method=f"file://{place}/meet",
+            timeout_seconds=_TIMEOUT_SECONDS,
+        )
         torch.save(measure(config, comm), place / f"result-{rank}")
         comm.barrier()
         shutdown()
-    except Exception as error:  # User code: whatever it raises is told as a message.
+    except Exception as error:  # User code may raise anything.
         (place / f"error-{rank}.tmp").write_text(f"{type(error).__name__}: {error}")
         os.replace(place / f"error-{rank}.tmp", place / f"error-{rank}")
         raise SystemExit(1) from None

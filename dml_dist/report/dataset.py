@@ -32,7 +32,7 @@ from dml_dist.report.figures import (
     whole_numbers,
 )
 from dml_dist.report.formatting import MISSING
-from dml_dist.urls import is_url, shown_url
+from dml_dist.urls import is_url, redact_url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def show_dataset(
         DataError: If the index is missing or damaged, or an image cannot be read.
         RunError: If the server of a URL does not answer.
     """
-    shown = shown_url(str(location))
+    shown = redact_url(str(location))
     stem = Path(shown).name if is_url(location) else Path(location).absolute().name
     target = new_picture_path(out, f"{stem or 'data'}-show")
     index = open_index(str(location), CacheConfig())

@@ -1,4 +1,4 @@
-"""`check-loss`: right losses pass, wrong ones are told apart, built-in and custom."""
+"""`check-loss`: right losses pass, wrong ones are diagnosed, built-in and custom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from dml_dist.config.objective import CustomLossConfig, LossConfig
 from dml_dist.errors import ConfigError
 from dml_dist.orchestration import check_loss as module
-from dml_dist.orchestration.check_loss import check_loss, find, loss_config
+from dml_dist.orchestration.check_loss import check_loss, loss_config, run_cases
 from dml_dist.orchestration.check_loss_ranks import CASES, Measured, measure
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
@@ -65,9 +65,9 @@ def test_losses_pass_and_the_wrong_one_is_named(
     )
     output = io.StringIO()
     if target.endswith("RowsCountedByEveryShard"):
-        with pytest.raises(ConfigError, match="loss, network, proxies: W times too small") as told:
+        with pytest.raises(ConfigError, match="loss, network, proxies: W times too small") as info:
             check_loss(target, options, Console(file=output))
-        assert told.value.exit_code == 2
+        assert info.value.exit_code == 2
         assert output.getvalue().count("wrong") == len(CASES)
         return
     check_loss(target, options, Console(file=output, width=200))
@@ -77,7 +77,7 @@ def test_losses_pass_and_the_wrong_one_is_named(
 
 
 def test_a_gradient_that_is_not_finite_is_found_in_one_process() -> None:
-    findings = find(loss_config(EXAMPLES + "RootOfSquares", []))
+    findings = run_cases(loss_config(EXAMPLES + "RootOfSquares", []))
     assert {finding.world_size for finding in findings} == {1}
     wrong = [finding for finding in findings if finding.problem]
     assert "equal rows" in {finding.case for finding in wrong}

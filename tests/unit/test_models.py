@@ -244,10 +244,10 @@ def test_wrong_weight_files(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     config = ModelConfig(backbone=ResNetConfig(weights=str(path)))
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"required the parameters of this network"):
+    with pytest.raises(ConfigError, match=r"does not fit the network"):
         build_model(config, seed=0)
     torch.save([1, 2], path)
-    with pytest.raises(ConfigError, match=r"required a state dict \(names to tensors\)"):
+    with pytest.raises(ConfigError, match=r"not a state dict \(names to tensors\)"):
         build_model(config, seed=0)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ConfigError, match=r"cannot be read"):

@@ -111,7 +111,7 @@ def test_batch_norm_and_draws_are_described() -> None:
     run = config(model="{backbone: {name: swin_t}}")
     plan = resolve(run, train_class_sizes=[4] * 8, world_size=3)
     labels = [label for label, _ in plan.describe()]
-    assert "draws in the network" in labels
+    assert "random layers" in labels
     assert "batch normalisation" not in labels
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dml_dist.errors import ConfigError
 from dml_dist.runs.folder import RunFolder
-from dml_dist.urls import is_url, join_url, local_path, shown_url
+from dml_dist.urls import is_url, join_url, local_path, redact_url
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_names_go_below_the_folder_and_before_a_query() -> None:
     assert join_url("https://host/a/", "b/c #1.tar") == "https://host/a/b/c%20%231.tar"
     signed = join_url("https://me:word@host:1/a?key=1", "b.tar")
     assert signed == "https://me:word@host:1/a/b.tar?key=1"
-    assert shown_url(signed) == "https://host:1/a/b.tar"
-    assert shown_url("s3://bucket/a") == "s3://bucket/a"
+    assert redact_url(signed) == "https://host:1/a/b.tar"
+    assert redact_url("s3://bucket/a") == "s3://bucket/a"
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/runs/a", "gs://bucket/a", "https://host/a"])
