@@ -1,4 +1,4 @@
-"""A data set and losses of one's own, as a project beside dml_dist would write them.
+"""A custom data set and custom losses, as another project would write them.
 
 data.dataset: {name: custom, target: tests.custom_examples:Stripes, options: {num_classes: 6}}
 loss: {name: custom, target: tests.custom_examples:HardNegativeSoftmax, options: {scale: 16.0}}
@@ -23,7 +23,7 @@ from dml_dist.losses.numerics import Merge, Statistics
 
 @dataclass(frozen=True)
 class StripeSource:
-    """An image of stripes, drawn when it is read; `repr` tells it from all others."""
+    """An image of stripes, drawn when it is read; `repr` identifies it."""
 
     period: int
     shift: int
@@ -63,7 +63,7 @@ class Stripes:
 
 @dataclass(frozen=True)
 class HardNegativeSoftmax:
-    """Row form: normalised softmax over proxies, plus a hinge on the hardest negative proxy.
+    """Row form: normalized softmax over proxies, plus a hinge on the hardest negative proxy.
 
     mean_i [ logsumexp_c(s cos_ic) - s cos_iy + relu(max_{c != y} cos_ic - cos_iy + margin) ]
     """
@@ -118,7 +118,7 @@ class ContrastivePairs:
 
 @dataclass(frozen=True)
 class RowsCountedByEveryShard:
-    """Row form that is wrong: every shard gives the number of rows, and they are added up.
+    """Row form that is wrong: every shard returns the number of rows, and they are summed.
 
     `dml-dist check-loss tests.custom_examples:RowsCountedByEveryShard` finds it.
     """
@@ -133,7 +133,7 @@ class RowsCountedByEveryShard:
     def partial(
         self, embeddings_GD: Tensor, labels_G: Tensor, proxies_LD: Tensor, shard: ProxyShard
     ) -> Statistics:
-        """Return each row's cosine to its proxy where the shard has it, and a one for each row."""
+        """Return each row's cosine to its proxy if the shard holds it, and a one for each row."""
         cosines_GL = F.normalize(embeddings_GD, eps=1e-12) @ F.normalize(proxies_LD).T
         classes_L = torch.arange(shard.low_class, shard.high_class, device=labels_G.device)
         own_GL = labels_G[:, None] == classes_L
@@ -153,7 +153,7 @@ class RowsCountedByEveryShard:
 
 @dataclass(frozen=True)
 class RootOfSquares:
-    """Pair form that is wrong: the gradient of a root at 0 is no number, so equal rows end it."""
+    """Pair form that is wrong: the gradient of a root at 0 is NaN, so equal rows break it."""
 
     def __call__(self, embeddings_GD: Tensor, labels_G: Tensor) -> Tensor:
         """Return the mean distance of same-class rows."""

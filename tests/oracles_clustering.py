@@ -1,4 +1,4 @@
-"""Slow, obvious clustering: k-means as loops over rows, and E[I] in exact fractions."""
+"""Slow reference clustering: k-means as loops over rows, and E[I] in exact fractions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tests.oracles_retrieval import tree_sum
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.float64:
-    """Return the squared distance of two float32 rows, added as a halving tree in float64."""
+    """Return the squared distance of two float32 rows, added as a binary tree in float64."""
     return tree_sum([(np.float64(x) - np.float64(y)) ** 2 for x, y in zip(a, b, strict=True)])
 
 
 def nearest(row: np.ndarray, centers: np.ndarray) -> int:
-    """Return the nearest centre, the lower one of equals."""
+    """Return the nearest center, ties to the lower one."""
     distances = [distance(row, center) for center in centers]
     return distances.index(min(distances))
 
 
 def kmeans(rows: np.ndarray, first: list[int], max_iterations: int = 20) -> tuple[list[int], int]:
-    """Return the cluster of each row and the updates that were made.
+    """Return the cluster of each row and the number of updates.
 
     Means are exact fractions, rounded to float32; empty clusters take the rows farthest from
     their centres.

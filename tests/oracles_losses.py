@@ -1,4 +1,4 @@
-"""Slow and obvious forms of the losses: loops over samples and proxies, as their papers write them.
+"""Slow reference implementations of the losses: loops over samples and proxies, as in their papers.
 
 Plain autograd through them gives the reference gradients.
 """

@@ -1,4 +1,4 @@
-"""Slow and obvious forms of the pair losses: loops over pairs and triplets, from their formulas.
+"""Slow reference implementations of the pair losses: loops over pairs and triplets.
 
 Plain autograd through them gives the reference gradients.
 """
@@ -195,5 +195,5 @@ def multi_similarity_oracle(
 
 
 def s_zero(s: dict[int, Tensor]) -> Tensor:
-    """A zero that hangs on the graph."""
+    """A zero connected to the autograd graph."""
     return torch.stack(list(s.values())).sum() * 0 if s else torch.zeros((), dtype=torch.float64)

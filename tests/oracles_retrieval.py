@@ -1,4 +1,4 @@
-"""Slow, obvious retrieval metrics: every distance, every list sorted in full, exact fractions."""
+"""Slow reference retrieval metrics: every distance, every list sorted in full, exact fractions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stored(embeddings: np.ndarray, distance: str) -> np.ndarray:
 
 
 def tree_sum(values: Sequence[np.float64]) -> np.float64:
-    """Add float64 values as a halving tree over their number padded to a power of two."""
+    """Add float64 values as a binary tree over their number padded to a power of two."""
     values = list(values)
     while len(values) & (len(values) - 1):
         values.append(np.float64(0.0))

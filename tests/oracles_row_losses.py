@@ -1,4 +1,4 @@
-"""Slow and obvious forms of the losses over proxies, as their papers write them: loops and masks.
+"""Slow reference implementations of the losses over proxies, as in their papers: loops and masks.
 
 Plain autograd through them gives the reference gradients. Proxy-NCA's softmax form with static
 assignment is in `tests/oracles_losses.py`.

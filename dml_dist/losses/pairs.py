@@ -308,7 +308,7 @@ def contrastive_loss(
     """Return the contrastive loss of one process, a 0-d tensor: one part with all anchors.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64.
         positive_margin: Positives up to this distance have no loss, < 2.
         negative_margin: Negatives from this distance on have no loss, in (0, 2].

@@ -145,7 +145,7 @@ def margin_loss(
     """Return the margin loss of one process, a 0-d tensor: one part with all anchors.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64; 0 .. C - 1 where there is a beta for each class.
         betas: beta: a number, a tensor of one element, or one per class, (C,).
         margin: m > 0.

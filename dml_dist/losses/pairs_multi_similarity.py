@@ -107,7 +107,7 @@ def multi_similarity_loss(
     """Return the multi-similarity loss of one process, a 0-d tensor: one part with all anchors.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64.
         positive_scale: a > 0.
         negative_scale: b > 0.

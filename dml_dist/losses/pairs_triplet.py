@@ -159,7 +159,7 @@ def triplet_loss(
     """Return the triplet loss of one process, a 0-d tensor: one part with all anchors.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64.
         margin: m >= 0.
         mining: `all`; `semi_hard`, d_ap < d_an < d_ap + m; or `hard`, each anchor's triplet with

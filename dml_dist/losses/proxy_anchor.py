@@ -170,7 +170,7 @@ def proxy_anchor_loss(
     """Return Proxy-Anchor of one process, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, 0 .. C - 1.
         proxies: Proxies, (C, D), of any length.
         scale: a > 0.

@@ -34,7 +34,7 @@ def proxy_nca_loss(
     """Return Proxy-NCA with static or fractional assignment, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, 0 .. C - 1.
         proxies: Proxies, (C K, D), of any length; row c K + k is proxy k of class c. With
             `class_rows` (P, D).
@@ -109,7 +109,7 @@ def dynamic_proxy_nca_loss(
     """Return Proxy-NCA with dynamic assignment, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, >= 0: negatives are the proxies nearest to samples of other
             classes; None: all proxies but the nearest are.
         proxies_PD: Proxies, (P, D), P >= 2, of any length.

@@ -154,7 +154,7 @@ def soft_triple_loss(
     """Return SoftTriple of one process, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, 0 .. C - 1.
         proxies: Centers, (C K, D), of any length; row c K + k is center k of class c.
         scale: la > 0.

@@ -148,7 +148,7 @@ def normalized_softmax_loss(
     """Return the normalized softmax of one process, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, 0 .. C - 1.
         proxies: Proxies, (C, D), of any length.
         temperature: T > 0.
@@ -173,7 +173,7 @@ def cosface_loss(
     """Return CosFace of one process, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, 0 .. C - 1.
         proxies: Proxies, (C, D), of any length.
         scale: s > 0.
@@ -199,7 +199,7 @@ def arcface_loss(
     """Return ArcFace of one process, a 0-d tensor.
 
     Args:
-        embeddings_BD: Embeddings, (B, D), of any length; half precision is taken to float32.
+        embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
         labels_B: Classes, (B,) int64, 0 .. C - 1.
         proxies: Proxies, (C, D), of any length.
         scale: s > 0.

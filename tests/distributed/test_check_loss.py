@@ -47,7 +47,7 @@ def _measure_all(topology: Topology) -> list[list[Measured]]:
 
 @pytest.fixture(scope="module")
 def on_ranks() -> dict[int, list[list[list[Measured]]]]:
-    """What every rank finds of every loss, by number of ranks; one process group for each."""
+    """Results of every rank for every loss, by number of ranks; one process group for each."""
     return {size: run_ranks(_measure_all, size, timeout=120) for size in (2, 3)}
 
 
@@ -100,7 +100,7 @@ def test_too_large_by_the_number_of_ranks_is_named(
     assert module._compare("first", 3, alone, ranks).problem.startswith("not those of one process")
 
 
-def test_wrong_requests_are_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     for target, options, message in (
         ("tripplet", [], "triplet"),
         ("triplet", ["margin=3"], "margin must be at most 2"),
@@ -112,7 +112,7 @@ def test_wrong_requests_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_own_processes(capsys: pytest.CaptureFixture[str]) -> None:
     """With ranks that the command starts itself."""
     check_loss("margin", ["beta_form=class", "nu=0.1"], Console(width=200))
     assert "margin passes" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Evaluation on several ranks: the digits of one process, and one error for all."""
+"""Evaluation on several ranks: bitwise equal to one process, and the same error on all."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _all_cases(topology: Topology) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_digits_of_one_process_on_every_rank(world_size: int) -> None:
+def test_every_rank_equals_one_process_bitwise(world_size: int) -> None:
     expected = _all_cases(Topology())
     for rank, results in enumerate(run_ranks(_all_cases, world_size)):
         for key, listed in results.items():

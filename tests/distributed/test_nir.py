@@ -1,4 +1,4 @@
-"""Non-isotropy regularisation on real ranks, against one process that holds everything densely."""
+"""Non-isotropy regularization on real ranks, against one process that holds everything densely."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIM = 5
 
 @dataclass(frozen=True)
 class Case:
-    """One batch and one setting of the regulariser."""
+    """One batch and one setting of the regularizer."""
 
     name: str
     num_classes: int = 7

@@ -99,7 +99,7 @@ def _close(a: Tensor, b: Tensor) -> None:
 
 @SETTINGS
 @given(problem=problems(), data=st.data())
-def test_any_cut_of_the_classes_gives_the_dense_loss_and_gradients(
+def test_any_partition_of_the_classes_gives_the_dense_loss_and_gradients(
     problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int], data: st.DataObject
 ) -> None:
     loss, x, labels, proxies, num_classes = problem
@@ -140,7 +140,7 @@ def test_merge_is_associative_and_commutative(
 
 @SETTINGS
 @given(problem=problems(), seed=st.integers(0, 2**16))
-def test_lengths_and_orders_do_not_matter(
+def test_invariant_to_lengths_and_orders(
     problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int], seed: int
 ) -> None:
     loss, x, labels, proxies, num_classes = problem

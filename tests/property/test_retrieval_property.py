@@ -60,7 +60,7 @@ def test_equals_brute_force(
 
 @FAST
 @given(small_sets())
-def test_recall_rises_with_k_up_to_one(rows: tuple[np.ndarray, np.ndarray, list[str]]) -> None:
+def test_recall_increases_with_k_up_to_one(rows: tuple[np.ndarray, np.ndarray, list[str]]) -> None:
     x, labels, _ = rows
     assume(_has_a_pair(labels, ["both"] * len(labels)))
     result = evaluate(x, labels, recall_at=range(1, 26))

@@ -1,4 +1,4 @@
-"""Moments of a batch: any cut and any order of merging gives those of the whole."""
+"""Moments of a batch: any partition and any merge order give those of the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dml_dist.models.batch_moments import Moments, finish, merge, pack, partial,
 
 def values_of(seed: int, rows: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    # A mean of a million spreads: sums of squares would have no digit left in float32.
+    # A mean of a million spreads: sums of squares would lose all digits in float32.
     return 1e6 + torch.randn(rows, 3, 4, generator=generator, dtype=torch.float64)
 
 
@@ -32,7 +32,7 @@ def assert_close(found: Moments, x_NCP: torch.Tensor) -> None:
     order=st.randoms(use_true_random=False),
     seed=st.integers(0, 1000),
 )
-def test_any_cut_in_any_order(sizes: list[int], order: object, seed: int) -> None:
+def test_any_partition_in_any_order(sizes: list[int], order: object, seed: int) -> None:
     x_NCP = values_of(seed, sum(sizes))
     parts = [unpack(pack(partial(part))[0]) for part in x_NCP.split(sizes)]
     assert_close(partial(x_NCP), x_NCP)

@@ -81,7 +81,7 @@ def test_super_classes_that_lists_miss_are_counted(monkeypatch: pytest.MonkeyPat
     assert found.super_class_recall_at_k == {1: 57 / 60, 58: 58 / 60, 59: 1.0}
 
 
-def test_without_super_classes_there_is_no_number() -> None:
+def test_without_super_classes_there_is_no_metric() -> None:
     case = CASES["normal"]
     for supers in (None, [""] * len(case.labels)):
         found = evaluate(
@@ -96,9 +96,6 @@ def test_bad_options_are_named() -> None:
         evaluate(case.embeddings, case.labels, extra=["v_measure"])
     with pytest.raises(DataError, match=r"super-class for each of 90 .*\(2,\)"):
         evaluate(case.embeddings, case.labels, super_classes=["a", "b"])
-
-
-# ---------------------------------------------------------------- each class
 
 
 @pytest.mark.parametrize(
@@ -155,9 +152,6 @@ def test_the_file_of_classes_holds_what_was_written(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(DataError, match="evaluate the run again"):
         read_class_table(tmp_path / "c.parquet")
-
-
-# ---------------------------------------------------------------- embeddings
 
 
 def test_the_file_of_embeddings_holds_what_was_written(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def _kmeans(x: np.ndarray, k: int, **changes: object) -> Clusters:
 
 
 def _first(count: int, k: int, seed: int) -> list[int]:
-    """Repeat the draw of centres that a seed means."""
+    """Repeat the draw of initial centers for a seed."""
     name = np.random.SeedSequence(seed, spawn_key=(module._STREAM,))
     return np.random.Generator(np.random.Philox(name)).choice(count, k, replace=False).tolist()
 
@@ -87,7 +87,7 @@ def test_more_clusters_than_distinct_rows_leave_the_others_empty() -> None:
 
 
 def test_an_empty_cluster_takes_the_farthest_row() -> None:
-    # Centres are drawn as two equal rows: the second is empty until it takes row 5.
+    # Centers are drawn as two equal rows: the second is empty until it takes row 5.
     x = np.array([[0.0], [0.0], [0.0], [0.0], [1.0], [9.0]], dtype=np.float32)
     seed = next(s for s in range(100) if sorted(_first(6, 2, s)) == [0, 1])
     found = _kmeans(x, 2, seed=seed)
@@ -96,7 +96,7 @@ def test_an_empty_cluster_takes_the_farthest_row() -> None:
 
 
 def test_an_empty_cluster_does_not_take_the_only_row_of_another() -> None:
-    """Centres 16, 13, 12, 12: the last one, empty, takes 24.
+    """Centers 16, 13, 12, 12: the last one, empty, takes 24.
 
     The means are then 20, 13, 10 1/3 and 24, and 16 goes to 13: cluster 0 is empty. The row
     farthest from its centre is 7, the only one of cluster 2; so 16, the next one, is taken.
@@ -109,7 +109,7 @@ def test_an_empty_cluster_does_not_take_the_only_row_of_another() -> None:
     assert (found.num_iterations, found.has_converged, found.num_empty) == (3, True, 0)
 
 
-def test_the_seed_decides_and_iterations_are_bounded() -> None:
+def test_depends_on_the_seed_and_iterations_are_bounded() -> None:
     x = np.random.default_rng(1).standard_normal((200, 3)).astype(np.float32)
     assert torch.equal(_kmeans(x, 20).cluster_N, _kmeans(x, 20).cluster_N)
     assert not torch.equal(_kmeans(x, 20).cluster_N, _kmeans(x, 20, seed=4).cluster_N)
@@ -123,9 +123,6 @@ def test_sums_neither_overflow_nor_vanish(scale: float) -> None:
     expected = oracle.kmeans(x, _first(40, 4, 3))
     found = _kmeans(x, 4)
     assert (found.cluster_N.tolist(), found.num_iterations) == expected
-
-
-# ---------------------------------------------------------------- metrics
 
 
 def _tables() -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Numbers as other projects define them, against loops written from their definitions."""
+"""Metrics as other projects define them, against loops written from their definitions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = (
 
 
 def _expected(case: Case) -> dict[str, float]:
-    """Return every number by a loop over full rankings; lone queries count as the project does."""
+    """Return every metric by a loop over full rankings; lone queries count as the project does."""
     roles = case.roles
     whole = retrieval(case.embeddings, case.labels, recall_at=(1,), distance="cosine", roles=roles)
     sums = dict.fromkeys(NAMES, 0.0)
@@ -77,7 +77,7 @@ def test_equal_a_loop_over_full_rankings(name: str) -> None:
     assert set(NAMES) <= set(found.as_dict())
 
 
-def test_longer_lists_change_no_digit_of_our_own_metrics() -> None:
+def test_longer_lists_do_not_change_our_own_metrics() -> None:
     case = CASES["normal"]
     plain = evaluate(case.embeddings, case.labels).as_dict()
     both = evaluate(case.embeddings, case.labels, definitions=["nir.map_1000"]).as_dict()
@@ -91,7 +91,7 @@ def test_what_perfect_embeddings_reach() -> None:
     assert found.definitions == {"nir.map_1000": 0.75, "oml.map_at_2": 1.0, "mlrc.map_at_r": 1.0}
 
 
-def test_musgrave_is_ours_digit_by_digit() -> None:
+def test_musgrave_equals_ours_bitwise() -> None:
     case = CASES["lone classes"]
     found = evaluate(
         case.embeddings,
@@ -103,7 +103,7 @@ def test_musgrave_is_ours_digit_by_digit() -> None:
     assert list(found.definitions.values()) == ours
 
 
-def test_unknown_names_are_refused_with_those_that_exist() -> None:
+def test_unknown_names_are_rejected_with_the_known_ones() -> None:
     case = CASES["normal"]
     for name in ("nir.map", "oml.map_at_0", "oml.map_at_k", "map_1000", "oml.map_at_5 "):
         with pytest.raises(ConfigError, match=r"nir\.map_1000.*oml\.map_at_K") as caught:
@@ -112,7 +112,7 @@ def test_unknown_names_are_refused_with_those_that_exist() -> None:
         assert not re.match(DEFINITION, name)
 
 
-def test_the_configuration_takes_what_the_registry_has() -> None:
+def test_the_configuration_accepts_all_registered_names() -> None:
     assert set(definitions._FIXED) <= set(NAMES)
     for name in NAMES:
         assert re.match(DEFINITION, name)

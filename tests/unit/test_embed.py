@@ -39,7 +39,7 @@ def _model() -> nn.Sequential:
     return model
 
 
-def test_embeds_in_evaluation_mode_and_puts_every_module_back() -> None:
+def test_embeds_in_evaluation_mode_and_restores_every_module() -> None:
     model = _model()
     batches = _batches()
     seen: list[int] = []
@@ -56,7 +56,7 @@ def test_embeds_in_evaluation_mode_and_puts_every_module_back() -> None:
     assert seen == [4, 7]
 
 
-def test_modes_are_put_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     model = _model()
     broken = _Batch(torch.zeros(2, 3, 5, 5), torch.zeros(2), torch.zeros(2))
     with pytest.raises(RuntimeError):
@@ -72,7 +72,7 @@ def test_autocast_computes_in_bfloat16_and_gives_float32() -> None:
     assert 0 < np.abs(cast - plain).max() < 0.1
 
 
-def test_a_model_is_given_images_of_its_own_type() -> None:
+def test_images_are_cast_to_the_type_of_the_model() -> None:
     model = _model().double()
     found, _, _ = embed(model, _batches(), device="cpu")
     model.eval()

@@ -1,4 +1,4 @@
-"""Files are replaced as a whole: a failure leaves the old content and no litter."""
+"""Files are replaced as a whole: a failure leaves the old content and no other file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_text_bytes_and_json_come_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b", "c.json"]
 
 
-def test_json_takes_numpy_paths_and_non_finite_floats(tmp_path: Path) -> None:
+def test_json_supports_numpy_paths_and_non_finite_floats(tmp_path: Path) -> None:
     value = {
         "scalar": np.float32(0.5),
         "count": np.int64(3),
@@ -54,7 +54,7 @@ def test_json_takes_numpy_paths_and_non_finite_floats(tmp_path: Path) -> None:
     }
 
 
-def test_files_and_records_take_the_same_values(tmp_path: Path) -> None:
+def test_files_and_records_support_the_same_values(tmp_path: Path) -> None:
     value = {
         "numpy": [np.float64("nan"), np.arange(2), np.bool_(True)],
         "tensor": torch.tensor([1.5, float("inf")]),

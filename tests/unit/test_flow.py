@@ -111,7 +111,7 @@ def test_sizes_of_the_released_flow() -> None:
     }
 
 
-def test_the_seed_alone_decides() -> None:
+def test_depends_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     one = make_flow(8)
@@ -129,6 +129,6 @@ def test_the_seed_alone_decides() -> None:
     "sizes",
     [{"num_features": 1}, {"num_conditions": 0}, {"num_blocks": 0}, {"depth": 1}, {"width": 0}],
 )
-def test_sizes_that_are_refused(sizes: dict[str, int]) -> None:
+def test_invalid_sizes_are_rejected(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="a flow needs num_features >= 2"):
         make_flow(**sizes)

@@ -1,4 +1,4 @@
-"""Lists by joins of chunks: those of brute force, for any chunks, and what is left open."""
+"""Lists by joins equal brute force, for any chunks; which queries are unresolved."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_lists_are_those_of_brute_force(name: str) -> None:
 
 
 @pytest.mark.usefixtures("chunk")
-def test_collapsed_rows_are_left_open_and_keep_no_candidates() -> None:
+def test_collapsed_rows_are_unresolved_and_keep_no_candidates() -> None:
     x = np.ones((150, 3), dtype=np.float32)
     x[:5] = np.arange(5)[:, None]
     rows = torch.from_numpy(x)
@@ -78,7 +78,7 @@ def test_metrics_equal_brute_force(name: str, distance: str) -> None:
         assert listed.tolist() == [*ranking, *[-1] * (len(listed) - len(ranking))]
 
 
-def test_joins_and_blocks_give_the_same_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joins_and_blocks_are_bitwise_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(8)
     labels = rng.integers(0, 150, 900)
     labels[:120] = 7  # A class too large for a join's lists.

@@ -121,7 +121,7 @@ def test_pooling_values() -> None:
 
 
 @pytest.mark.parametrize("power", [1.0, 3.0, 64.0])
-def test_gem_is_finite_at_zero_and_far_out(power: float) -> None:
+def test_gem_is_finite_at_zero_and_for_large_features(power: float) -> None:
     pool = build_pooling("gem", power)
     features = torch.cat([torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 1e4)])
     features.requires_grad_()
@@ -208,7 +208,7 @@ def test_weights_from_a_file_and_frozen_batch_norm(tmp_path: Path) -> None:
     assert model.backbone.bn1.weight.grad is not None
 
 
-def test_weights_are_left_out_where_a_checkpoint_follows(tmp_path: Path) -> None:
+def test_weights_are_not_loaded_before_a_checkpoint(tmp_path: Path) -> None:
     config = ModelConfig(backbone=ResNetConfig(weights=str(tmp_path / "gone.pth")))
     build_model(config, seed=0, pretrained=False)
     with pytest.raises(ConfigError, match=r"neither a name of resnet18 nor a file"):
@@ -254,7 +254,7 @@ def test_wrong_weight_files(tmp_path: Path) -> None:
         build_model(config, seed=0)
 
 
-def test_a_missing_download_says_what_to_put_where(
+def test_a_failed_download_says_what_to_copy_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Shared arithmetic of the losses."""
+"""Shared numerics of the losses."""
 
 from __future__ import annotations
 

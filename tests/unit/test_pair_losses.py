@@ -33,11 +33,11 @@ LABELS = torch.tensor([0, 1, 1, 2, 0, 3, 3, 3, 0, 2, 5])
 REPRESENTATIVES = torch.tensor([1, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0]).bool()
 
 
-def rows(*, awkward: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return embeddings; awkward ones have rows that are equal, within a class and across."""
+def rows(*, ties: bool = True, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return embeddings; with ties there are equal rows, within a class and across."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(LABELS), 4, generator=generator, dtype=torch.float64)
-    if awkward:
+    if ties:
         x[4], x[7], x[9] = x[0], x[6], x[1]
     return x.to(dtype)
 
@@ -53,8 +53,8 @@ def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tens
 def check(loss: Callable[..., Tensor], oracle: Callable[..., Tensor]) -> None:
     """Compare value and gradient, with all rows and with representatives."""
     nobody = torch.zeros_like(REPRESENTATIVES)
-    for flags, awkward in ((None, True), (REPRESENTATIVES, True), (None, False), (nobody, False)):
-        x = rows(awkward=awkward)
+    for flags, ties in ((None, True), (REPRESENTATIVES, True), (None, False), (nobody, False)):
+        x = rows(ties=ties)
         found = with_gradient(lambda x, f=flags: loss(x, LABELS, is_representative_B=f), x)
         wanted = with_gradient(lambda x, f=flags: oracle(x, LABELS, representatives=f), x)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
@@ -114,11 +114,8 @@ def test_multi_similarity_equals_loops(epsilon: float | None, reduction: Any) ->
     )
 
 
-# ---------------------------------------------------------------- pytorch-metric-learning
-
-
 def same_as_library(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor]) -> None:
-    found, wanted = (with_gradient(f, rows(awkward=False)) for f in (ours, theirs))
+    found, wanted = (with_gradient(f, rows(ties=False)) for f in (ours, theirs))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -159,7 +156,7 @@ def test_margin_equals_library_on_its_triplets() -> None:
     With nu it weighs beta by triplets. So: the drawn triplets, no nu, no anchor without negative,
     and a beta that float32 holds.
     """
-    x = rows(awkward=False)
+    x = rows(ties=False)
     anchors, drawn = zip(*drawn_negatives(x, LABELS, seed=4, step=2), strict=True)
     others = [
         p for a, y in enumerate(LABELS) for p, z in enumerate(LABELS) if p != a and bool(y == z)
@@ -182,8 +179,6 @@ def test_multi_similarity_equals_library() -> None:
         lambda x: multi_similarity_loss(x, LABELS, epsilon=None), lambda x: theirs(x, LABELS)
     )
 
-
-# ---------------------------------------------------------------- gradients, parts, memory
 
 CONFIGS: tuple[dict[str, Any], ...] = (
     {"name": "contrastive", "negative_margin": 1.3},
@@ -209,12 +204,12 @@ def test_numeric_gradients(values: dict[str, Any]) -> None:
     def function(x: Tensor) -> Tensor:
         return loss.finish(loss.anchor_partial(AnchorBatch(x, LABELS, 0, len(LABELS))))
 
-    assert torch.autograd.gradcheck(function, rows(awkward=False).requires_grad_())
+    assert torch.autograd.gradcheck(function, rows(ties=False).requires_grad_())
 
 
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
-def test_parts_add_up(values: dict[str, Any]) -> None:
-    """Any cut of the anchors, empty parts included, gives what all anchors together give."""
+def test_any_partition_gives_the_same(values: dict[str, Any]) -> None:
+    """Any partition of the anchors, even with empty parts, equals all anchors together."""
     loss = built(values)
     whole = loss.anchor_partial(AnchorBatch(rows(), LABELS, 0, 11, REPRESENTATIVES))
     for cuts in ([0, 4, 4, 11], [0, 1, 11], list(range(12))):
@@ -232,7 +227,7 @@ def test_parts_add_up(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "labels", [[0, 0, 0], [0, 1, 2], [0]], ids=["one class", "no positive", "one row"]
 )
-def test_without_pairs_all_is_finite(values: dict[str, Any], labels: list[int]) -> None:
+def test_finite_without_pairs(values: dict[str, Any], labels: list[int]) -> None:
     loss = built(values)
     x = torch.zeros(len(labels), 4, dtype=torch.float64)
     x[1:] = 1.0
@@ -249,7 +244,7 @@ def test_without_pairs_all_is_finite(values: dict[str, Any], labels: list[int]) 
 
 
 class LargestTensor(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor created."""
 
     elements = 0
 
@@ -264,8 +259,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
-def test_no_part_holds_more_than_its_rows(values: dict[str, Any]) -> None:
-    """60 of 240 rows as anchors: nothing is larger than 60 x 240 numbers, forwards or backwards."""
+def test_memory_of_a_part(values: dict[str, Any]) -> None:
+    """60 of 240 rows as anchors: no tensor has more than 60 x 240 elements, forward or backward."""
     if values["name"] == "triplet":
         values = {**values, "triplet_memory_mb": 0.1}
     x = torch.randn(240, 4, dtype=torch.float64, requires_grad=True)
@@ -290,13 +285,10 @@ def test_near_rows_keep_their_gradient_in_float32() -> None:
     torch.testing.assert_close(leaf.grad[1], -expected, rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_is_taken_to_float32() -> None:
+def test_half_precision_is_converted_to_float32() -> None:
     x = rows(dtype=torch.bfloat16)
     for function in (contrastive_loss, triplet_loss, margin_loss, multi_similarity_loss):
         assert function(x, LABELS).dtype == torch.float32
-
-
-# ---------------------------------------------------------------- draws
 
 
 def test_negatives_are_drawn_by_their_weights() -> None:
@@ -317,7 +309,7 @@ def test_negatives_are_drawn_by_their_weights() -> None:
     assert only_far.tolist() == negative.double().tolist()
 
 
-def test_draws_never_take_what_has_no_weight() -> None:
+def test_zero_weights_are_never_drawn() -> None:
     weights = torch.tensor([[0.0, 1e-300, 0.0, 0.1, 0.2, 0.0]], dtype=torch.float64)
     numbers = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
     assert draw_weighted(weights, numbers).tolist() == [[1, 4]]
@@ -331,9 +323,6 @@ def test_draws_change_with_seed_and_step() -> None:
     }
     assert len(values) == 4
     assert margin_loss(x, labels, seed=1) == margin_loss(x, labels, seed=1)
-
-
-# ---------------------------------------------------------------- names and refusals
 
 
 def test_functions_are_exported() -> None:
@@ -357,12 +346,12 @@ def test_functions_are_exported() -> None:
         ({"name": "multi_similarity", "epsilon": 0.0}, "greater than 0"),
     ],
 )
-def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_rejected(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TypeAdapter(LossConfig).validate_python(values)
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     with pytest.raises(ValueError, match="embeddings must be a matrix"):
         contrastive_loss(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="is_representative must have shape"):

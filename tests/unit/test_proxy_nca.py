@@ -184,7 +184,7 @@ def test_rows_below_the_smallest_length_are_divided_by_a_constant(dtype: torch.d
             assert _error(row, expected) < (1e-4 if dtype == torch.float32 else 1e-10)
 
 
-def test_not_a_number_is_not_hidden() -> None:
+def test_nan_is_propagated() -> None:
     embeddings, labels, proxies = _inputs()
     with torch.no_grad():
         proxies[labels[0]] = torch.nan
@@ -236,14 +236,11 @@ def test_chunks_fit_their_memory() -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_refused(change: dict[str, Any], text: str) -> None:
+def test_wrong_arguments_are_rejected(change: dict[str, Any], text: str) -> None:
     labels = torch.tensor(change.pop("labels", [0, 1, 4]))
     proxies = torch.ones(change.pop("proxies", (5, 4)))
     with pytest.raises(ValueError, match=text):
         proxy_nca_loss(torch.ones(3, 4), labels, proxies, **change)
-
-
-# ---------------------------------------------------------------- building
 
 
 class NeitherForm:
@@ -254,11 +251,11 @@ class NeitherForm:
 
 
 def pair_with_parameters() -> torch.nn.Module:
-    """A pair form that hides parameters."""
+    """A pair form with parameters."""
     return torch.nn.Linear(2, 1)
 
 
-def test_build_passes_every_option_on() -> None:
+def test_build_passes_all_options() -> None:
     config = ProxyNCAConfig(
         denominator="all",
         embedding_scale=2.0,
@@ -275,7 +272,7 @@ def test_defaults_of_config_and_of_the_function_are_the_same() -> None:
     assert build_loss(ProxyNCAConfig(), 3) == ProxyNCA(3)
 
 
-def test_custom_forms_are_told_apart() -> None:
+def test_custom_interfaces_are_distinguished() -> None:
     row = CustomLossConfig(target="tests.custom_examples:HardNegativeSoftmax")
     pair = CustomLossConfig(target="tests.custom_examples:ContrastivePairs")
     assert isinstance(build_loss(row, 3), RowLoss)

@@ -37,12 +37,9 @@ UNIT = {"embedding_scale": 1.0, "proxy_scale": 0.5}
 """Logits are the cosines."""
 
 
-# ---------------------------------------------------------------- dynamic, by hand
-
-
 PROXIES = _circle(0, 90, 180, 270)
 BATCH = _circle(10, 350, 80, 200)
-"""Nearest proxies 0, 0, 1, 2; proxy 3 is nobody's."""
+"""Nearest proxies 0, 0, 1, 2; proxy 3 is no sample's."""
 
 
 def _dynamic(labels: list[int] | None, **options: Any) -> float:
@@ -51,7 +48,7 @@ def _dynamic(labels: list[int] | None, **options: Any) -> float:
 
 
 def test_negatives_are_proxies_of_the_batchs_other_classes() -> None:
-    """Labels 0, 0, 1, 2: negatives {1, 2}, {1, 2}, {0, 2}, {0, 1}; proxy 3 is none's."""
+    """Labels 0, 0, 1, 2: negatives {1, 2}, {1, 2}, {0, 2}, {0, 1}; proxy 3 is no negative."""
     terms = [
         math.log(math.exp(_cos(80)) + math.exp(_cos(170))) - _cos(10),
         math.log(math.exp(_cos(100)) + math.exp(_cos(170))) - _cos(10),
@@ -109,13 +106,13 @@ def test_margin_surrogate_of_dynamic_assignment() -> None:
     assert _dynamic([0, 0, 1, 2], **options) == pytest.approx(sum(map(sum, rows)) / 8, rel=1e-12)
 
 
-def test_of_equally_near_proxies_the_lower_row_is_taken() -> None:
+def test_ties_go_to_the_lower_row() -> None:
     proxies = _circle(180, 90, 0, 0)
     proxies.requires_grad_()
     loss = dynamic_proxy_nca_loss(_circle(0, 180), torch.tensor([0, 1]), proxies, **UNIT)
     loss.backward()
     assert proxies.grad is not None
-    # Rows 2 and 0 are chosen; 3 equals 2, and 1 is nobody's: neither is seen.
+    # Rows 2 and 0 are chosen; 3 equals 2, and 1 is no sample's: neither is counted.
     assert (proxies.grad[[1, 3]] == 0).all()
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-12)
 
@@ -129,11 +126,8 @@ def test_equally_near_proxies_of_two_shards() -> None:
         assert torch.equal(merge_statistics(a, b, {"nearest": "argmax"})["nearest"], expected)
 
 
-# ---------------------------------------------------------------- fractional, by hand
-
-
 def test_classes_that_share_a_proxy_give_no_negative() -> None:
-    """Classes 0 and 2 share row 0, class 1 has row 1: one negative for everybody."""
+    """Classes 0 and 2 share row 0, class 1 has row 1: one negative for every sample."""
     proxies, batch = _circle(0, 90), _circle(30, 60, 45)
     rows = torch.tensor([0, 1, 0])
     gaps = [_cos(60) - _cos(30), _cos(60) - _cos(30), 0.0]
@@ -142,7 +136,7 @@ def test_classes_that_share_a_proxy_give_no_negative() -> None:
     assert loss.item() == pytest.approx(sum(gaps) / 3, rel=1e-12)
 
 
-def test_the_map_of_classes_is_even_and_drawn_from_the_seed() -> None:
+def test_class_map_is_balanced_and_seeded() -> None:
     rows = fractional_rows(103, 10, seed=4)
     counts = torch.bincount(rows, minlength=10)
     assert (counts.min(), counts.max(), len(rows)) == (10, 11, 103)
@@ -186,9 +180,6 @@ def test_rows_of_tables_of_planned_ranks(config: LossConfig, rows: tuple[int, ..
     assert all(parameter.is_meta for parameter in objective.parameters())
 
 
-# ---------------------------------------------------------------- what is counted
-
-
 @dataclass
 class Counted:
     """An objective on the circle, with its proxies at 0, 90, 180 and 270 degrees."""
@@ -196,7 +187,7 @@ class Counted:
     objective: DynamicProxyObjective
 
     def step(self, labels: list[int], *degrees: float) -> dict[str, float]:
-        """Look at one batch; return what was recorded."""
+        """Run one batch; return the recorded statistics."""
         output = self.objective(_circle(*degrees), torch.tensor(labels), [len(labels)])
         return {name: value.item() for name, value in output.statistics.items()}
 
@@ -229,7 +220,7 @@ def test_occupancy_churn_and_dead_proxies() -> None:
     assert run.objective.last_rows.tolist() == [3, 2, -1, 2]
 
 
-def test_looking_without_training_counts_nothing() -> None:
+def test_evaluation_mode_counts_nothing() -> None:
     run = _counted()
     run.objective.eval()
     run.step([0], 0)
@@ -237,7 +228,7 @@ def test_looking_without_training_counts_nothing() -> None:
     assert run.objective.last_rows.tolist() == [-1, -1, -1, -1]
 
 
-def test_dead_proxies_begin_anew_near_a_sample() -> None:
+def test_dead_proxies_are_revived_near_a_sample() -> None:
     run = _counted(dead_after_steps=2, revive_dead=True)
     table = run.objective.proxies
     optimizer = torch.optim.Adam([table], lr=0.1)
@@ -307,7 +298,7 @@ def test_draws_of_revived_proxies_differ_between_steps_and_proxies() -> None:
     assert all(one != two for one, two in zip(picked, other, strict=True))
 
 
-def test_class_ids_beyond_the_classes_are_refused() -> None:
+def test_class_ids_beyond_the_classes_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"labels are 0 \.\. 4, outside the class ids 0 \.\. 3"):
         _counted().step([0, 4], 0, 90)
 

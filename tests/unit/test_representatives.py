@@ -1,4 +1,4 @@
-"""Greedy k-centre and nearest classes against loops over all pairs."""
+"""Greedy k-center and nearest classes against loops over all pairs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_k_center(number: int) -> None:
     assert found.tolist() == [k_center_loop(pool, number) for pool in pools.numpy()]
 
 
-def test_k_center_takes_the_lower_place_among_equals() -> None:
-    # Places 1 and 2 are equally far from place 0, and equal to each other.
+def test_k_center_ties_go_to_the_lower_index() -> None:
+    # Rows 1 and 2 are equally far from row 0, and equal to each other.
     pool = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.1]]])
     assert k_center(pool, 3).tolist() == [[0, 1, 3]]
 

@@ -52,7 +52,7 @@ def test_equals_brute_force_for_both_backends_and_any_memory(name: str, distance
             assert [g for g in listed if g >= 0] == rankings[int(row)][: len(listed)][:7]
 
 
-def test_the_digits_do_not_depend_on_threads() -> None:
+def test_results_do_not_depend_on_threads() -> None:
     rng = np.random.default_rng(3)
     x = rng.standard_normal((1500, 48)).astype(np.float32)
     labels = rng.integers(0, 200, 1500)
@@ -63,8 +63,8 @@ def test_the_digits_do_not_depend_on_threads() -> None:
     assert results[0] == results[1]
 
 
-def test_self_exclusion_is_by_row_and_not_by_place() -> None:
-    """Twins of another class push half of the queries out of the first place of their own list."""
+def test_self_exclusion_is_by_row_not_by_rank() -> None:
+    """Twins of another class push half of the queries out of the first entry of their own list."""
     rng = np.random.default_rng(0)
     twins = np.repeat(rng.standard_normal((40, 8)), 2, axis=0).astype(np.float32)
     labels = (np.arange(80) % 2) * 40 + rng.permutation(40).repeat(2) // 2
@@ -93,7 +93,7 @@ def test_lone_queries_are_not_counted_but_stay_in_the_gallery() -> None:
     assert result.recall_at_k == {1: 0.0, 2: 1.0}
 
 
-def test_query_and_gallery_rows_do_not_meet_their_own_kind() -> None:
+def test_queries_are_compared_with_gallery_rows_only() -> None:
     x = np.array([[0.0], [0.1], [5.0], [0.2]], dtype=np.float32)
     labels = np.array([1, 1, 1, 2])
     roles = ["query", "query", "gallery", "gallery"]
@@ -123,7 +123,7 @@ def test_agrees_with_pytorch_metric_learning_on_data_without_ties() -> None:
     assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-9)
 
 
-def test_inputs_may_be_tensors_of_other_types_and_stay_as_they_were() -> None:
+def test_inputs_may_be_tensors_of_other_types_and_are_not_changed() -> None:
     case = CASES["normal"]
     x = torch.from_numpy(case.embeddings).to(torch.bfloat16).requires_grad_()
     before = x.detach().clone()
@@ -202,7 +202,7 @@ def test_no_rows_at_all() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_digits_of_a_cpu() -> None:
+def test_gpu_equals_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     for name, case in CASES.items():

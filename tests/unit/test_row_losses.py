@@ -203,7 +203,7 @@ def test_extreme_scales_stay_finite_and_inputs_unchanged(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_not_a_number_is_not_hidden(case: Case) -> None:
+def test_nan_is_propagated(case: Case) -> None:
     leaves = _leaves(case)
     with torch.no_grad():
         leaves[0][1] = torch.nan
@@ -237,9 +237,6 @@ def test_positives_of_samples_weigh_classes_by_their_size() -> None:
     assert of_samples.item() == pytest.approx((3 * first + second) / 4 + negative, rel=1e-12)
 
 
-# ---------------------------------------------------------------- pytorch-metric-learning
-
-
 PEERS: list[tuple[str, Any, str, Loss, int]] = [
     ("softmax", peers.NormalizedSoftmaxLoss(20, 8), "W", dml_dist.normalized_softmax_loss, 1),
     ("cosface", peers.CosFaceLoss(20, 8), "W", dml_dist.cosface_loss, 1),
@@ -271,9 +268,6 @@ def test_equals_pytorch_metric_learning(peer: Any, name: str, loss: Loss, per_cl
     torch.testing.assert_close(
         found[1], wanted[1].T if turned else wanted[1], rtol=1e-8, atol=1e-12
     )
-
-
-# ---------------------------------------------------------------- building
 
 
 def test_defaults_of_config_and_of_the_losses_are_the_same() -> None:
@@ -316,7 +310,7 @@ def test_defaults_of_config_and_of_the_losses_are_the_same() -> None:
         ({"name": "proxy_nca", "revive_dead": True}, "revive_dead True needs assignment: dynamic"),
     ],
 )
-def test_settings_outside_their_range_are_refused(loss: dict[str, Any], text: str) -> None:
+def test_settings_outside_their_range_are_rejected(loss: dict[str, Any], text: str) -> None:
     values = {
         "name": "run",
         "data": {"path": "unused"},

@@ -1,4 +1,4 @@
-"""Exact search over one gallery shard: the deciding distance, the bound, lists and counts."""
+"""Exact search over one gallery shard: the reference distance, the bound, lists and counts."""
 
 from __future__ import annotations
 
@@ -34,11 +34,8 @@ def _all_queries(x: Tensor) -> Queries:
     return Queries(x, rows, rows % 7)
 
 
-# ---------------------------------------------------------------- the deciding distance
-
-
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 12, 33])
-def test_distance_is_the_halving_tree_in_float64(width: int) -> None:
+def test_distance_is_the_binary_tree_in_float64(width: int) -> None:
     x = _normal(12, width)
     query, row = torch.cartesian_prod(torch.arange(12), torch.arange(12)).T
     distances = pair_distances(x, query, x, row).view(12, 12)
@@ -72,12 +69,9 @@ def test_stored_rows(distance: exact.Distance) -> None:
     assert rows[3].abs().max() == 0
 
 
-# ---------------------------------------------------------------- the bound
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e25])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_the_bound_holds(scale: float, offset: float) -> None:
+def test_error_bound_holds(scale: float, offset: float) -> None:
     x = (_normal(400, 64) + offset) * scale
     shard = Approximation(x, float(x.to(torch.float64).norm(dim=1).max()))
     queries = shard.of_queries(x[:50])
@@ -88,16 +82,16 @@ def test_the_bound_holds(scale: float, offset: float) -> None:
     true = pair_distances(x, query, x, row).view(50, 400) * shard.scale_square
     bound = shard.bound(queries.norm_Q, torch.full_like(queries.norm_Q, torch.inf))
     assert ((approximate - true).abs() <= bound[:, None]).all()
-    # It must also be of use: small against the distances that it separates.
+    # It must also be tight: small compared with the distances that it separates.
     assert bound.max() < 1e-3 * true.median()
 
 
-def test_rows_that_all_agree_are_shifted_to_exactly_zero() -> None:
+def test_equal_rows_are_shifted_to_exactly_zero() -> None:
     x = torch.full((1000, 5), 0.1)
     assert Approximation(x, 1.0).rows_ND.abs().max() == 0
 
 
-def test_one_far_row_does_not_widen_the_bound_of_the_others() -> None:
+def test_an_outlier_does_not_widen_the_bound_of_others() -> None:
     x = _normal(200, 16)
     x[7] *= 1e6
     shard = Approximation(x, float(x.norm(dim=1).max()))
@@ -133,9 +127,6 @@ def test_autocast_around_an_evaluation_changes_nothing(width: int, distance: str
     np.testing.assert_array_equal(result.neighbors, expected.neighbors)
 
 
-# ---------------------------------------------------------------- lists and counts
-
-
 def _brute_force(x: Tensor, rows: Tensor, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
     """Lists of all rows against a gallery of some, by a full sort."""
     distances = exact_distances(x.numpy())[:, rows.numpy()]
@@ -166,7 +157,7 @@ def test_lists_of_a_shard_that_holds_some_of_the_rows(backend: str, num_neighbor
 
 
 @pytest.mark.parametrize("memory_bytes", [1 << 9, 1 << 24])
-def test_a_useless_proposer_costs_time_and_not_exactness(
+def test_results_are_exact_with_useless_candidates(
     monkeypatch: pytest.MonkeyPatch, memory_bytes: int
 ) -> None:
     def first_rows(
@@ -209,12 +200,9 @@ def test_an_empty_shard_lists_nothing_and_counts_nothing() -> None:
     assert counted.tolist() == [0] * 5
 
 
-# ---------------------------------------------------------------- backends
-
-
 # In the last one a block of products is narrower than the list of candidates.
 @pytest.mark.parametrize("memory_bytes", [1 << 24, 1 << 15])
-def test_both_backends_propose_the_nearest_rows(memory_bytes: int) -> None:
+def test_both_backends_return_the_nearest_rows(memory_bytes: int) -> None:
     x = _normal(5000, 16)
     shard = Approximation(x, float(x.norm(dim=1).max()))
     queries = shard.of_queries(x[:100])
@@ -236,7 +224,7 @@ def test_auto_is_faiss_on_a_cpu_and_torch_elsewhere_or_without_faiss(
         resolve_backend("faiss", torch.device("cpu"))
 
 
-def test_the_oracle_adds_as_it_says() -> None:
+def test_the_oracle_adds_as_documented() -> None:
     values = [np.float64(v) for v in (1e16, 1.0, -1e16, 1.0, 3.0)]
     # Padded to 8: (1e16 + 3) + -1e16 = 4 (1e16 + 3 rounds to 1e16 + 4), and 1 + 1.
     assert tree_sum(values) == 6.0

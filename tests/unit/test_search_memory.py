@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class LiveTensors(TorchDispatchMode):
-    """Adds up the bytes of the storages that are alive, of operators called inside the block."""
+    """Track the live storage bytes of operators called inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_blocks_fit_the_memory_by_formula(
     assert num_queries * tile >= 4096
 
 
-def test_tiles_are_whole_where_memory_allows() -> None:
+def test_tiles_are_full_size_if_memory_allows() -> None:
     assert gallery_tile("cpu", 1024, 512 * MIB) == 2048
     assert gallery_tile("cuda", 1024, 512 * MIB) == 32768
     assert gallery_tile("cuda", 4096, 512 * MIB) == 8192

@@ -1,4 +1,4 @@
-"""Measures of how embeddings lie, against loops over pairs and cases worked by hand."""
+"""Measures of the embedding distribution, against loops over pairs and cases worked by hand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_spectral_decay_by_hand() -> None:
     assert 10 < one_direction.spectral_decay < math.inf
 
 
-def test_where_there_is_no_pair() -> None:
+def test_without_pairs() -> None:
     alone = embedding_structure(draw(4, 3), np.arange(4))
     assert math.isnan(alone.intra_distance)
     assert math.isnan(alone.density)

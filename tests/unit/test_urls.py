@@ -1,4 +1,4 @@
-"""Addresses of data: what is a URL, how file names are put below one, and where none may stand."""
+"""URLs: how they are recognized and joined, and where they are not allowed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_path_and_a_file_url_are_local() -> None:
     assert local_path("s3://bucket/a") is None
 
 
-def test_names_go_below_the_folder_and_before_a_query() -> None:
+def test_names_are_appended_before_a_query() -> None:
     assert join_url("s3://bucket/a/", "b/c#1.tar") == "s3://bucket/a/b/c#1.tar"
     assert join_url("https://host/a/", "b/c #1.tar") == "https://host/a/b/c%20%231.tar"
     signed = join_url("https://me:word@host:1/a?key=1", "b.tar")
@@ -49,7 +49,7 @@ def test_names_go_below_the_folder_and_before_a_query() -> None:
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/runs/a", "gs://bucket/a", "https://host/a"])
-def test_a_run_folder_behind_a_url_is_refused(url: str) -> None:
+def test_a_run_folder_behind_a_url_is_rejected(url: str) -> None:
     for path in (url, Path(url)):
         with pytest.raises(ConfigError, match="POSIX file system shared by the nodes, got the URL"):
             RunFolder(path)  # type: ignore[arg-type]
