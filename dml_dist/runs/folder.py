@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dml_dist.errors import ConfigError, DataError, RunError
-from dml_dist.files import hold, read_json, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.files import lock_file, read_json, sync_folder, write_json_atomic, write_text_atomic
 from dml_dist.runs.artifacts import write_metrics
 from dml_dist.runs.provenance import GitState, git_revision, installed_versions
 from dml_dist.urls import is_url
@@ -293,7 +293,7 @@ class RunFolder:
         with ExitStack() as held:
             owner = None
             try:
-                held.enter_context(hold(self.path / name, wait_seconds=wait_seconds))
+                held.enter_context(lock_file(self.path / name, wait_seconds=wait_seconds))
             except BlockingIOError as error:
                 owner = error.strerror
             yield owner

@@ -31,7 +31,7 @@ from dml_dist.config.load import (
 from dml_dist.config.schema import RunConfig
 from dml_dist.config.yaml_text import read_yaml
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.files import hold, read_json, write_json_atomic, write_text_atomic
+from dml_dist.files import lock_file, read_json, write_json_atomic, write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class StudyFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with hold(self.path / ".lock"):
+            with lock_file(self.path / ".lock"):
                 yield
         except BlockingIOError as error:
             raise ConfigError(

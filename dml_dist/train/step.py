@@ -68,7 +68,7 @@ def train_step(
         spans: Records where the time goes.
     """
     spans = spans or Spans.off()
-    state.model.hold_backbone(not update_backbone)
+    state.model.freeze_backbone(not update_backbone)
     with spans("forward"), state.precision.context(images.device.type):
         state.optimizer.zero_grad(set_to_none=True)
         embeddings = state.network(images)
