@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dml_dist.random_streams import Stream, generator_of
 from tests.oracles_losses import unit
 
 
@@ -115,8 +115,8 @@ def drawn_negatives(
     size, dim = embeddings.shape
     flags = _flags(representatives, size)
     counts = [labels.tolist().count(label) for label in labels.tolist()]
-    name = np.random.SeedSequence(seed, spawn_key=(0x6E656773, step))
-    numbers = np.random.Generator(np.random.Philox(name)).random((max(counts) - 1, size))
+    generator = generator_of(Stream.MINED_NEGATIVES, seed, step)
+    numbers = generator.random((max(counts) - 1, size))
     chosen = []
     for a in range(size):
         negatives = [n for n in range(size) if labels[n] != labels[a] and (flags[a] or flags[n])]

@@ -19,7 +19,7 @@ from dml_dist.data.reader import ShardReader
 from dml_dist.data.systematic import StatefulPlan
 from dml_dist.data.transforms import StandardTransform, Transform
 from dml_dist.errors import ConfigError, DataError, DmlDistError
-from dml_dist.random_streams import Purpose, stream
+from dml_dist.random_streams import Stream, generator_of
 from dml_dist.topology import Topology
 
 
@@ -164,7 +164,7 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         if self.seed is None:
             return None
         position = request.first_position + place
-        return stream(self.seed, Purpose.AUGMENTATION, request.step, position)
+        return generator_of(Stream.AUGMENTATION, self.seed, request.step, position)
 
     def _decoded(self, row: int) -> Tensor:
         image = None if self.decoded is None else self.decoded.get(row)

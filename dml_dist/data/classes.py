@@ -19,7 +19,7 @@ from dml_dist.config.schema import (
 from dml_dist.data.index import Index
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.partition import part_bounds
-from dml_dist.random_streams import Purpose, stream
+from dml_dist.random_streams import Stream, generator_of
 
 MIN_CLASSES = 2
 """Fewest classes to train or to validate on: with one class every answer is right."""
@@ -99,7 +99,7 @@ def _held_out(
     index: Index, data: DataConfig, validation: ValidationConfig, classes: np.ndarray, seed: int
 ) -> np.ndarray:
     """Return the index labels of the validation classes, rising."""
-    shuffled = stream(seed, Purpose.VALIDATION_CLASSES).permutation(classes)
+    shuffled = generator_of(Stream.VALIDATION_CLASSES, seed).permutation(classes)
     match validation:
         case NoValidationConfig():
             return shuffled[:0]

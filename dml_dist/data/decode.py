@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dml_dist.data.pixels import rgb_image
 from dml_dist.errors import DataError
 
 _JPEG = b"\xff\xd8\xff"
@@ -65,8 +66,6 @@ def decode_image(data: bytes, where: str) -> Tensor:
 
 
 def _decode_pil(data: bytes, where: str) -> Tensor:
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.array(rgb_image(image))
@@ -84,36 +83,3 @@ def _decode_pil(data: bytes, where: str) -> Tensor:
 def _high_byte(image: Tensor) -> Tensor:
     """Reduce uint16 channels to uint8, keeping memory order."""
     return torch.from_numpy((image.numpy() >> 8).astype(np.uint8))
-
-
-# ---------------- opened images
-
-# PIL's word for 16 bits in these formats is its mode of 32 bits (PNG: before version 11).
-_WIDENED_FORMATS = ("PNG", "PPM")
-
-
-def check_levels(image: Image.Image) -> None:
-    """Refuse an image whose pixels have no fixed range.
-
-    Raises:
-        DataError: If its pixels have 32 bits; the message says why, not where.
-    """
-    if image.mode == "F" or (image.mode == "I" and image.format not in _WIDENED_FORMATS):
-        kind = "floating-point" if image.mode == "F" else "integer"
-        raise DataError(
-            f"the image has {kind} pixels of 32 bits, whose black and white are not known; "
-            "convert it to 8 or 16 bits a channel"
-        )
-
-
-def rgb_image(image: Image.Image) -> Image.Image:
-    """Return an image in mode RGB: of one channel of 16 bits the high byte, else PIL's conversion.
-
-    Raises:
-        DataError: If its pixels have 32 bits (`check_levels`).
-    """
-    check_levels(image)
-    if image.mode.startswith("I"):  # PIL would clip to 255
-        levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        image = Image.fromarray(levels)
-    return image.convert("RGB")

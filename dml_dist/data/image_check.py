@@ -10,8 +10,8 @@ from typing import IO
 
 from PIL import Image
 
-from dml_dist.data.decode import check_levels, rgb_image
 from dml_dist.data.fingerprint import fingerprint
+from dml_dist.data.pixels import check_levels, rgb_image
 from dml_dist.errors import DataError
 
 # Those of IMAGE_EXTENSIONS; others that PIL knows (EPS, PDF) start programs or are no photographs.

@@ -32,6 +32,7 @@ from dml_dist.data.systematic import StatefulPlan
 from dml_dist.data.transforms import Transform
 from dml_dist.errors import DmlDistError, LoaderLostError, RunError
 from dml_dist.partition import part_bounds
+from dml_dist.random_streams import Stream, seed_of
 from dml_dist.topology import Topology
 
 POLL_SECONDS = 1.0
@@ -130,7 +131,7 @@ class BatchLoader:
                     pin_memory=self.pin_memory,
                     # The seed that a DataLoader draws for its workers must not come out of torch's
                     # global generator: the number of loaders opened would change a model's draws.
-                    generator=torch.Generator(),
+                    generator=torch.Generator().manual_seed(seed_of(Stream.LOADER_WORKERS, 0)),
                     worker_init_fn=_leave_process_group,
                 )
             )

@@ -21,7 +21,7 @@ from dml_dist.config.data import (
 )
 from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.partition import part_bounds
-from dml_dist.random_streams import Purpose, stream
+from dml_dist.random_streams import Stream, generator_of
 
 
 class BatchPlan(Protocol):
@@ -85,13 +85,13 @@ class ShuffledPlan:
     def windows(self, epoch: int) -> np.ndarray:
         """Return for each row the window, from 0, in which an epoch reads it, (n,) int64."""
         names, shard_of_row = np.unique(self.tar_shard, return_inverse=True)
-        place = stream(self.seed, Purpose.TAR_SHARD_ORDER, epoch).permutation(len(names))
+        place = generator_of(Stream.TAR_SHARD_ORDER, self.seed, epoch).permutation(len(names))
         return place[shard_of_row] // self.window
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the (n,) positions into `rows` in the order in which an epoch reads them."""
         window_of_row = self.windows(epoch)
-        shuffled = stream(self.seed, Purpose.ROW_ORDER, epoch).permutation(len(self.rows))
+        shuffled = generator_of(Stream.ROW_ORDER, self.seed, epoch).permutation(len(self.rows))
         return shuffled[np.argsort(window_of_row[shuffled], kind="stable")]
 
 
@@ -130,7 +130,7 @@ class BalancedPlan:
         visited = self._class_order(epoch, len(sizes))
         visit = _occurrences(visited)
         # The rows of class c, in the order of its cycle, stand at first[c] .. first[c] + size - 1.
-        shuffled = stream(self.seed, Purpose.ROW_ORDER, epoch).permutation(len(self.rows))
+        shuffled = generator_of(Stream.ROW_ORDER, self.seed, epoch).permutation(len(self.rows))
         cycles = self.rows[shuffled[np.argsort(class_of_row[shuffled], kind="stable")]]
         first = np.cumsum(sizes) - sizes
         place = visit[:, None] * self.samples_per_class + np.arange(self.samples_per_class)
@@ -143,7 +143,7 @@ class BalancedPlan:
 
     def _class_order(self, epoch: int, num_classes: int) -> np.ndarray:
         """Return the classes that an epoch visits, (steps * P,), no class twice in a batch."""
-        generator = stream(self.seed, Purpose.CLASS_ORDER, epoch)
+        generator = generator_of(Stream.CLASS_ORDER, self.seed, epoch)
         num_visits = self.steps_per_epoch * self.classes_per_batch
         num_rounds = -(-num_visits // num_classes)
         visited = np.empty(num_rounds * num_classes, dtype=np.int64)

@@ -12,6 +12,7 @@ from dml_dist.config.data import SplitConfig
 from dml_dist.data.sample import class_order
 from dml_dist.data.table_file import read_table, refuse
 from dml_dist.errors import DataError
+from dml_dist.random_streams import Stream, generator_of
 
 
 def assign_splits(
@@ -32,7 +33,7 @@ def assign_splits(
     names = class_order(class_names)
     rank = {name: label for label, name in enumerate(names)}
     labels = np.array([rank[name] for name in class_names], dtype=np.int64)
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed])))
+    generator = generator_of(Stream.SPLIT, config.seed)
     seeded = config.order == "seeded"
     if config.by == "class":
         if len(names) < 2:

@@ -12,6 +12,7 @@ from dml_dist.data.decode import decode_image
 from dml_dist.data.index import Index
 from dml_dist.data.plans import ShuffledPlan
 from dml_dist.data.reader import ShardReader
+from dml_dist.random_streams import Stream, generator_of
 
 _TAR_SHARDS = 3
 """Of a remote split that a contact sheet is taken from: they are copied whole."""
@@ -199,7 +200,7 @@ def contact_sheet(
         DataError: If an image cannot be read or decoded.
     """
     all_rows = rows = index.rows(split)
-    generator = np.random.default_rng(seed)
+    generator = generator_of(Stream.CONTACT_SHEET, seed)
     if index.remote is not None:
         some_shards = generator.permutation(np.unique(index.tar_shard[rows]))[:_TAR_SHARDS]
         rows = rows[np.isin(index.tar_shard[rows], some_shards)]

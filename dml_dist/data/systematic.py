@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dml_dist.random_streams import Purpose, stream
+from dml_dist.random_streams import Stream, generator_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ class SystematicPlan:
         Returns:
             Rows, (at least 1,); where those of each class begin, and how many they are, each (C,).
         """
-        generator = stream(self.seed, Purpose.SYSTEMATIC_ROWS, state.first_step)
+        generator = generator_of(Stream.SYSTEMATIC_ROWS, self.seed, state.first_step)
         shuffled = generator.permutation(len(self.rows))
         others = shuffled[~np.isin(self.rows[shuffled], state.representatives)]
         others = others[np.argsort(self.class_of_row[others], kind="stable")]
@@ -134,7 +134,7 @@ class SystematicPlan:
 
     def _classes(self, state: PlanState) -> Iterator[np.ndarray]:
         """Give the classes of every batch, (P,) int64, all different."""
-        generator = stream(self.seed, Purpose.SYSTEMATIC_CLASSES, state.first_step)
+        generator = generator_of(Stream.SYSTEMATIC_CLASSES, self.seed, state.first_step)
         waiting: deque[int] = deque()
         while True:
             chosen: dict[int, None] = {}
@@ -227,7 +227,7 @@ def draw_representatives(
         rows, and repeat in the same order where it has fewer.
     """
     _, class_of_row, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    shuffled = stream(seed, Purpose.REPRESENTATIVES, problem).permutation(len(rows))
+    shuffled = generator_of(Stream.REPRESENTATIVES, seed, problem).permutation(len(rows))
     ordered = shuffled[np.argsort(class_of_row[shuffled], kind="stable")]
     first = np.cumsum(sizes) - sizes
     place = first[:, None] + np.arange(number) % sizes[:, None]

@@ -47,9 +47,10 @@ from dml_dist.data.tar_shard import OnBroken, ShardTask, is_complete, write_tar_
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_json_atomic
 from dml_dist.partition import all_bounds
+from dml_dist.random_streams import Stream, generator_of
 
 # Part of the digest: an import begun by code that writes other bytes is not continued.
-_FORMAT = 1
+_FORMAT = 2
 # An import goes on past broken images, so that one run names them; but not past this many.
 _MAX_PROBLEMS = 20
 
@@ -186,7 +187,7 @@ def _make_plan(
     outline = digest.copy()
     for number, split in enumerate(sorted(by_split)):
         members = by_split[split]
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))
+        generator = generator_of(Stream.TAR_SHARD_CONTENTS, seed, number)
         ordered = [members[at] for at in generator.permutation(len(members)).tolist()]
         for sample in ordered:
             facts = (sample.key, sample.class_name, split, sample.super_class, sample.role)

@@ -18,6 +18,7 @@ from dml_dist.evaluation.population import Population
 from dml_dist.metrics import cluster_agreement as metrics
 from dml_dist.metrics.structure import embedding_structure
 from dml_dist.parallel.comm import Comm
+from dml_dist.random_streams import Stream, generator_of
 from dml_dist.search.kmeans import kmeans
 from dml_dist.search.propose import Backend
 
@@ -82,8 +83,6 @@ def measure_clusters(
 MAX_SAMPLE_ROWS = 4096
 """Maximum rows of the sample; all its pairs are measured."""
 
-_STREAM = 0x53545255
-
 
 def measure_structure(
     population: Population, vectors_ND: Tensor, comm: Comm, *, seed: int
@@ -112,7 +111,7 @@ def measure_structure(
 def _sample_rows(class_N: np.ndarray, seed: int) -> np.ndarray:
     """Return which rows are sampled, (N,) bool."""
     sizes_C = np.bincount(class_N)
-    order = np.random.default_rng([seed, _STREAM]).permutation(len(sizes_C))
+    order = generator_of(Stream.STRUCTURE_CLASSES, seed).permutation(len(sizes_C))
     # At least two classes, whatever their size: the inter-class distance needs them.
     fits = np.cumsum(sizes_C[order]) <= MAX_SAMPLE_ROWS
     fits[:2] = True

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from dml_dist.config.data import StandardTransformConfig, TransformConfig
 from dml_dist.config.schema import RunConfig
-from dml_dist.data.decode import decode_image, rgb_image
+from dml_dist.data.decode import decode_image
+from dml_dist.data.pixels import rgb_image
 from dml_dist.data.reader import ShardReader
 from dml_dist.errors import DataError
 from dml_dist.export import bundle as files

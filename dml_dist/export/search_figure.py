@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dml_dist.data.decode import rgb_image
+from dml_dist.data.pixels import rgb_image
 from dml_dist.files import write_bytes_atomic
 
 if TYPE_CHECKING:

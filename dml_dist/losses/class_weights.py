@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from dml_dist.losses.numerics import Statistics
+from dml_dist.random_streams import Stream, generator_of
 
 Weighting = Literal["none", "inverse_frequency", "effective_number"]
-
-_FRACTIONAL_STREAM = 0x66726163
-"""Separates this random stream from others with the same seed."""
 
 
 def class_weights(kind: Weighting, class_sizes: Sequence[int], beta: float = 0.999) -> Tensor:
@@ -69,8 +67,7 @@ def fractional_rows(num_classes: int, num_rows: int, seed: int) -> Tensor:
         num_rows: P, 1 .. C.
         seed: Seed, >= 0.
     """
-    stream = np.random.Philox(np.random.SeedSequence((seed, _FRACTIONAL_STREAM)))
-    order = np.random.Generator(stream).permutation(num_classes)
+    order = generator_of(Stream.FRACTIONAL_PROXIES, seed).permutation(num_classes)
     return torch.from_numpy(order * num_rows // num_classes)
 
 

@@ -22,15 +22,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dml_dist.random_streams import Stream, generator_of, seed_of
 
 if TYPE_CHECKING:
     from zuko.transforms import CouplingTransform, DependentTransform
 
-# Separates this random stream from others with the same seed.
-_STREAM = 0x464C4F57
 _SOFT_CLAMP = 0.636
 """About 2 / pi: scales atan to the range -1 .. 1."""
 
@@ -75,16 +74,15 @@ class ConditionalFlow(nn.Module):
                 f"and width >= 1, but was given {num_features}, {num_conditions}, {num_blocks}, "
                 f"{depth} and {width}"
             )
-        words = np.random.SeedSequence([seed, _STREAM]).generate_state(2, np.uint64)
         # zuko draws weights from torch's global generator: fork it so that callers see no change.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(words[0]))
+            torch.default_generator.manual_seed(seed_of(Stream.FLOW_WEIGHTS, seed))
             blocks = [
                 _CouplingBlock(num_features, num_conditions, depth, width, clamp)
                 for _ in range(num_blocks)
             ]
         self.blocks = nn.ModuleList(blocks).to(dtype)
-        generator = np.random.default_rng(int(words[1]))
+        generator = generator_of(Stream.FLOW_PERMUTATIONS, seed)
         for block in blocks:
             block.permutation.copy_(torch.from_numpy(generator.permutation(num_features)))
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from dml_dist.losses.pairs import AnchorBatch
-
-_STREAM = 0x6E656773
-"""Separates this random stream from others with the same seed; changing it changes results."""
+from dml_dist.random_streams import Stream, generator_of
 
 
 @torch.no_grad()
@@ -147,8 +145,7 @@ def uniforms(seed: int, step: int, batch: AnchorBatch, per_anchor: int) -> Tenso
     Draw k of row i depends on (seed, step, k, i) and the global batch size, not on the rank that
     has row i as an anchor.
     """
-    sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM, step))
-    generator = np.random.Generator(np.random.Philox(sequence))
+    generator = generator_of(Stream.MINED_NEGATIVES, seed, step)
     # Every rank draws for the whole batch and keeps its columns: any number of ranks agrees.
     uniforms_KG = generator.random((per_anchor, len(batch.labels_G)))
     own_AK = np.ascontiguousarray(uniforms_KG[:, batch.low : batch.high].T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,9 +18,7 @@ from dml_dist.config.model import (
 from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
 from dml_dist.models.embedding import EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
-
-# Separates this random stream from others with the same seed.
-_STREAM = 0x4D4F44
+from dml_dist.random_streams import Stream, seed_of
 
 
 def build_model(
@@ -48,8 +45,7 @@ def build_model(
     """
     # torch's initializers draw from the global generator: fork it so that callers see no change.
     with torch.random.fork_rng(devices=[]):
-        drawn = int(np.random.SeedSequence([seed, _STREAM]).generate_state(1, np.uint64)[0])
-        torch.default_generator.manual_seed(drawn)
+        torch.default_generator.manual_seed(seed_of(Stream.MODEL_WEIGHTS, seed))
         model = _build(config, pretrained)
     model = model.to(dtype=dtype)
     if config.channels_last:

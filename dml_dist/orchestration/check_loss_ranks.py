@@ -26,6 +26,7 @@ from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init, shutdown
 from dml_dist.partition import part_sizes
+from dml_dist.random_streams import Stream, seed_of
 from dml_dist.topology import Topology
 
 INPUT_SIZE, EMBEDDING_SIZE = 6, 5
@@ -98,7 +99,7 @@ class _Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(_SEED)
+        generator = torch.Generator().manual_seed(seed_of(Stream.CHECK_LOSS_NETWORK, _SEED))
         for name, shape in (("first", (INPUT_SIZE, 7)), ("second", (7, EMBEDDING_SIZE))):
             weight = torch.randn(shape, generator=generator, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(weight))
@@ -201,8 +202,8 @@ def _rank_main(config: LossConfig, rank: int, world_size: int, folder: str) -> N
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(_SEED + len(case.labels))
     size = len(case.labels)
+    generator = torch.Generator().manual_seed(seed_of(Stream.CHECK_LOSS_INPUTS, _SEED, size))
     x = torch.randn(size, INPUT_SIZE, generator=generator, dtype=torch.float64)
     for one, other in case.equal_rows:
         x[other] = x[one]

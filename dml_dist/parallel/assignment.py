@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +17,10 @@ from dml_dist.parallel.objective import OwnedBuffer
 from dml_dist.parallel.proxies import PROXIES, ProxyObjective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds
+from dml_dist.random_streams import Stream, generator_of
 
 _COUNTS = "counts of assignments"
 _NUM_COUNTS = 3
-
-_STREAM = 0x72657669
-"""Keeps the draws of revived proxies apart from others with the same seed."""
 
 _REVIVED_NOISE = 0.1
 """Length of the noise added to a drawn sample, so that two proxies at one sample separate."""
@@ -89,8 +86,8 @@ class DynamicProxyObjective(ProxyObjective):
             return {}
         rows = (self.idle_steps_L >= self.dead_after_steps).nonzero()[:, 0]
         for row in rows.tolist():
-            words = np.random.SeedSequence((self.seed, _STREAM, step, self.shard.row_low + row))
-            draws = np.random.default_rng(words)
+            table_row = self.shard.row_low + row
+            draws = generator_of(Stream.REVIVED_PROXIES, self.seed, step, table_row)
             sample_D = normalize_rows(batch_GD[draws.integers(len(batch_GD)), None])[0]
             noise = torch.from_numpy(draws.standard_normal(len(sample_D)))
             noise_D = (noise * (_REVIVED_NOISE / len(sample_D) ** 0.5)).to(sample_D)

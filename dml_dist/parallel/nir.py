@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +35,7 @@ from dml_dist.parallel.objective import (
 )
 from dml_dist.parallel.proxies import ProxyObjective
 from dml_dist.parallel.traffic import Traffic
-
-_NOISE_STREAM = 0x4E4F4953
-"""Keeps these draws apart from others with the same seed."""
+from dml_dist.random_streams import Stream, generator_of
 
 _CONDITIONS = "conditions of the flow"
 
@@ -189,7 +186,7 @@ class NIRObjective(Objective):
         """Return the rows with noise that is drawn for the whole batch: the same for any W."""
         if self.noise == 0:
             return rows_BD
-        name = np.random.SeedSequence((self.seed, _NOISE_STREAM, step))
-        drawn = np.random.Generator(np.random.Philox(name)).random((num_rows, rows_BD.shape[1]))
+        generator = generator_of(Stream.NIR_NOISE, self.seed, step)
+        drawn = generator.random((num_rows, rows_BD.shape[1]))
         noise_BD = torch.from_numpy(drawn[own]).to(rows_BD)
         return normalize_rows(rows_BD + self.noise * noise_BD)

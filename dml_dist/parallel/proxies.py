@@ -41,6 +41,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import GlobalBatch, Objective, ObjectiveOutput, OwnedRows
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds, part_sizes
+from dml_dist.random_streams import Stream, generator_of
 
 PROXIES = "proxies"
 """Name of the table of proxies; other parameters of a loss have another learning rate."""
@@ -141,14 +142,11 @@ class ProxyObjective(Objective):
 _BLOCK_ROWS = 256
 """Rows drawn from one stream; part of what a seed means, so never changed."""
 
-_STREAM = 0x70726F78
-"""Keeps these draws apart from others with the same seed."""
-
 
 def fill_initial_proxies(proxies: Tensor, row_low: int, seed: int) -> None:
     """Fill rows with normal values of variance 1 / D, so that their length is about 1.
 
-    Each block of rows has its own counter-based stream (Philox), keyed by seed and block.
+    Each block of rows has its own stream, named by seed and block.
 
     Args:
         proxies: (L, D) CPU tensor, written in place; row i is row `row_low + i` of the table.
@@ -158,8 +156,8 @@ def fill_initial_proxies(proxies: Tensor, row_low: int, seed: int) -> None:
     num_rows, dim = proxies.shape
     row_high = row_low + num_rows
     for block in range(row_low // _BLOCK_ROWS, -(-row_high // _BLOCK_ROWS)):
-        stream = np.random.Philox(np.random.SeedSequence((seed, _STREAM, block)))
-        drawn = np.random.Generator(stream).standard_normal((_BLOCK_ROWS, dim), dtype=np.float32)
+        generator = generator_of(Stream.PROXIES, seed, block)
+        drawn = generator.standard_normal((_BLOCK_ROWS, dim), dtype=np.float32)
         start = block * _BLOCK_ROWS
         low, high = max(row_low, start), min(row_high, start + _BLOCK_ROWS)
         proxies[low - row_low : high - row_low] = torch.from_numpy(

@@ -18,12 +18,10 @@ from torch import Tensor
 from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss
 from dml_dist.parallel.objective import GlobalBatch, TouchedRows
 from dml_dist.parallel.proxies import PROXIES, ProxyObjective
+from dml_dist.random_streams import Stream, generator_of
 
 _BLOCK_CLASSES = 4096
 """Classes drawn from one stream; part of what a seed means, so never changed."""
-
-_STREAM = 0x73616D70
-"""Keeps these draws apart from others with the same seed."""
 
 
 class SampledProxyObjective(ProxyObjective):
@@ -72,8 +70,8 @@ def drawn_classes(low: int, high: int, share: float, seed: int, step: int) -> Te
     """Return which of the classes `low` .. `high - 1` a step draws, (high - low,) bool."""
     drawn = np.empty(high - low, dtype=np.bool_)
     for block in range(low // _BLOCK_CLASSES, -(-high // _BLOCK_CLASSES)):
-        words = np.random.SeedSequence((seed, _STREAM, step, block))
-        numbers = np.random.Generator(np.random.Philox(words)).random(_BLOCK_CLASSES)
+        generator = generator_of(Stream.SAMPLED_NEGATIVES, seed, step, block)
+        numbers = generator.random(_BLOCK_CLASSES)
         start = block * _BLOCK_CLASSES
         first, end = max(low, start), min(high, start + _BLOCK_CLASSES)
         drawn[first - low : end - low] = numbers[first - start : end - start] < share

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
+from dml_dist.random_streams import Stream, generator_of
 from dml_dist.runs.folder import RunFolder
 
 THUMBNAIL_SIZE = 160  # pixels of the longer side: sharp at 80 CSS pixels on a phone
@@ -92,18 +93,19 @@ class Gallery:
     classes: tuple[GalleryClass, ...] = ()
 
 
-def choose_queries(first_hit: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+def choose_queries(first_hit: np.ndarray, count: int, seed: int, *indices: int) -> np.ndarray:
     """Draw the queries of a gallery: as far as possible as many misses as hits.
 
     Args:
         first_hit: (Q,) bool, whether each query's nearest image is a hit.
         count: Number of queries wanted.
         seed: Seed of the draw.
+        indices: Tell draws with the same seed apart.
 
     Returns:
         (min(count, Q),) int64 positions, misses first, in rising order each.
     """
-    generator = np.random.default_rng(seed)
+    generator = generator_of(Stream.GALLERY, seed, *indices)
     misses, hits = (generator.permutation(np.flatnonzero(first_hit == hit)) for hit in (0, 1))
     num_misses = min(len(misses), max(count // 2, count - len(hits)))
     chosen = np.sort(misses[:num_misses]), np.sort(hits[: count - num_misses])

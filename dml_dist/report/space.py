@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dml_dist.random_streams import Stream, generator_of, seed_of
 from dml_dist.report.figures import (
     SERIES,
     Colors,
@@ -100,7 +101,7 @@ def measure_distances(space: Space, seed: int) -> Distances | None:
     paired = np.flatnonzero(sizes[classes] > 1)
     if len(sizes) < 2 or not len(paired):
         return None
-    queries = np.random.default_rng(seed).permutation(paired)[:MOST_QUERIES]
+    queries = generator_of(Stream.DISTANCES_IMAGES, seed).permutation(paired)[:MOST_QUERIES]
     norms = (space.vectors.astype(np.float64) ** 2).sum(axis=1)
     same, other, within = np.empty((3, len(queries)))
     block = max(1, _BLOCK_FLOATS // len(space.labels))
@@ -128,7 +129,7 @@ def _between(vectors: np.ndarray, classes: np.ndarray, num_classes: int, seed: i
 
 
 def _pairs(num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng([seed, 1])
+    generator = generator_of(Stream.DISTANCES_CLASSES, seed)
     one = generator.integers(0, num_classes, 20_000)
     return one, (one + generator.integers(1, num_classes, len(one))) % num_classes
 
@@ -182,7 +183,7 @@ def draw_maps(space: Space, classes: ClassTable | None, seed: int) -> list[Pictu
     """Draw the embeddings in the plane: by PCA, and by UMAP where umap-learn is installed."""
     if len(space.labels) < 3 or space.vectors.shape[1] < 2:
         return []
-    chosen = np.random.default_rng([seed, 2]).permutation(len(space.labels))
+    chosen = generator_of(Stream.MAP_IMAGES, seed).permutation(len(space.labels))
     chosen = np.sort(chosen[:MOST_POINTS])
     vectors = space.vectors[chosen].astype(np.float64)
     groups = _groups(space.labels, chosen, classes)
@@ -234,7 +235,8 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray | None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # It warns that a seed allows one thread only.
-        mapper = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1)
+        layout_seed = seed_of(Stream.MAP_LAYOUT, seed, bits=32)
+        mapper = UMAP(n_neighbors=neighbors, random_state=layout_seed, n_jobs=1)
         return np.asarray(mapper.fit_transform(vectors.astype(np.float32)), dtype=np.float64)
 
 

@@ -46,7 +46,7 @@ def gallery_of(result: RetrievalResult, rows: np.ndarray, index: Index, seed: in
     classes = []
     for label in (*worst, *best):
         own = np.flatnonzero(query_labels == label)
-        some = own[choose_queries(first_hit[own], QUERIES_PER_CLASS, seed)]
+        some = own[choose_queries(first_hit[own], QUERIES_PER_CLASS, seed, label)]
         classes.append(
             GalleryClass(
                 class_name=index.class_names[label],

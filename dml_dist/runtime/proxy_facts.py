@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dml_dist.losses.build_loss import build_loss
+from dml_dist.random_streams import Stream, generator_of
 from dml_dist.report.proxy_diagnostics import ProxyFacts, write_proxy_facts
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.context import RunContext
@@ -49,7 +50,7 @@ def keep_proxy_facts(
     if getattr(loss, "num_free_rows", None) is not None:  # rows that belong to no class
         return
     table = _Table(checkpoint, sorted(files, key=lambda file: file.low), len(classes))
-    generator = np.random.default_rng(np.random.SeedSequence([context.config.seed, len(classes)]))
+    generator = generator_of(Stream.PROXY_FACTS_IMAGES, context.config.seed)
     rows = np.sort(generator.permutation(context.split.train_rows)[:MOST_IMAGES])
     embeddings, labels, _ = context.embed(model, rows, "embed training images")
     own = context.split.class_ids(labels) if len(labels) else labels
@@ -60,6 +61,7 @@ def keep_proxy_facts(
     if context.topology.is_main:
         norms, width = table.norms()
         most = int(min(MOST_CLASSES, max(1, _MOST_PRODUCTS / (norms.size * width))))
+        generator = generator_of(Stream.PROXY_FACTS_CLASSES, context.config.seed)
         drawn = np.sort(generator.permutation(len(classes))[:most])
         similarity, other = _nearest_classes(table, drawn)
         facts = ProxyFacts(

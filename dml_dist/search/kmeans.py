@@ -30,13 +30,12 @@ import torch
 from torch import Tensor
 
 from dml_dist.parallel.comm import Comm
+from dml_dist.random_streams import Stream, generator_of
 from dml_dist.search.exact import pair_distances
 from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.propose import Backend
 from dml_dist.search.sharded import norm_bound, queries_per_block
 
-# Separates this random stream from others with the same seed.
-_STREAM = 0x4B4D454E
 _SUM_BITS = 62
 
 
@@ -128,8 +127,7 @@ class _KMeans:
 
     def draw(self, seed: int) -> None:
         """Draw the initial centers and assign every row to one; every rank calls this."""
-        sequence = np.random.SeedSequence(seed, spawn_key=(_STREAM,))
-        generator = np.random.Generator(np.random.Philox(sequence))
+        generator = generator_of(Stream.KMEANS_CENTERS, seed)
         row_K = torch.from_numpy(
             generator.choice(self._num_rows, self._num_clusters, replace=False)
         ).to(self.cluster_N.device)

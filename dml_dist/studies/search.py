@@ -19,6 +19,7 @@ from dml_dist.config.study import (
 )
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.orchestration.ray_tasks import Execute
+from dml_dist.random_streams import Stream, seed_of
 from dml_dist.runs.comparison import (
     COMPARE,
     ComparisonFolder,
@@ -120,7 +121,7 @@ def _study(section: SearchConfig) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
-        seed=section.seed,
+        seed=seed_of(Stream.HYPERPARAMETERS, section.seed, bits=32),
         n_startup_trials=max(1, min(MAX_STARTUP_TRIALS, section.trials // 2)),
     )
     return optuna.create_study(direction="maximize", sampler=sampler)

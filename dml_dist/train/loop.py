@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.loader import Batch, worker_death
 from dml_dist.errors import RunError
 from dml_dist.parallel.comm import Comm
+from dml_dist.random_streams import Stream, seed_of
 from dml_dist.train.checkpoint import delete_interrupted, load_checkpoint, save_checkpoint
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
@@ -33,9 +33,6 @@ from dml_dist.train.spans import Spans
 from dml_dist.train.state import TrainState, build_state, check_finite, share_buffers
 from dml_dist.train.step import train_step
 from dml_dist.train.stopping import StopChecks
-
-# Keeps the stream of what a network draws (dropout) apart from other streams of the same seed.
-_STREAM = 0x44524F50
 
 
 def train(
@@ -107,8 +104,6 @@ class _Loop:
         self.norms = EmbeddingNorms()
         record = config.train.record_spans
         self.spans = Spans.on(state.comm.device) if record else Spans.off()
-        words = np.random.SeedSequence([config.seed, _STREAM, state.comm.rank])
-        self.stream = int(words.generate_state(1, np.uint64)[0])
 
     def resume_from(self, folder: Path, manifest: Manifest) -> None:
         """Load a checkpoint."""
@@ -198,7 +193,7 @@ class _Loop:
     def _seed(self, step: int) -> None:
         """Make what the network draws depend on seed, step and rank: a resumed run repeats it."""
         comm = self.state.comm
-        seed = (self.stream + step) % 2**64  # torch spreads neighboring seeds.
+        seed = seed_of(Stream.NETWORK, self.config.seed, step, comm.rank)
         # torch.manual_seed asks every kind of device: 0.25 ms, 1 % of a small step.
         torch.default_generator.manual_seed(seed)
         if comm.device.type == "cuda":

@@ -16,7 +16,7 @@ from sklearn.metrics import (
 from dml_dist.evaluation.retrieval import evaluate
 from dml_dist.metrics import cluster_agreement as metrics
 from dml_dist.parallel.comm import Comm
-from dml_dist.search import kmeans as module
+from dml_dist.random_streams import Stream, generator_of
 from dml_dist.search.exact import store_rows
 from dml_dist.search.kmeans import Clusters, kmeans
 from tests import oracles_clustering as oracle
@@ -32,9 +32,9 @@ def _kmeans(x: np.ndarray, k: int, **changes: object) -> Clusters:
 
 
 def _first(count: int, k: int, seed: int) -> list[int]:
-    """Repeat the draw of initial centers for a seed."""
-    name = np.random.SeedSequence(seed, spawn_key=(module._STREAM,))
-    return np.random.Generator(np.random.Philox(name)).choice(count, k, replace=False).tolist()
+    """Repeat the draw of centres that a seed means."""
+    generator = generator_of(Stream.KMEANS_CENTERS, seed)
+    return generator.choice(count, k, replace=False).tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from dml_dist.config.load import differing_paths, parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, RunError
+from dml_dist.random_streams import Stream, seed_of
 from dml_dist.runs.comparison import (
     COMPARE,
     ComparisonFolder,
@@ -311,7 +312,8 @@ def test_a_search_is_the_same_again_and_when_it_is_continued(tmp_path: Path) -> 
 def test_a_search_is_that_of_optuna(tmp_path: Path) -> None:
     """An own loop over ask and tell with the same seed draws the same values."""
     _, outcomes = search(tmp_path, FakeRuns())
-    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=2)
+    seed = seed_of(Stream.HYPERPARAMETERS, 0, bits=32)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial({"optim.lr": 0.01, "optim.proxy_lr": 0.1})
 

@@ -14,7 +14,7 @@ from dml_dist.config.data import CustomTransformConfig, StandardTransformConfig
 from dml_dist.data import transforms
 from dml_dist.data.transforms import StandardTransform, Transform, build_transform, draw_crop
 from dml_dist.errors import ConfigError
-from dml_dist.random_streams import Purpose, stream
+from dml_dist.random_streams import Stream, generator_of
 
 
 def image_of(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +27,7 @@ def standard(**changes: Any) -> Transform:
 
 
 def view(transform: Transform, image: torch.Tensor, step: int = 0, position: int = 0) -> Any:
-    return transform.train(image, stream(0, Purpose.AUGMENTATION, step, position))
+    return transform.train(image, generator_of(Stream.AUGMENTATION, 0, step, position))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 9), (16, 16), (40, 17), (90, 200)])
@@ -125,7 +125,7 @@ def test_crops_are_distributed_as_torchvisions() -> None:
             )
         ]
     )
-    generator = stream(0, Purpose.AUGMENTATION, 0, 0)
+    generator = generator_of(Stream.AUGMENTATION, 0, 0, 0)
     ours = np.array([draw_crop(50, 80, scale, ratio, generator) for _ in range(count)])
     for column in range(4):
         for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
@@ -139,7 +139,7 @@ def test_crops_are_distributed_as_torchvisions() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (7, 300), (64, 64)])
 def test_crops_stay_inside(height: int, width: int) -> None:
-    generator = stream(0, Purpose.AUGMENTATION, 0, 0)
+    generator = generator_of(Stream.AUGMENTATION, 0, 0, 0)
     for _ in range(200):
         top, left, crop_height, crop_width = draw_crop(
             height, width, (0.05, 1.0), (0.5, 2.0), generator
@@ -149,7 +149,7 @@ def test_crops_stay_inside(height: int, width: int) -> None:
 
 
 def test_a_crop_that_never_fits_is_the_largest_in_the_middle() -> None:
-    generator = stream(0, Purpose.AUGMENTATION, 0, 0)
+    generator = generator_of(Stream.AUGMENTATION, 0, 0, 0)
     assert draw_crop(10, 100, (1.0, 1.0), (1.0, 2.0), generator) == (0, 40, 10, 20)
     assert draw_crop(100, 10, (1.0, 1.0), (0.5, 1.0), generator) == (40, 0, 20, 10)
 
@@ -208,7 +208,7 @@ def test_training_views_are_torchvisions_crop_resize_flip_and_normalize(size: in
         image = image_of(height, width, position)
         if position % 2:
             image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        draws = stream(0, Purpose.AUGMENTATION, 0, position)
+        draws = generator_of(Stream.AUGMENTATION, 0, 0, position)
         flip = draws.random() < config.flip
         box = draw_crop(height, width, config.crop_scale, config.crop_ratio, draws)
         reference = v2.functional.resized_crop(image, *box, [size, size], antialias=True)
@@ -217,6 +217,6 @@ def test_training_views_are_torchvisions_crop_resize_flip_and_normalize(size: in
         reference = (reference.to(torch.float32) - mean) / std
         assert torch.equal(view(transform, image, position=position), reference)
         out = torch.empty(3, size, size)
-        pixels = transform.train_pixels(image, stream(0, Purpose.AUGMENTATION, 0, position))
+        pixels = transform.train_pixels(image, generator_of(Stream.AUGMENTATION, 0, 0, position))
         transform.normalize(pixels, out)
         assert torch.equal(out, reference)

@@ -15,6 +15,7 @@ from dml_dist.data.datasets.glyph_classes import GlyphClass, font_path, glyph_cl
 from dml_dist.data.sample import DatasetFacts, Sample, class_order
 from dml_dist.data.split import num_train
 from dml_dist.errors import ConfigError
+from dml_dist.random_streams import Stream, generator_of
 
 # Everything is drawn at twice the size and averaged down.
 _OVERSAMPLING = 2
@@ -71,8 +72,8 @@ class GlyphsImporter:
                 f"data.dataset.num_classes must be at most {len(available)}, as many characters of "
                 f"different shape matplotlib's fonts have; got {wanted}"
             )
-        seeds = np.random.SeedSequence([self.config.seed])
-        order = np.random.Generator(np.random.Philox(seeds)).permutation(len(available))[:wanted]
+        generator = generator_of(Stream.GLYPH_CLASSES, self.config.seed)
+        order = generator.permutation(len(available))[:wanted]
         half = num_train(wanted, 0.5)
         by_name = {glyph.name: glyph for glyph in available}
         train, test = (
@@ -94,9 +95,7 @@ class GlyphSource:
 
     def read(self) -> tuple[bytes, str]:
         """Draw the image and return it as PNG."""
-        generator = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.seed, self.codepoint, self.number]))
-        )
+        generator = generator_of(Stream.GLYPH_DRAWING, self.seed, self.codepoint, self.number)
         cut = self.cuts[generator.integers(len(self.cuts))]
         # One font size for all glyphs: a font is loaded once for each cut, and that takes longer
         # than to draw.

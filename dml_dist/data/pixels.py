@@ -1,0 +1,38 @@
+"""Conversion of opened images to 8-bit RGB, without torch: reports use it too."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from dml_dist.errors import DataError
+
+# PIL's word for 16 bits in these formats is its mode of 32 bits (PNG: before version 11).
+_WIDENED_FORMATS = ("PNG", "PPM")
+
+
+def check_levels(image: Image.Image) -> None:
+    """Refuse an image whose pixels have no fixed range.
+
+    Raises:
+        DataError: If its pixels have 32 bits; the message says why, not where.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format not in _WIDENED_FORMATS):
+        kind = "floating-point" if image.mode == "F" else "integer"
+        raise DataError(
+            f"the image has {kind} pixels of 32 bits, whose black and white are not known; "
+            "convert it to 8 or 16 bits a channel"
+        )
+
+
+def rgb_image(image: Image.Image) -> Image.Image:
+    """Return an image in mode RGB: of one channel of 16 bits the high byte, else PIL's conversion.
+
+    Raises:
+        DataError: If its pixels have 32 bits (`check_levels`).
+    """
+    check_levels(image)
+    if image.mode.startswith("I"):  # PIL would clip to 255
+        levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(levels)
+    return image.convert("RGB")
