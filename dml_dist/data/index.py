@@ -9,10 +9,10 @@ so nothing has to parse tar files after this.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,8 @@ from dml_dist.errors import DataError
 from dml_dist.files import open_atomic
 
 if TYPE_CHECKING:
-    from dml_dist.data.remote_shards import RemoteShards
+    from dml_dist.data.cache import ShardCache
+    from dml_dist.data.remote import RemoteFolder
 
 INDEX_NAME = "index.parquet"
 # What an import keeps in its folder until the index stands.
@@ -35,6 +36,26 @@ _DIGEST = b"dml_dist.import"
 _DESCRIPTION = b"dml_dist.description"
 _SHOWN = 20
 _log = logging.getLogger(__name__)
+
+
+class RemoteTarShards(Protocol):
+    """What readers of an index use of its `remote_shards.RemoteShards`.
+
+    A protocol, because `remote_shards` imports this module.
+    """
+
+    folder: RemoteFolder
+    cache: ShardCache
+    needed: np.ndarray
+
+    def has(self, tar_shard: int) -> bool: ...
+    def lease(self, tar_shard: int) -> None: ...
+    def release(self, tar_shard: int) -> None: ...
+    def lease_all(
+        self, tar_shards: Iterable[int], progress: Callable[[int], None] = ...
+    ) -> None: ...
+    def open(self, tar_shard: int) -> int: ...
+    def require_room(self, tar_shards: Sequence[int] | np.ndarray, why: str) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +107,7 @@ class Index:
     role: np.ndarray
     """(N,) str objects: both, query or gallery."""
 
-    remote: RemoteShards | None = None
+    remote: RemoteTarShards | None = None
     """How the tar shards come into `root`; None for a folder of this machine."""
 
     def __len__(self) -> int:

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator, Sized
 import numpy as np
 
 from dml_dist.data.batches import BatchRequest
-from dml_dist.data.index import Index
-from dml_dist.data.remote_shards import RemoteShards
+from dml_dist.data.index import Index, RemoteTarShards
 from dml_dist.errors import DmlDistError
 
 # Where few tar shards are all there is, nothing else would end the look ahead.
@@ -50,7 +49,7 @@ class StagedRequests:
         assert index.remote is not None
         assert isinstance(requests, Sized)
         self.index = index
-        self.remote: RemoteShards = index.remote
+        self.remote: RemoteTarShards = index.remote
         self.requests = requests
         self.ahead = ahead
         self.error: DmlDistError | None = None

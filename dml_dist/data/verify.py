@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dml_dist.data.index import INDEX_NAME, Index, bytes_needed, read_index
+from dml_dist.data.index import INDEX_NAME, Index, RemoteTarShards, bytes_needed, read_index
 from dml_dist.data.pool import run_tasks
-from dml_dist.data.remote_shards import RemoteShards
 from dml_dist.data.shard_scan import (
     ScannedImage,
     ScannedShard,
@@ -107,7 +106,7 @@ def verify_remote(index: Index, progress: Callable[[int, int], None] | None = No
     return VerifyReport(problems, len(index), int(index.length.sum()))
 
 
-def _against_server(index: Index, remote: RemoteShards, tar_shard: int) -> list[str]:
+def _against_server(index: Index, remote: RemoteTarShards, tar_shard: int) -> list[str]:
     """Return what tells that the server's tar shard is no longer the one that was copied."""
     name = index.tar_shards[tar_shard]
     found, copied = remote.folder.size(name), (index.root / name).stat().st_size

@@ -7,10 +7,9 @@ import threading
 import numpy as np
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.data.index import Index
+from dml_dist.data.index import Index, RemoteTarShards
 from dml_dist.data.loader import plan_tar_shards
 from dml_dist.data.plans import BatchPlan, ShuffledPlan
-from dml_dist.data.remote_shards import RemoteShards
 from dml_dist.parallel.comm import Comm
 from dml_dist.runtime.progress import Emit, phase
 
@@ -71,7 +70,7 @@ def fetch_before_training(index: Index, plan: BatchPlan, comm: Comm, emit: Emit)
 class _Copying(threading.Thread):
     """Copies tar shards into the cache, without keeping them there."""
 
-    def __init__(self, remote: RemoteShards, tar_shards: np.ndarray) -> None:
+    def __init__(self, remote: RemoteTarShards, tar_shards: np.ndarray) -> None:
         super().__init__(daemon=True)
         self.remote = remote
         self.tar_shards: list[int] = tar_shards.tolist()

@@ -135,6 +135,47 @@ def test_imports_go_down(path: Path) -> None:
     assert violations(dotted(path), path.read_text(encoding="utf-8")) == []
 
 
+def in_cycles(sources: dict[str, str]) -> set[str]:
+    """Return the modules in import cycles or between two of them; source by module name."""
+    below: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        below[module] = set()
+        for name, _ in imports(ast.parse(source), module):
+            library, _, rest = name.partition(".")
+            # `from dml_dist.data import index` names a module, `from ... import Index` a value.
+            target = rest if rest in sources else rest.rpartition(".")[0]
+            if library == "dml_dist" and target in sources and target != module:
+                below[module].add(target)
+    # A module that imports none of the rest is in no cycle, nor is one that none of them imports.
+    before = 0
+    while before != len(below):
+        before = len(below)
+        below = {name: used & below.keys() for name, used in below.items() if used & below.keys()}
+        used_by_some = {name for used in below.values() for name in used}
+        below = {name: used for name, used in below.items() if name in used_by_some}
+    return set(below)
+
+
+def test_modules_do_not_import_each_other() -> None:
+    """Imports for type checking and those inside functions count, too."""
+    assert in_cycles({dotted(path): path.read_text("utf-8") for path in modules()}) == set()
+
+
+@pytest.mark.parametrize(
+    ("sources", "cycle"),
+    [
+        ({"a": "from dml_dist.b import f", "b": "from dml_dist.c import g", "c": ""}, False),
+        ({"a": "from dml_dist.b import f", "b": "import dml_dist.a"}, True),
+        ({"a": "def f():\n    from dml_dist import b", "b": "from dml_dist.a import f"}, True),
+        ({"a": "if TYPE_CHECKING:\n    from dml_dist.b import B", "b": "import dml_dist.a"}, True),
+        ({"a": "import dml_dist.b", "b": "import dml_dist.c", "c": "from .a import f"}, True),
+        ({"p.a": "from dml_dist.p import b", "p.b": "from .a import f", "p": ""}, True),
+    ],
+)
+def test_import_cycles_are_seen(sources: dict[str, str], cycle: bool) -> None:
+    assert bool(in_cycles(sources)) == cycle
+
+
 @pytest.mark.parametrize("path", modules(), ids=dotted)
 def test_sizes(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
