@@ -15,17 +15,16 @@ data_app = typer.Typer(no_args_is_help=True, help="Import, index, check and show
 console = Console()
 
 DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
-SourceOption = Annotated[
-    Path | None, typer.Option("--source", help="Folder or table that is imported.")
-]
+SourceOption = Annotated[Path | None, typer.Option("--source", help="Folder or table to import.")]
 SplitOption = Annotated[
-    str | None, typer.Option("--split", metavar="train=SHARE", help="Share that trains.")
+    str | None, typer.Option("--split", metavar="train=SHARE", help="Share of the training split.")
 ]
 ByOption = Annotated[
-    Literal["class", "image"] | None, typer.Option("--by", help="What is divided.")
+    Literal["class", "image"] | None, typer.Option("--by", help="Split by class or by image.")
 ]
 OrderOption = Annotated[
-    Literal["sorted", "seeded"] | None, typer.Option("--order", help="Order of the division.")
+    Literal["sorted", "seeded"] | None,
+    typer.Option("--order", help="Order in which the split is taken."),
 ]
 SplitFileOption = Annotated[
     Path | None, typer.Option("--split-file", help="CSV: path,split or class,split.")
@@ -35,17 +34,20 @@ ImagesOption = Annotated[
     int | None, typer.Option("--images-per-class", help="Glyphs: images of each class.")
 ]
 SizeOption = Annotated[int | None, typer.Option("--image-size", help="Glyphs: side in pixels.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of what is drawn.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Random seed.")]
 MaxSideOption = Annotated[
     int | None,
     typer.Option("--max-side", help="Shrink larger images to this longer side, in pixels."),
 ]
 OnBrokenOption = Annotated[
     Literal["raise", "skip"] | None,
-    typer.Option("--on-broken", help="Broken images end the import, or are skipped."),
+    typer.Option("--on-broken", help="Stop at broken images, or skip them."),
 ]
 PartialOption = Annotated[
-    bool, typer.Option("--allow-partial", help="Go on where the official split differs.")
+    bool,
+    typer.Option(
+        "--allow-partial", help="Import even if the data differs from the official split."
+    ),
 ]
 
 
@@ -66,7 +68,7 @@ def data_import(
     on_broken: OnBrokenOption = None,
     allow_partial: PartialOption = False,
 ) -> None:
-    """Import a data set: tar shards and one index, continued where it was interrupted."""
+    """Import a data set into tar shards with an index; resumes an interrupted import."""
     from dml_dist.runtime.datasets import dataset_from_options, import_to
 
     options = {
@@ -99,8 +101,8 @@ def _share(text: str | None) -> float | None:
         return float(value)
     except ValueError:
         raise ConfigError(
-            f"--split must be train=SHARE with a share between 0 and 1, got {text!r}; "
-            "for example --split train=0.5"
+            f"--split {text!r} is not of the form train=SHARE with a share between 0 and 1; "
+            "write for example --split train=0.5"
         ) from None
 
 
@@ -108,7 +110,7 @@ def _share(text: str | None) -> float | None:
 def data_index(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
     split: Annotated[
-        str, typer.Option("--split", help="Split of samples that do not name theirs.")
+        str, typer.Option("--split", help="Split of samples that name none.")
     ] = "train",
 ) -> None:
     """Index tar shards that were made elsewhere (labels from .cls or .json)."""
@@ -137,14 +139,16 @@ def data_show(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The picture, a new PNG; default DIR-show.png here."),
+        typer.Option("--out", help="Path of the PNG; default DIR-show.png in this folder."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", min=1, help="Tar shards that are shuffled together.")
+        int | None, typer.Option("--window", min=1, help="Tar shards shuffled together.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what is shown.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Random seed of the images shown.")
+    ] = 0,
 ) -> None:
-    """Counts, balance and mixing of a data set, and a picture with some of its images."""
+    """Show counts, class balance and mixing of a data set, and draw some of its images."""
     from dml_dist.report.dataset import show_dataset
 
     show_dataset(folder, console, out=out, window=window, seed=seed)

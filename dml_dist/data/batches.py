@@ -1,4 +1,4 @@
-"""What travels between a plan and a model: requests for batches, and the batches they become."""
+"""Samplers and the data set of a DataLoader: requests for batches, and the batches they give."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class BatchRequest:
-    """What a loader worker is asked for.
+    """The rows that a loader worker reads for one batch.
 
     Attributes:
         step: Global step, or number of the global evaluation batch.
@@ -98,9 +98,9 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
 
     Args:
         index: Where images are.
-        transform: How they become tensors.
-        seed: The run's seed for random views; none gives evaluation views.
-        decoded: Keeps decoded images, if wanted.
+        transform: Image transform.
+        seed: The run's seed for random views; None gives evaluation views.
+        decoded: Cache of decoded images, if any.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         """Return the views of a batch, (b, 3, H, W) float32."""
         rows = request.rows.tolist()
         transform = self.transform
-        if type(transform) is not StandardTransform:  # A subclass may do otherwise.
+        if type(transform) is not StandardTransform:  # A subclass may override a step.
             views = []
             for place, row in enumerate(rows):
                 # A transform of the user's may write into what it gets.
@@ -173,7 +173,7 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
             try:
                 image = decode_image(data, "")
             except DataError:
-                # Once more for the words, which take as long as a tenth of a small image.
+                # Decode again for the message: describing every image costs 10 % of a small one.
                 image = decode_image(data, self._reader.describe(row))
             if self.decoded is not None:
                 self.decoded.put(row, image)
@@ -193,8 +193,8 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
 def _empty_batch(num_images: int, size: int) -> Tensor:
     """Return (num_images, 3, size, size) float32; in a loader worker in shared memory.
 
-    A batch that a loader worker hands over is in shared memory in the end; made there, as torch's
-    own `default_collate` does, it need not be copied.
+    A loader worker sends its batch through shared memory; allocating it there, as torch's own
+    `default_collate` does, saves a copy.
     """
     batch = torch.empty(0)
     if get_worker_info() is not None:

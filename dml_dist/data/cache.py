@@ -1,13 +1,13 @@
-"""A bounded folder of whole tar shards that came from elsewhere, shared by processes and runs.
+"""Disk cache of remote tar shards with a size limit, shared by processes and runs.
 
-    .lock                        held for every look at the folder and every change of it
-    .leases/HOST-PID-RANDOM      what one process keeps from being removed; locked while it lives
-    FOLDER/NAME                  a file; one appears whole or not at all, by renaming
-    FOLDER/.NAME.part            a file that is coming; locked by the process that copies it, and
-                                 as long as the file will be, so that its room is counted at once
+    .lock                        held while the folder is read or changed
+    .leases/HOST-PID-RANDOM      files that one process uses; locked while the process lives
+    FOLDER/NAME                  a complete file, renamed from its part
+    FOLDER/.NAME.part            a file being copied; locked by the process that copies it, and
+                                 already as long as the whole file, so that its space is counted
 
-Locks are flock's and end with their process, so nothing that a killed process leaves behind is
-waited for: its lease and its part are removed by the next that needs room.
+Locks are flock's and end with their process. So nobody waits for a killed process: its leases and
+parts are removed by the next process that needs space.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dml_dist.errors import ConfigError, RunError
 from dml_dist.files import sync_folder
 
 WAIT_SECONDS = 600.0
-"""How long a process waits for room that others hold, or for a file that another one copies,
-without any change; as long as ranks wait for each other by default."""
+"""How long a process waits for space, or for a file that another process copies without progress;
+as long as ranks wait for each other by default."""
 
 _POLL_SECONDS = 0.05
 _LOCK, _LEASES = ".lock", ".leases"
@@ -39,13 +39,13 @@ _LOCK, _LEASES = ".lock", ".leases"
 
 @dataclass(eq=False)
 class ShardCache:
-    """Files kept within a limit; the least recently used that nobody leases go first.
+    """A least-recently-used cache of files; leased files are never removed.
 
     Attributes:
-        folder: Where; made when it is missing. A local disk, or one shared by machines whose file
-            system has locks.
-        max_bytes: The limit of all files together.
-        wait_seconds: How long others' leases and copies are waited for.
+        folder: The cache's folder, created when missing: on a local disk, or on a shared file
+            system with locks.
+        max_bytes: Limit of the total size.
+        wait_seconds: How long to wait for leases and copies of other processes.
         untouched: Names of small files that are neither counted nor removed.
     """
 
@@ -62,29 +62,30 @@ class ShardCache:
                 pass
         except OSError as error:
             raise ConfigError(
-                f"data.cache.folder must be a folder that can be written and locked, got "
-                f"{self.folder}: {error.strerror or error}; give another one"
+                f"data.cache.folder {self.folder} cannot be written and locked "
+                f"({error.strerror or error}); choose another folder"
             ) from error
         self._own = _Leases(self.folder / _LEASES)
 
     def lease(
         self, path: Path, size_of: Callable[[], int], copy: Callable[[BinaryIO], None]
     ) -> None:
-        """Make sure that a file is there, and keep it until `release` or the end of this process.
+        """Copy a file if it is missing, and keep it until `release` or the end of this process.
 
-        Of all processes that want a missing file at once, one copies it. Leases are counted.
+        When several processes need a missing file at once, one of them copies it. Leases are
+        counted.
 
         Args:
             path: The file, in a folder below the cache's.
-            size_of: Gives the bytes of the file; called when it is missing.
+            size_of: Returns the file's size in bytes; called when it is missing.
             copy: Writes the file's content.
 
         Raises:
-            RunError: If there is no room: other leases fill the cache, or the disk is full.
-            Exception: What `size_of` or `copy` raises; nothing is left behind then.
+            RunError: If there is no space: other leases fill the cache, or the disk is full.
+            Exception: What `size_of` or `copy` raises; the partial copy is removed.
         """
         size: int | None = None
-        patience = _Patience(path, self.wait_seconds)
+        deadline = _Deadline(path, self.wait_seconds)
         while True:
             with self._locked():
                 if path.is_file():
@@ -95,21 +96,22 @@ class ShardCache:
             if part is not None:
                 break
             if size is None:
+                # Outside the lock: it may ask a slow server.
                 size = size_of()
                 continue
-            if patience.is_over():
+            if deadline.is_over():
                 raise RunError(
-                    f"{path} did not come within {self.wait_seconds:.0f} s: other processes copy "
-                    f"it or lease what fills the cache; {self._advice(size)}"
+                    f"{path} was not available within {self.wait_seconds:.0f} s: another process "
+                    f"copies it, or leased files fill the cache; {self._advice(size)}"
                 )
             time.sleep(_POLL_SECONDS)
         self._fill(path, part, copy)
 
     def release(self, path: Path) -> None:
-        """Give up one lease; the file may be removed when others need its room."""
+        """Give up one lease; without leases the file may be removed to free space."""
         with self._locked():
             self._own.remove(self._name(path))
-            with contextlib.suppress(FileNotFoundError):  # Somebody emptied the cache by hand.
+            with contextlib.suppress(FileNotFoundError):  # The cache was emptied by hand.
                 os.utime(path)
 
     def has(self, path: Path) -> bool:
@@ -120,28 +122,29 @@ class ShardCache:
         try:
             copy(part)
             with self._writing(path):
-                part.truncate()  # What came may be shorter than the room that was kept.
+                part.truncate()  # The file may be shorter than the reserved size.
                 part.flush()
                 os.fsync(part.fileno())
+                # Under one lock, so that no other process removes the file before it is leased.
                 with self._locked():
                     os.replace(part.name, path)
                     self._own.add(self._name(path))
                 sync_folder(path.parent)
         except BaseException:
-            Path(part.name).unlink(missing_ok=True)  # Before its lock is gone: it is ours.
+            Path(part.name).unlink(missing_ok=True)  # Before close, which releases its lock.
             raise
         finally:
             part.close()
 
     def _claim(self, path: Path, size: int) -> BinaryIO | None:
-        """Open the part of a file with its room kept, None if that must wait; under the lock."""
-        part = part_of(path)
-        if part.exists() and not _remove_if_left(part):
+        """Reserve space for a file and open its part, None if that must wait; under the lock."""
+        part = part_path(path)
+        if part.exists() and not _remove_if_unlocked(part):
             return None
         own = sum(_size(self.folder / name) for name in self._own.counts)
         if own + size > self.max_bytes:
             raise RunError(
-                f"{path.name} ({_mib(size)}) is needed together with {_mib(own)} that are in use; "
+                f"{path.name} ({_mib(size)}) does not fit beside the {_mib(own)} already in use; "
                 + self._advice(size)
             )
         if not self._make_room(size):
@@ -149,30 +152,31 @@ class ShardCache:
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(part, "w+b")  # noqa: SIM115  (handed on)
+            # Locked before the cache's lock is released, so that nobody takes it for a leftover.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(size)
             return file
 
     def _make_room(self, size: int) -> bool:
-        """Remove what was not used for longest until `size` more bytes fit; under the lock."""
+        """Remove least recently used files until `size` more bytes fit; under the lock."""
         files = self._files()
         leased = self._leased()
         excess = sum(status.st_size for status in files.values()) + size - self.max_bytes
         free = shutil.disk_usage(self.folder).free
         excess = max(excess, size - free)
-        movable = [
+        removable = [
             (status.st_mtime_ns, name)
             for name, status in files.items()
             if name not in leased and not name.endswith(".part")
         ]
-        if sum(files[name].st_size for _, name in movable) < excess:
+        if sum(files[name].st_size for _, name in removable) < excess:
             if free < size:
                 raise RunError(
-                    f"{self.folder} has {_mib(free)} free on its disk, {_mib(size)} are required; "
-                    "make room, or give another data.cache.folder"
+                    f"the disk of {self.folder} has {_mib(free)} free, but {_mib(size)} are "
+                    "needed; free some space, or choose another data.cache.folder"
                 )
             return False
-        for _, name in sorted(movable):
+        for _, name in sorted(removable):
             if excess <= 0:
                 break
             (self.folder / name).unlink(missing_ok=True)
@@ -180,7 +184,7 @@ class ShardCache:
         return True
 
     def _files(self) -> dict[str, os.stat_result]:
-        """Return all files and parts by their names below the folder; dead parts are removed."""
+        """Return all files and parts by name; parts of dead processes are removed."""
         found = {}
         for top in os.scandir(self.folder):
             if not top.is_dir() or top.name == _LEASES:
@@ -191,7 +195,7 @@ class ShardCache:
                     is_part = name.startswith(".") and name.endswith(".part")
                     if name.startswith(".") != is_part or name in self.untouched:
                         continue
-                    if is_part and _remove_if_left(path):
+                    if is_part and _remove_if_unlocked(path):
                         continue
                     with contextlib.suppress(FileNotFoundError):
                         found[self._name(path)] = path.stat()
@@ -201,7 +205,7 @@ class ShardCache:
         """Return the names that living processes lease."""
         names = set(self._own.counts)
         for path in (self.folder / _LEASES).iterdir():
-            if path != self._own.path and not _remove_if_left(path):
+            if path != self._own.path and not _remove_if_unlocked(path):
                 names |= set(json.loads(path.read_text(encoding="utf-8") or "{}"))
         return names
 
@@ -210,8 +214,9 @@ class ShardCache:
 
     def _advice(self, size: int) -> str:
         return (
-            f"the cache {self.folder} takes {_mib(self.max_bytes)}: raise data.cache.max_gb by "
-            f"{_mib(size)} or more, or lower data.batches.window or data.prefetch"
+            f"the cache {self.folder} is limited to {_mib(self.max_bytes)}; "
+            f"raise data.cache.max_gb by {_mib(size)} or more, or lower data.batches.window or "
+            "data.prefetch"
         )
 
     @contextmanager
@@ -220,8 +225,8 @@ class ShardCache:
             yield
         except OSError as error:
             raise RunError(
-                f"{path} cannot be written: {error.strerror or error}; make room, or give another "
-                "data.cache.folder"
+                f"{path} cannot be written: {error.strerror or error}; free some space, or choose "
+                "another data.cache.folder"
             ) from error
 
     @contextmanager
@@ -232,11 +237,11 @@ class ShardCache:
             yield
 
 
-class _Patience:
-    """How long a file that another process copies is waited for: anew whenever more of it came."""
+class _Deadline:
+    """A deadline that starts again whenever another process's copy has grown."""
 
     def __init__(self, path: Path, seconds: float) -> None:
-        self.part = part_of(path)
+        self.part = part_path(path)
         self.seconds = seconds
         self.seen = 0
         self.deadline = time.monotonic() + seconds
@@ -250,7 +255,7 @@ class _Patience:
 
 
 class _Leases:
-    """What this process leases, written where other processes see it; used under the lock."""
+    """The leases of this process, in a file that other processes read; used under the lock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -261,13 +266,14 @@ class _Leases:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Name -> number of leases, of this process: a forked child begins with none."""
+        """Name -> number of leases of this process."""
+        # A forked child inherits the object, but the leases belong to its parent.
         if self._pid != os.getpid():
             self._counts, self._file, self.path, self._pid = {}, None, None, os.getpid()
         return self._counts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_pid": -1}  # Another process leases nothing yet.
+        return {"folder": self.folder, "_pid": -1}  # Unpickled in another process, without leases.
 
     def add(self, name: str) -> None:
         self.counts[name] = self.counts.get(name, 0) + 1
@@ -293,19 +299,20 @@ class _Leases:
         if not self._counts:
             assert self.path is not None
             self.path.unlink(missing_ok=True)
-            # Loader workers that were forked meanwhile hold the file open, and with it its lock.
+            # Loader workers forked in the meantime inherited the open file and with it the lock, so
+            # closing our copy would not release it.
             fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
             self._file = self.path = None
 
 
-def part_of(path: Path) -> Path:
-    """Return where a file is while it comes."""
+def part_path(path: Path) -> Path:
+    """Return the path of a file while it is being copied."""
     return path.with_name(f".{path.name}.part")
 
 
-def _remove_if_left(path: Path) -> bool:
-    """Remove a file whose owner's lock is gone with its process; tell whether it is gone."""
+def _remove_if_unlocked(path: Path) -> bool:
+    """Remove a lease or part whose process has ended; return whether it no longer exists."""
     try:
         with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

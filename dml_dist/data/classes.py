@@ -1,4 +1,4 @@
-"""Which classes train and which validate: a division by class inside the training split."""
+"""Division of the training split into training and validation classes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dml_dist.partition import part_bounds
 from dml_dist.random_streams import Stream, generator_of
 
 MIN_CLASSES = 2
-"""Fewest classes to train or to validate on: with one class every answer is right."""
+"""Minimum number of classes to train or validate on: with one class every neighbor is a hit."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassSplit:
-    """What is trained on and what validates.
+    """Rows and classes of training and of validation.
 
     Attributes:
         train_rows: (n,) int64 rising index rows.
@@ -51,8 +51,8 @@ class ClassSplit:
         known = self.train_classes[np.minimum(ids, len(self.train_classes) - 1)] == labels
         if not known.all():
             raise ValueError(
-                f"required labels of the {len(self.train_classes)} training classes, "
-                f"got label {np.asarray(labels)[~known][0]}"
+                f"label {np.asarray(labels)[~known][0]} is not one of the "
+                f"{len(self.train_classes)} training classes"
             )
         return ids.astype(np.int64, copy=False)
 

@@ -1,4 +1,4 @@
-"""Encoded images to uint8 tensors.
+"""Decoding of images to uint8 tensors.
 
 JPEG and PNG go through torchvision.io, two to three times as fast as PIL with the same pixels; PIL
 takes all other formats and whatever torchvision refuses. Every image becomes three channels: grey
@@ -59,7 +59,7 @@ def decode_image(data: bytes, where: str) -> Tensor:
         try:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = _decode_torchvision(buffer, _RGB, False)
-        except RuntimeError:  # refused: PIL decides, and says what is wrong
+        except RuntimeError:  # PIL may still decode it, and has the better messages.
             return _decode_pil(data, where)
         return _high_byte(image) if image.dtype == torch.uint16 else image
     return _decode_pil(data, where)
@@ -74,8 +74,8 @@ def _decode_pil(data: bytes, where: str) -> Tensor:
     # PIL reports damage by any of these, depending on the format.
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{where} is not an image that can be decoded: {error}; required a JPEG, PNG or "
-            f"another format that PIL reads, got {len(data)} bytes starting with {data[:8].hex()}"
+            f"{where} cannot be decoded: {error}; its {len(data)} bytes start with "
+            f"{data[:8].hex()}. Convert it to JPEG, PNG or another format that PIL reads"
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Decoded images in memory that the loader workers of a rank share, for small data sets."""
+"""In-memory cache of decoded images, shared by the loader workers of a rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALIGNED_BYTES = 8
 
 
 class DecodedCache:
-    """Keeps decoded images within a limit: the first rows that fit, for as long as it lives.
+    """Cache of the first rows that fit into a memory limit; nothing is ever evicted.
 
     The memory is anonymous and shared with processes that are forked later; whichever of them
     decodes an image writes it for all. An image counts as written when its checksum agrees, so that
@@ -34,7 +34,7 @@ class DecodedCache:
         total = int(ends[count - 1]) if count else 0
         self._place = np.full(len(index), -1, dtype=np.int64)
         self._place[rows[:count]] = np.concatenate([[0], ends[:count]])[:count]
-        # Nothing of it takes memory before it is written.
+        # Anonymous pages take no memory until they are written.
         self._memory = mmap.mmap(-1, max(total + _ALIGNED_BYTES * len(index), 1))
         self._sums = np.frombuffer(self._memory, np.uint64, len(index))
         self._pixels = np.frombuffer(

@@ -1,4 +1,4 @@
-"""Images that are in a data set twice: the same bytes, or nearly the same picture across splits.
+"""Search for duplicate images: the same bytes, or nearly the same picture across splits.
 
 A test image that training has seen, or a second copy of it in the gallery, is a hit that says
 nothing about a model. Every image is listed once for each other split, with its nearest copy there,
@@ -19,7 +19,7 @@ _QUERIES, _OTHERS = 64, 4096
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Images of a split that have a copy, in another split or before them in their own."""
+    """Images of a split that have a copy in another split, or an earlier one in their own."""
 
     split: str
     other_split: str
@@ -119,8 +119,8 @@ def nearest(queries: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
             difference += np.bitwise_count(queries[at, None, 1] ^ block[None, :, 1])
             for query in np.flatnonzero(difference.min(axis=1) <= NEAR_BITS).tolist():
                 row = difference[query].astype(np.int64)
-                plainer = np.minimum(query_ones[at[query]], sorted_ones[start:stop])
-                near = np.flatnonzero(row <= np.minimum(NEAR_BITS, plainer // NEAR_SHARE))
+                simpler = np.minimum(query_ones[at[query]], sorted_ones[start:stop])
+                near = np.flatnonzero(row <= np.minimum(NEAR_BITS, simpler // NEAR_SHARE))
                 if near.size:
                     distance = int(row[near].min())
                     other = int(other_order[start:stop][near[row[near] == distance]].min())

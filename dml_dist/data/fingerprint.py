@@ -1,8 +1,8 @@
-"""A small picture of a picture, by which copies are found: the same whatever size and quality.
+"""Perceptual hash of an image, to find copies of another size or quality.
 
 128 bits: is each of 8 x 8 places brighter than its left neighbour, and than the one above it? Two
 images are near-duplicates if at most 4 bits differ, and at most an eighth of the set bits of the
-plainer one. Measured: of the 12.5 million pairs of 5,000 photographs of Tiny-ImageNet none is; the
+simpler one. Measured: of the 12.5 million pairs of 5,000 photographs of Tiny-ImageNet none is; the
 same image at JPEG quality 75 is in all of 400 cases, 10 % brighter in 97 %, at half of its 64
 pixels in 30 %. Drawings of few strokes come closer to each other: 14 of the 11.7 million pairs of
 Omniglot are (167 without the eighth).
@@ -18,7 +18,7 @@ NEAR_BITS = 4
 """Near-duplicates differ in at most as many bits, ..."""
 
 NEAR_SHARE = 8
-"""... and in at most one for as many set bits of the plainer image."""
+"""... and in at most one for as many set bits of the simpler image."""
 
 # Grey levels of 255: smaller steps are noise of compression, ...
 _STEP = 2

@@ -1,4 +1,4 @@
-"""Is this an image? Asked once, when it enters the shards, not by a run ten hours later."""
+"""Checks of encoded images on import, so that a broken one is found before training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of an image once it was decoded."""
+    """Facts of a decoded image."""
 
     width: int
     """Pixels."""
@@ -106,7 +106,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except DataError:
         raise
-    # Decoders raise whatever they stumble on: OSError, SyntaxError, ValueError, struct.error, ...
+    # Decoders raise many kinds of errors: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise DataError(f"the image cannot be decoded ({_reason(error)})") from error
 

@@ -1,4 +1,4 @@
-"""What an import has to tell beside the index: images it skipped, images that are there twice.
+"""The summary of an import: skipped and duplicate images.
 
 `import.json` holds the numbers; `skipped.csv` and `duplicates.csv` list every case and exist only
 where there is one. They are written before the index, so a finished import has them.
@@ -53,7 +53,7 @@ class CopyCount:
     """Others that look like an image there: at most NEAR_BITS of 128 bits differ."""
 
     first: tuple[str, ...]
-    """The first of them in words."""
+    """Descriptions of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ImportSummary:
     """Splits and pairs of splits with copies."""
 
     def lines(self, root: Path) -> list[str]:
-        """Return what a user should read of an import in a folder, nothing if all is well."""
+        """Return the lines to show after an import, none if there is nothing to report."""
         lines = []
         if self.num_skipped:
             lines.append(
@@ -80,16 +80,18 @@ class ImportSummary:
         if self.lost_classes:
             named = ", ".join(self.lost_classes[:_SHOWN])
             lines.append(
-                f"{len(self.lost_classes):,} classes had broken images only and are left out: "
+                f"{len(self.lost_classes):,} classes have only broken images and are left out: "
                 f"{named}{', ...' if len(self.lost_classes) > _SHOWN else ''}"
             )
         for count in self.copies:
             where = (
-                "twice or more in it"
+                "more than once in it"
                 if count.split == count.other_split
                 else f"also in {count.other_split}"
             )
-            near = f", {count.near:,} by look ({NEAR_BITS} of {BITS} bits)" if count.near else ""
+            near = (
+                f", {count.near:,} by appearance ({NEAR_BITS} of {BITS} bits)" if count.near else ""
+            )
             lines.append(
                 f"duplicates: of {count.num_images:,} images in {count.split} {where}: "
                 f"{count.exact:,} by bytes{near}; all in {root / DUPLICATES_NAME}, first:"
@@ -104,7 +106,7 @@ def write_summary(
     lost_classes: Sequence[str],
     copies: Sequence[Copies],
 ) -> None:
-    """Write the summary and its lists beside the index that is about to be written."""
+    """Write the summary and its lists, before the index is written."""
     skips = [(item.key, item.split, item.class_name, item.reason) for item in skipped]
     _write_csv(index.root / SKIPPED_NAME, ("key", "split", "class", "reason"), skips)
     found = [item for item in copies if len(item.rows)]

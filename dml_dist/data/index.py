@@ -1,4 +1,4 @@
-"""The index beside the tar shards: one parquet file, one row an image.
+"""The index of a data set: index.parquet in the folder of the tar shards, one row per image.
 
 Columns of index.parquet: key, tar_shard (file name relative to the folder), offset and length of
 the image's bytes in that file, crc32 of these bytes, extension, width, height, label (0..C-1 over
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dml_dist.data.remote import RemoteFolder
 
 INDEX_NAME = "index.parquet"
-# What an import keeps in its folder until the index stands.
+# What an import keeps in its folder until the index is written.
 PROGRESS_FOLDER = ".import"
 _DIGEST = b"dml_dist.import"
 _DESCRIPTION = b"dml_dist.description"
@@ -60,7 +60,7 @@ class RemoteTarShards(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """All images of a data set; arrays of equal length N, one row an image."""
+    """All images of a data set; arrays of equal length N, one row per image."""
 
     root: Path
     """The folder of the tar shards; of remote ones, where they are in the cache."""
@@ -108,7 +108,7 @@ class Index:
     """(N,) str objects: both, query or gallery."""
 
     remote: RemoteTarShards | None = None
-    """How the tar shards come into `root`; None for a folder of this machine."""
+    """Copies tar shards into `root`; None for a local folder."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -130,12 +130,12 @@ class Index:
 
 
 def write_index(index: Index, *, digest: str = "", description: str = "") -> None:
-    """Write index.parquet into the index's folder, at once or not at all.
+    """Write index.parquet into the index's folder atomically.
 
     Args:
         index: What to write.
         digest: Identifies the import that made the shards; empty for shards made elsewhere.
-        description: Says what was imported, in the words of who did; empty when unknown.
+        description: Describes what was imported; empty when unknown.
     """
     label = pa.array(index.label.astype(np.int32))
     columns: dict[str, pa.Array] = {
@@ -174,8 +174,8 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
     path = root / INDEX_NAME
     if not path.exists() and (root / PROGRESS_FOLDER).exists():
         raise DataError(
-            f"{path} is required and does not exist: an import into {root} was not finished; run "
-            "it again, finished tar shards are kept"
+            f"{path} does not exist, because an import into {root} was not finished; run the "
+            "import again, finished tar shards are kept"
         )
     table = index_table.read_table(path)
     numbers = {name: index_table.numbers(table, name, path) for name in index_table.NUMBERS}
@@ -228,7 +228,7 @@ def build_index(
             sample cannot be used; tar file and key named.
     """
     if not root.is_dir():
-        raise DataError(f"a folder with tar shards is required, {root} is none")
+        raise DataError(f"{root} is not a folder; give the folder that holds the tar shards")
     if (root / PROGRESS_FOLDER).exists():
         raise DataError(
             f"{root}: an import into this folder was not finished; run the import again, finished "
@@ -236,7 +236,7 @@ def build_index(
         )
     names = list_tar_shards(root)
     if not names:
-        raise DataError(f"{root} must hold tar shards (*.tar), it holds none")
+        raise DataError(f"{root} holds no tar shards (*.tar); check the path")
     tasks = [ScanTask(root, name, measure=True) for name in names]
     found: dict[int, tuple[ScannedImage, ...]] = {}
     problems: list[str] = []
@@ -272,7 +272,7 @@ def build_index(
 
 
 def class_sorted_warnings(index: Index) -> list[str]:
-    """Return what to say of tar shards whose images are not mixed over classes, a line a split.
+    """Return a warning for each split whose tar shards are sorted by class.
 
     A shuffled epoch reads a few tar shards at a time, so its batches see only their classes.
     """
@@ -283,9 +283,9 @@ def class_sorted_warnings(index: Index) -> list[str]:
         if typical < mixed / 2:
             lines.append(
                 f"{index.root}: the tar shards of the split {split!r} are sorted by class: "
-                f"{typical:.0f} classes in a tar shard (median), mixed ones would have "
-                f"{mixed:.0f}; batches of a shuffled epoch see the classes of its window of tar "
-                "shards only. Write them anew in shuffled order, or choose balanced batches"
+                f"a tar shard holds {typical:.0f} classes (median), a shuffled one would hold "
+                f"{mixed:.0f}; batches of a shuffled epoch see only the classes of its window of "
+                "tar shards. Rewrite them in shuffled order, or choose balanced batches"
             )
     return lines
 
@@ -333,12 +333,12 @@ def _check_shards(index: Index) -> None:
         path = index.root / name
         if not path.is_file():
             raise DataError(
-                f"{path} is named by {INDEX_NAME} and does not exist; restore it, or index what is "
-                f"there with `dml-dist data index {index.root}`"
+                f"{path} is listed in {INDEX_NAME} but does not exist; restore it, or index the "
+                f"remaining tar shards with `dml-dist data index {index.root}`"
             )
         if path.stat().st_size < size:
             raise DataError(
-                f"{path}: {INDEX_NAME} needs {size} bytes, the file has {path.stat().st_size}: it "
-                f"is truncated or another one; copy or import it again "
+                f"{path} has {path.stat().st_size} bytes, but {INDEX_NAME} needs {size}: the "
+                f"file is truncated or was replaced; copy or import it again "
                 f"(`dml-dist data verify {index.root}` lists all damage)"
             )

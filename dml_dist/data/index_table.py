@@ -1,4 +1,4 @@
-"""Reading the columns of index.parquet into arrays, with errors that say what to do."""
+"""Reading and checking the columns of index.parquet."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def read_table(path: Path) -> pa.Table:
     """
     if not path.exists():
         raise DataError(
-            f"{path} is required and does not exist; for tar shards made elsewhere run "
-            f"`dml-dist data index {path.parent}`, for images `dml-dist data import`"
+            f"{path} does not exist; create it with `dml-dist data index {path.parent}` for "
+            "existing tar shards, or with `dml-dist data import` for images"
         )
     try:
-        # A folder named like `a=b` is no partition here.
+        # Without this, pyarrow would add a column for a parent folder named like `a=b`.
         table = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise unusable(path, f"it cannot be read as parquet ({error})") from error
@@ -49,7 +49,7 @@ def read_table(path: Path) -> pa.Table:
 
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:
-    """Return what the file's schema keeps beside the columns.
+    """Return the metadata of the file's schema.
 
     Raises:
         DataError: If the file is damaged.
@@ -61,8 +61,8 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 
 
 def unusable(path: Path, why: str) -> DataError:
-    """Return the error for an index that cannot be used, with the way out."""
-    return DataError(f"{path}: {why}; make it anew with `dml-dist data index {path.parent}`")
+    """Return the error for an index that cannot be used, with advice."""
+    return DataError(f"{path}: {why}; rebuild it with `dml-dist data index {path.parent}`")
 
 
 def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:

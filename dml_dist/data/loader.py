@@ -1,7 +1,7 @@
-"""Batches for training and evaluation: plans in, tensors out, by a pool of loader workers.
+"""Data loaders for training and evaluation with a pool of loader workers.
 
 Loader workers are forked: they start in a tenth of a second (forkserver and spawn take 3.5 to 6 s,
-because each imports torch anew), share the index's memory, and ask nothing of the main module.
+because each imports torch again), share the index's memory, and do not import the main module.
 Forking a process that has threads (Ray's, OpenMP's) is safe only if the child takes no lock that
 such a thread may hold. Ours reads files, decodes and resizes on one torch thread, which never
 enters an OpenMP region, and touches neither CUDA nor Ray. Where a custom transform breaks this rule
@@ -36,13 +36,13 @@ from dml_dist.random_streams import Stream, seed_of
 from dml_dist.topology import Topology
 
 POLL_SECONDS = 1.0
-"""How often a waiting rank looks whether its loader workers are alive."""
+"""How often a waiting rank checks that its loader workers are alive."""
 
 LIMIT_SECONDS = 600.0
 """How long a rank waits for one batch; as long as ranks wait for each other by default."""
 
 EVALUATION_AHEAD = 2
-"""Remote tar shards that an evaluation, which goes from one to the next, has copied ahead."""
+"""Remote tar shards that an evaluation, which reads one after the other, copies ahead."""
 
 
 class BatchLoader:
@@ -198,7 +198,7 @@ def train_loader(
     Args:
         index: Where images are.
         plan: The global batches, or a plan with the states that it follows.
-        transform: How images become tensors.
+        transform: Image transform.
         seed: Seed of the random views.
         topology: This rank.
         start_step: First global step, > 0 when a run is resumed.
@@ -249,7 +249,7 @@ def evaluation_loader(
     Args:
         index: Where images are.
         rows: (n,) int64 index rows, all ranks' together.
-        transform: How images become tensors.
+        transform: Image transform.
         batch_size: Images of one batch. Batches are fixed by it alone: ranks take contiguous runs
             of whole batches, because an embedding's last bits depend on its batch.
         topology: This rank.

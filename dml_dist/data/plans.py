@@ -190,7 +190,7 @@ def build_plan(
     """
     if not len(rows) == len(labels) == len(tar_shard):
         raise ValueError(
-            "required one label and one tar shard for each row, "
+            "every row needs one label and one tar shard, "
             f"got {len(rows)} rows, {len(labels)} labels and {len(tar_shard)} tar shards"
         )
     if global_batch_size < world_size:

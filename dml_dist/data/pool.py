@@ -1,4 +1,4 @@
-"""Work on many tar shards in several processes, each of which ends with its parent."""
+"""Process pool for work on many tar shards; its processes end with their parent."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def _num_cores() -> int:
 def _end_with_parent() -> None:
     """End this process when its parent is gone, however it ended.
 
-    A worker waits on a pipe of which it holds both ends, so without this it would outlive a parent
-    that was killed, for ever.
+    A worker holds both ends of the pipe it waits on, so without this it would never notice that
+    its parent was killed.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

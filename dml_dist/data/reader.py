@@ -1,4 +1,4 @@
-"""Positioned reads of samples out of tar shards, each checked by its crc32."""
+"""Random access to the images in tar shards; every read is checked by its crc32."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ class ShardReader:
             ) from error
         if len(data) < length:
             raise DataError(
-                f"{self.describe(row)} is cut off: required {length} bytes from offset {offset} "
+                f"{self.describe(row)} is cut off: its {length} bytes from offset {offset} "
                 f"on, found {len(data)}; the tar shard is truncated, restore or import it again"
             )
         found, expected = zlib.crc32(data), int(index.crc32[row])
         if found != expected:
-            cure = "restore the tar shard, or run `dml-dist data verify` to find all damage"
+            advice = "restore the tar shard, or run `dml-dist data verify` to find all damage"
             if index.remote is not None:
-                cure = "remove the copy, so that it comes again"
+                advice = "remove the copy, so that it is copied again"
             raise DataError(
                 f"{self.describe(row)} is damaged: expected crc32 {expected:08x}, found "
-                f"{found:08x} ({length} bytes at offset {offset}); {cure}"
+                f"{found:08x} ({length} bytes at offset {offset}); {advice}"
             )
         return data
 
     def describe(self, row: int) -> str:
-        """Return the words that name a row in a message: its key and its tar shard."""
+        """Return the name of a row for messages: its key and its tar shard."""
         name = self.index.tar_shards[int(self.index.tar_shard[row])]
         where = str(self.index.root / name)
         if self.index.remote is not None:

@@ -1,4 +1,4 @@
-"""A folder behind a URL: its files are copied whole, with bounded retries that are announced.
+"""Copies files from a folder behind a URL, with retries that are logged.
 
 Everything goes through fsspec, which takes its settings (endpoints, anonymous access, credentials)
 from its own configuration files and from environment variables such as FSSPEC_S3_ANON.
@@ -23,18 +23,18 @@ from dml_dist.errors import ConfigError, DataError, DmlDistError, RunError
 from dml_dist.urls import join_url, protocol_of, redact_url
 
 BLOCK_BYTES = 8 * 2**20
-"""What one request asks for; after a fault the copy goes on at the block that was not received."""
+"""Bytes of one request; after a fault the copy resumes at the first missing block."""
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 _WEB = ("http", "https")
-# Answers of a web server that a later request may not get: time out, too early, too many.
-_PASSING_STATUS = {408, 425, 429}
+# HTTP status codes that a retry may not meet again: timeout, too early, too many requests.
+_TRANSIENT_STATUS = {408, 425, 429}
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class CutOffError(Exception):
-    """A file came shorter or other than announced: a fault of the way that a retry may mend."""
+class IncompleteCopyError(Exception):
+    """A copy is shorter than announced or has a wrong checksum; a retry may succeed."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class RemoteFolder:
 
     Attributes:
         url: Any fsspec URL but file://.
-        retries: How often one file is tried again after a fault that may pass, >= 0.
-        timeout_seconds: How long a web server may be silent. Other protocols have limits of their
-            own.
-        longest_wait_seconds: The longest pause before a retry; pauses double, with a random part.
+        retries: How often one file is retried after a transient fault, >= 0.
+        timeout_seconds: How long a web server may be silent. Other protocols have their own limits.
+        longest_wait_seconds: The longest pause before a retry; pauses double, with jitter.
     """
 
     url: str
@@ -59,7 +58,7 @@ class RemoteFolder:
         return redact_url(join_url(self.url, name) if name else self.url)
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of a file, None where the server does not tell.
+        """Return the size of a file in bytes, None where the server does not tell.
 
         Raises:
             DataError: If there is no such file, or no right to read it.
@@ -71,7 +70,7 @@ class RemoteFolder:
             size = filesystem.info(path)["size"]
             return None if size is None else int(size)
 
-        return self._patiently(name, ask)
+        return self._with_retries(name, ask)
 
     def copy(
         self,
@@ -86,30 +85,31 @@ class RemoteFolder:
         Args:
             name: Name of the file relative to the folder.
             target: Where the bytes go, from its beginning on.
-            size: The bytes of the file, if known.
-            check: Called when all has come; a CutOffError means that it must be copied again.
+            size: The file's size in bytes, if known.
+            check: Called after the last byte; an IncompleteCopyError means that the file must be
+                copied again.
 
         Raises:
             DataError: If there is no such file, no right to read it, or `check` raises it.
-            RunError: If it did not come in all attempts, or `target` cannot be written.
+            RunError: If all attempts failed, or `target` cannot be written.
         """
         copied = _Copy(target, size)
 
         def attempt() -> None:
             filesystem, path = self._open(name)
             try:
-                copied.go_on(filesystem, path, _is_web(self.url))
+                copied.resume(filesystem, path, _is_web(self.url))
                 if size is not None and copied.done != size:
-                    raise CutOffError(f"required {size} bytes, got {copied.done}")
+                    raise IncompleteCopyError(f"{copied.done} of {size} bytes were received")
                 check()
-            except CutOffError:
+            except IncompleteCopyError:
                 copied.done = 0
                 raise
 
-        self._patiently(name, attempt)
+        self._with_retries(name, attempt)
 
     def _open(self, name: str) -> tuple[Any, str]:
-        """Return fsspec's file system, made anew in a forked process, and the file's path in it."""
+        """Return fsspec's file system, created again in a forked process, and the file's path."""
         import fsspec
 
         options: dict[str, Any] = {}
@@ -125,22 +125,22 @@ class RemoteFolder:
         except ImportError as error:
             protocol = protocol_of(self.url)
             package = _PACKAGES.get(protocol)
-            cure = f"pip install {package}" if package else str(error)
+            advice = f"pip install {package}" if package else str(error)
             raise ConfigError(
                 f"{self.shown()}: the protocol {protocol} needs a library that is not installed: "
-                f"{cure}"
+                f"{advice}"
             ) from error
         except ValueError as error:
             raise ConfigError(
-                f"{self.shown()}: required a folder or a URL that fsspec knows (http, https, s3, "
+                f"{self.shown()} is not a folder or a URL that fsspec can open (http, https, s3, "
                 f"gs, memory, file, ...): {error}"
             ) from error
-        # What was once listed or measured may have changed since.
+        # fsspec caches listings and sizes, and the files may have changed since.
         filesystem.invalidate_cache()
         return filesystem, path
 
-    def _patiently(self, name: str, work: Callable[[], T]) -> T:
-        """Do work on a file again after faults that may pass, and put the last one into words."""
+    def _with_retries(self, name: str, work: Callable[[], T]) -> T:
+        """Call `work` on a file, retry transient faults, and turn the last one into our error."""
 
         def announce(state: RetryCallState) -> None:
             assert state.outcome is not None
@@ -148,7 +148,7 @@ class RemoteFolder:
             _log.warning(
                 "%s: %s; attempt %d of %d in %.1f s",
                 self.shown(name),
-                _words(state.outcome.exception()),
+                _error_text(state.outcome.exception()),
                 state.attempt_number + 1,
                 self.retries + 1,
                 state.next_action.sleep,
@@ -157,7 +157,7 @@ class RemoteFolder:
         retrying = Retrying(
             stop=stop_after_attempt(self.retries + 1),
             wait=wait_random_exponential(multiplier=0.5, max=self.longest_wait_seconds),
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(_is_transient),
             before_sleep=announce,
             reraise=True,
         )
@@ -166,26 +166,25 @@ class RemoteFolder:
         except DmlDistError:
             raise
         except Exception as error:
-            where, what = self.shown(name), _words(error)
+            where, what = self.shown(name), _error_text(error)
             if isinstance(error, PermissionError) or _status(error) in (401, 403):
                 raise DataError(
-                    f"{where} may not be read: {what}; give credentials as fsspec takes them "
-                    "(environment variables or its configuration file), or another data.path"
+                    f"access to {where} was denied: {what}; set credentials for fsspec "
+                    "(environment variables or its configuration file), or use another data.path"
                 ) from error
-            if not _may_pass(error):
+            if not _is_transient(error):
                 raise DataError(
-                    f"{where} is required and cannot be read: {what}; correct data.path, or put "
-                    "the file there"
+                    f"{where} cannot be read: {what}; correct data.path, or upload the file"
                 ) from error
             raise RunError(
-                f"{where} did not come in {self.retries + 1} attempts, the last one: {what}; see "
-                "whether the server answers, then run the command again; tar shards that have come "
-                "are kept (data.cache.retries and data.cache.timeout_seconds say how long to try)"
+                f"{where} could not be copied in {self.retries + 1} attempts; the last error: "
+                f"{what}. Check the server, then run the command again; copied tar shards are kept "
+                "(data.cache.retries and data.cache.timeout_seconds set how long to try)"
             ) from error
 
 
 class _Copy:
-    """How far the copy of one file has come; a later attempt goes on there."""
+    """The progress of one file's copy; a later attempt resumes there."""
 
     def __init__(self, target: BinaryIO, size: int | None) -> None:
         self.target = target
@@ -193,7 +192,7 @@ class _Copy:
         self.done = 0
         self.in_blocks = True
 
-    def go_on(self, filesystem: Any, path: str, is_web: bool) -> None:
+    def resume(self, filesystem: Any, path: str, is_web: bool) -> None:
         options: dict[str, Any] = {"cache_type": "none"}
         if not self.in_blocks or (is_web and self.size is None):
             options = {"block_size": 0}  # One stream from the beginning.
@@ -218,7 +217,7 @@ class _Copy:
             if not self.done or not self.in_blocks:
                 raise
             self.in_blocks = False
-            raise CutOffError("the server gives no parts of a file") from error
+            raise IncompleteCopyError("the server does not support range requests") from error
 
     def _write(self, block: bytes) -> None:
         try:
@@ -227,8 +226,8 @@ class _Copy:
             self.target.flush()
         except OSError as error:
             raise RunError(
-                f"{self.target.name} cannot be written: {error.strerror or error}; give "
-                "data.cache.folder a folder with room for data.cache.max_gb, or lower that"
+                f"{self.target.name} cannot be written: {error.strerror or error}; choose "
+                "a data.cache.folder with space for data.cache.max_gb, or lower that limit"
             ) from error
         self.done += len(block)
 
@@ -251,32 +250,32 @@ def _status(error: BaseException | None) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Tell whether the same request may succeed a little later."""
+def _is_transient(error: BaseException) -> bool:
+    """Return whether the same request may succeed later."""
     if isinstance(error, DmlDistError) or not isinstance(error, Exception):
         return False
     status = _status(error)
     if status is not None:
-        return status >= 500 or status in _PASSING_STATUS
+        return status >= 500 or status in _TRANSIENT_STATUS
     if isinstance(error, FileNotFoundError):
         # fsspec says so of every request for a file's size that failed, whatever the reason.
-        return error.__cause__ is not None and _may_pass(error.__cause__)
+        return error.__cause__ is not None and _is_transient(error.__cause__)
     if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
         return False
     # Every library behind fsspec has errors of its own for a lost connection.
     return not isinstance(error, TypeError | AttributeError | LookupError | NotImplementedError)
 
 
-def _words(error: BaseException | None) -> str:
-    """Return an error in words, without the addresses that some libraries put into theirs."""
+def _error_text(error: BaseException | None) -> str:
+    """Return the text of an error without the URLs that some libraries put into theirs."""
     status = _status(error)
     if status is not None:
         return f"the server answered {status}"
     if isinstance(error, FileNotFoundError):
         if error.__cause__ is not None:
-            return _words(error.__cause__)
+            return _error_text(error.__cause__)
         return "there is no such file"
-    if isinstance(error, CutOffError):
+    if isinstance(error, IncompleteCopyError):
         return str(error)
     if isinstance(error, TimeoutError):
         return "the server was silent for too long"

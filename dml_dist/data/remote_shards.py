@@ -1,9 +1,9 @@
-"""Tar shards behind a URL: which of them are in the cache, and how the others come there.
+"""Access to tar shards behind a URL through the disk cache.
 
-A shard's place in the cache follows from the full URL of its folder and from what the index says of
-all images (positions and crc32), so that folders of one name, or a folder whose shards were
-replaced, are never mixed up. A shard becomes visible in the cache when its size is the announced
-one and every image in it has the crc32 of the index.
+A shard's place in the cache follows from the full URL of its folder and from the positions and
+crc32 of all images in the index, so that folders of one name, or a folder whose shards were
+replaced, are never mixed up. A shard becomes visible in the cache when its size is right and every
+image in it has the crc32 of the index.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from dml_dist.config.data import CacheConfig
 from dml_dist.data.cache import ShardCache
 from dml_dist.data.index import INDEX_NAME, Index, bytes_needed, read_index
-from dml_dist.data.remote import CutOffError, RemoteFolder
+from dml_dist.data.remote import IncompleteCopyError, RemoteFolder
 from dml_dist.errors import DataError
 from dml_dist.files import write_bytes_atomic
 from dml_dist.urls import local_path
@@ -35,10 +35,10 @@ CONNECTIONS = 4
 
 
 def open_index(location: str, cache: CacheConfig) -> Index:
-    """Read the index of a folder of tar shards, here or behind a URL.
+    """Read the index of a local or remote folder of tar shards.
 
-    Of a remote folder only the index is copied, anew each time; its tar shards come when they are
-    leased or read.
+    Of a remote folder only the index is copied, each time again; its tar shards are copied when
+    they are leased or read.
 
     Args:
         location: A path, or any fsspec URL.
@@ -82,9 +82,9 @@ class RemoteShards:
     """The tar shards of one remote folder.
 
     Args:
-        folder: Where they are.
-        cache: Where they come to.
-        index: What is in them; its root is their folder in the cache.
+        folder: The remote folder.
+        cache: The disk cache.
+        index: The folder's index; its root is their folder in the cache.
     """
 
     def __init__(self, folder: RemoteFolder, cache: ShardCache, index: Index) -> None:
@@ -98,7 +98,7 @@ class RemoteShards:
         self._rows = [order[low:end] for low, end in itertools.pairwise(bounds)]
 
     def path(self, tar_shard: int) -> Path:
-        """Return the place of a tar shard in the cache."""
+        """Return the path of a tar shard in the cache."""
         return self.index.root / self.index.tar_shards[tar_shard]
 
     def has(self, tar_shard: int) -> bool:
@@ -110,7 +110,7 @@ class RemoteShards:
 
         Raises:
             DataError: If it is missing, may not be read, or is not what was indexed.
-            RunError: If the server does not answer, or the cache has no room.
+            RunError: If the server does not answer, or the cache has no space.
         """
         self.cache.lease(
             self.path(tar_shard),
@@ -201,8 +201,8 @@ class RemoteShards:
         size = self.folder.size(name)
         if size is not None and size < needed:
             raise DataError(
-                f"{self.folder.shown(name)}: {INDEX_NAME} needs {needed} bytes, the file has "
-                f"{size}: it is truncated or another one; put the right one there"
+                f"{self.folder.shown(name)} has {size} bytes, but {INDEX_NAME} needs {needed}: the "
+                "file is truncated or was replaced; upload the right one"
             )
         self._sizes[tar_shard] = size
         return needed if size is None else size
@@ -214,15 +214,16 @@ class RemoteShards:
         def check() -> None:
             nonlocal checked
             checked += 1
+            # A wrong checksum may be a fault of the transfer, so one more copy is tried.
             wrong = self._damaged(tar_shard, target.fileno())
             if wrong is None:
                 return
-            what = f"key {wrong!r} has not the crc32 of {INDEX_NAME}"
+            what = f"key {wrong!r} does not have the crc32 of {INDEX_NAME}"
             if checked == 1:
-                raise CutOffError(what)
+                raise IncompleteCopyError(what)
             raise DataError(
                 f"{self.folder.shown(name)} was copied twice and {what}: it is damaged or was "
-                "replaced; put the right one there, or index the folder again where it is"
+                "replaced; upload the right one, or index the folder again on the server"
             )
 
         self.folder.copy(name, target, size=self._sizes[tar_shard], check=check)
@@ -238,14 +239,14 @@ class RemoteShards:
 
 
 def _check_names(index: Index, remote: RemoteFolder) -> None:
-    """Refuse names by which a file of somebody else would land outside of its folder."""
+    """Refuse names by which a downloaded file would be written outside of its folder."""
     for name in index.tar_shards:
         path = PurePosixPath(name)
         hidden = any(part.startswith(".") for part in path.parts)
         if path.is_absolute() or hidden or not path.parts or name == INDEX_NAME:
             raise DataError(
-                f"{remote.shown(INDEX_NAME)} names the tar shard {name!r}; required a path below "
-                "the folder, without '..' and hidden parts; index the folder again where it is"
+                f"{remote.shown(INDEX_NAME)} names the tar shard {name!r}, which is not a path "
+                "below the folder without '..' and hidden parts; index the folder again"
             )
 
 

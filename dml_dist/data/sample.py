@@ -1,4 +1,4 @@
-"""What an importer gives to the shard writer: samples, and the facts known without images."""
+"""The interface of importers: samples, their sources, and facts known without reading images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CUT_KEY_BYTES = 80
 
 
 class ImageSource(Protocol):
-    """Where the bytes of one image come from; pickled to the process that writes its tar shard.
+    """The source of one image's bytes; pickled to the process that writes its tar shard.
 
     `repr` must be equal for equal images and differ for different ones: it tells one import from
     another. `str` names the image in messages.
@@ -177,7 +177,7 @@ def check_samples(samples: Sequence[Sample]) -> None:
         DataError: If there are none, or a key, class, split or role is not acceptable.
     """
     if not samples:
-        raise DataError("a data set needs at least one image, this one has none")
+        raise DataError("the data set has no images; check its source")
     keys: set[str] = set()
     for sample in samples:
         where = f"sample {sample.key!r} ({sample.source})"

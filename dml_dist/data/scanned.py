@@ -1,4 +1,4 @@
-"""From scanned images to the columns of an index: dense labels, unique keys, mixed classes."""
+"""Columns of an index from scanned images: dense labels, unique keys, classes per tar shard."""
 
 from __future__ import annotations
 

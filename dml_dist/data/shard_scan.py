@@ -1,4 +1,4 @@
-"""What stands in a tar shard: its images with what is said of them, and what is wrong with it."""
+"""Scan of a tar shard: its images with their labels, and its problems."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ScanTask:
 
 @dataclass(frozen=True)
 class ScannedImage:
-    """One image of a tar shard and the label that stands beside it."""
+    """One image of a tar shard with its label."""
 
     key: str
     extension: str
@@ -96,7 +96,7 @@ def scan_tar_shard(task: ScanTask) -> ScannedShard:
     """Read every member of a tar shard; damage becomes a problem, not an error."""
     images: list[ScannedImage] = []
     problems: list[Problem] = []
-    overlooked: list[str] = []
+    skipped_names: list[str] = []
     path = task.root / task.tar_shard
     complete = False
     try:
@@ -108,7 +108,7 @@ def scan_tar_shard(task: ScanTask) -> ScannedShard:
                     problems.append(Problem(task.tar_shard, key, str(error)))
                 else:
                     images += [image] if image is not None else []
-                    overlooked += _image_names(members) if image is None else []
+                    skipped_names += _image_names(members) if image is None else []
             complete = _is_end(file.fileno(), tar.offset)
             if not complete:
                 what = (
@@ -117,8 +117,8 @@ def scan_tar_shard(task: ScanTask) -> ScannedShard:
                 problems.append(Problem(task.tar_shard, None, what))
     except (tarfile.TarError, OSError, EOFError) as error:
         problems.append(Problem(task.tar_shard, None, f"truncated or damaged: {error}"))
-    if overlooked:
-        problems.append(Problem(task.tar_shard, None, _dots_in_keys(overlooked)))
+    if skipped_names:
+        problems.append(Problem(task.tar_shard, None, _dots_in_keys(skipped_names)))
     return ScannedShard(tuple(images), tuple(problems), complete)
 
 
@@ -156,7 +156,7 @@ def _dots_in_keys(names: list[str]) -> str:
     return (
         f"{len(names)} images have a dot in their key and would be left out: the first, "
         f"{names[0]!r}, has the key {key!r} and the extension {extension!r}, because a key ends at "
-        "the first dot; write the tar files anew with '_' for the dots in keys"
+        "the first dot; rewrite the tar files with '_' in place of the dots"
     )
 
 
@@ -205,7 +205,7 @@ def _label(given: list[Any], class_name: Any) -> tuple[int | None, str | None]:
     name = str(class_name) if class_name not in (None, "") else None
     if text is None and name is None:
         raise DataError(
-            "a label is required, in a .cls member or as `label` or `class` in a .json member"
+            "the sample has no label; add a .cls member, or `label` or `class` in a .json member"
         )
     if text is not None and re.fullmatch(r"-?\d{1,18}", text):
         return int(text), name
@@ -239,6 +239,6 @@ def _read(descriptor: int, member: tarfile.TarInfo) -> bytes:
 def _is_end(descriptor: int, offset: int) -> bool:
     """Tell whether an archive ends at `offset` as it should, with a block of zeros.
 
-    tarfile stops without a word at a damaged header or where a file was cut between members.
+    tarfile stops without an error at a damaged header or where a file was cut between members.
     """
     return os.pread(descriptor, _BLOCK_BYTES, offset) == bytes(_BLOCK_BYTES)

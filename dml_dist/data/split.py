@@ -1,4 +1,4 @@
-"""Which images train and which test: by a rule, or by a file."""
+"""Assignment of images to the training and test splits, by a rule or a file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Tar shards of a URL ahead of the batches that are made of them.
+"""Prefetching of remote tar shards for a data loader.
 
-Everything happens in the rank's own process: loader workers, which are forked, find what they read
-in the cache. A request for a batch is handed to a loader worker when its tar shards are leased, and
-they are released when the batch has arrived.
+Everything happens in the rank's own process: the forked loader workers find their tar shards in the
+cache. A request for a batch is handed to a loader worker when its tar shards are leased; they are
+released when the batch has arrived.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dml_dist.data.batches import BatchRequest
 from dml_dist.data.index import Index, RemoteTarShards
 from dml_dist.errors import DmlDistError
 
-# Where few tar shards are all there is, nothing else would end the look ahead.
+# With few tar shards nothing else would limit the prefetching.
 _REQUESTS_AHEAD = 2000
 _SECONDS_TO_END = 2.0
 _log = logging.getLogger(__name__)
@@ -27,12 +27,12 @@ _log = logging.getLogger(__name__)
 class StagedRequests:
     """Requests in their order, each handed out when its tar shards are in the cache.
 
-    Where one does not come, the requests end early and `error` says why: an exception in the
-    middle of a DataLoader's start would leave its pool half made.
+    If one cannot be copied, the requests end early and `error` says why: an exception while a
+    DataLoader starts would leave its pool half created.
 
     Args:
         index: The index of a remote folder.
-        requests: What is loaded; walked through twice, by two threads.
+        requests: What is loaded; iterated twice, by two threads.
         ahead: Tar shards that are copied in the background beyond those that are leased, as far as
             the cache has room.
         keep: Tar shards that stay in the cache until `close`.
@@ -57,8 +57,8 @@ class StagedRequests:
         self._keep = [] if keep is None else keep.tolist()
         self._kept = False
         self._uses: Counter[int] = Counter()
-        self._under_way: deque[list[int]] = deque()
-        self._moved = threading.Condition()
+        self._in_flight: deque[list[int]] = deque()
+        self._changed = threading.Condition()
         self._position = 0
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -75,21 +75,21 @@ class StagedRequests:
             tar_shards = self._tar_shards(request)
             if not self._lease([shard for shard in tar_shards if not self._uses[shard]]):
                 return
-            self._under_way.append(tar_shards)
-            with self._moved:
+            self._in_flight.append(tar_shards)
+            with self._changed:
                 self._uses.update(tar_shards)
                 self._position += 1
-                self._moved.notify()
+                self._changed.notify()
             if self.ahead and self._thread is None:
-                # Not before: the loader workers are forked by now.
-                self._thread = threading.Thread(target=self._look_ahead, daemon=True)
+                # Not earlier: a process must not have this thread when loader workers are forked.
+                self._thread = threading.Thread(target=self._prefetch, daemon=True)
                 self._thread.start()
             yield request
 
     def received(self) -> None:
-        """Note that the oldest batch under way has arrived."""
-        for tar_shard in self._under_way.popleft():
-            with self._moved:
+        """Release what the oldest batch in flight used: it has arrived."""
+        for tar_shard in self._in_flight.popleft():
+            with self._changed:
                 self._uses[tar_shard] -= 1
                 unused = not self._uses[tar_shard]
                 if unused:
@@ -98,11 +98,11 @@ class StagedRequests:
                 self.remote.release(tar_shard)
 
     def close(self) -> None:
-        """Release everything; a copy that is coming in the background ends with its tar shard."""
-        with self._moved:
+        """Release everything; a copy in the background ends with its tar shard."""
+        with self._changed:
             self._closed = True
-            self._moved.notify()
-        while self._under_way:
+            self._changed.notify()
+        while self._in_flight:
             self.received()
         if self._kept:
             self._kept = False
@@ -125,7 +125,7 @@ class StagedRequests:
         found: list[int] = np.unique(self.index.tar_shard[request.rows]).tolist()
         return found
 
-    def _look_ahead(self) -> None:
+    def _prefetch(self) -> None:
         """Copy what the next requests need, until `ahead` tar shards are beyond the leased ones."""
         last_use: dict[int, int] = {}
         for number, request in enumerate(self.requests):
@@ -140,13 +140,13 @@ class StagedRequests:
                     self.remote.lease(tar_shard)
                     self.remote.release(tar_shard)
                 except DmlDistError as error:
-                    # The rank itself meets it when it needs the tar shard, and ends with it.
-                    _log.warning("ahead of its use: %s", error)
+                    # The rank raises the error itself when it needs the tar shard.
+                    _log.warning("prefetching stopped: %s", error)
                     return
 
     def _wait(self, number: int, tar_shard: int, last_use: dict[int, int]) -> bool:
         """Wait until a tar shard may be copied; False when there is nothing more to do."""
-        with self._moved:
+        with self._changed:
             while not self._closed:
                 if number < self._position:
                     return True
@@ -158,5 +158,5 @@ class StagedRequests:
                 has_room = len(beyond) <= self.ahead and size <= self.remote.cache.max_bytes
                 if has_room and number - self._position <= _REQUESTS_AHEAD:
                     return True
-                self._moved.wait()
+                self._changed.wait()
         return False

@@ -1,4 +1,4 @@
-"""What an index says about a data set: counts, balance, sizes, mixing, and a few images of it."""
+"""Statistics of a data set from its index, and contact sheets of its images."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SplitFacts:
                 f"{self.name}: images are sorted by class: a window of a shuffled epoch holds "
                 f"{np.median(self.window_classes):,.0f} classes (median), mixed images would give "
                 f"{self.mixed_classes:,.0f}; choose balanced batches, widen data.batches.window, "
-                "or write the tar shards anew in shuffled order"
+                "or rewrite the tar shards in shuffled order"
             )
         if self.imbalance >= 5:
             found.append(

@@ -21,7 +21,7 @@ from dml_dist.random_streams import Stream, generator_of
 
 @dataclass(frozen=True, eq=False)
 class PlanState:
-    """What a plan cannot know from the data alone; classes are counted by rising label.
+    """The state that a plan follows; classes are numbered by rising label.
 
     Attributes:
         problem: Number of the problem, from 0.
@@ -106,7 +106,7 @@ class SystematicPlan:
             num_visits[chosen] += 1
             place = (visit * num_held + np.arange(num_held)) % num_drawn
             representatives = state.representatives[chosen[:, None], place]
-            # A class without other rows repeats its representatives in their stead.
+            # A class without other rows repeats its representatives instead.
             size = sizes[chosen][:, None]
             place = visit * num_others + np.arange(num_others)
             inside = first[chosen][:, None] + place % np.maximum(size, 1)
@@ -164,7 +164,7 @@ def state_at(states: Sequence[PlanState], step: int) -> PlanState:
     """
     found = [state for state in states if state.first_step <= step]
     if not found:
-        raise ValueError(f"required a state from step {step} or before, got none")
+        raise ValueError(f"no state begins at step {step} or before")
     return found[-1]
 
 

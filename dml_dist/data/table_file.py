@@ -1,4 +1,4 @@
-"""Tables that users write: CSV or parquet, every column read as text."""
+"""Reading of CSV and parquet tables with every column as text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SHOWN = 5
 def read_table(path: Path) -> pa.Table:
     """Read a table with a header; all columns become strings, empty fields "".
 
-    A label such as 007 stays what it is.
+    A label such as 007 keeps its zeros.
 
     Raises:
         DataError: If the file is missing, of another kind, damaged, or without rows.
     """
     if not path.is_file():
-        raise DataError(f"a table {path} is required and does not exist; check the path")
+        raise DataError(f"the table {path} does not exist; check the path")
     kind = path.suffix.lower()
     if kind not in (".csv", ".parquet"):
         raise DataError(f"a table must be a .csv or .parquet file, got {path}")

@@ -1,4 +1,4 @@
-"""One tar shard: written with webdataset, whole or not at all."""
+"""Writing of one tar shard with webdataset, atomically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ShardTask:
     path: Path
 
     record: Path
-    """Where the positions of its images are kept until the index stands."""
+    """Where the positions of its images are kept until the index is written."""
 
     samples: tuple[Sample, ...]
     labels: tuple[int, ...]
@@ -35,7 +35,7 @@ class ShardTask:
     """Larger images are shrunk to it, in pixels."""
 
     on_broken: OnBroken = "raise"
-    """What becomes of images that cannot be decoded or do not exist."""
+    """Whether an image that cannot be decoded or does not exist is an error or skipped."""
 
     @property
     def digest(self) -> str:
@@ -106,7 +106,7 @@ class _Written:
 
 
 class _NoTarShardError(Exception):
-    """Leaves the block that writes a tar shard which shall not exist."""
+    """Ends the block that writes a tar shard, so that the file is not created."""
 
     def __init__(self, written: _Written) -> None:
         super().__init__(written)
@@ -118,7 +118,7 @@ def _write_members(task: ShardTask, file: BinaryIO) -> _Written:
     from webdataset.writer import TarWriter
 
     written = _Written([], [], [])
-    # Nothing of time, user or machine may enter the bytes.
+    # Fixed user, group and time: equal images give equal bytes on every machine.
     with TarWriter(file, encoder=False, user="dml_dist", group="dml_dist", mtime=0) as tar:
         for position, (sample, label) in enumerate(zip(task.samples, task.labels, strict=True)):
             try:
@@ -167,7 +167,7 @@ def _read(sample: Sample, max_side: int | None) -> tuple[bytes, str, ImageFacts,
 
 
 def _members(sample: Sample, label: int) -> dict[str, bytes]:
-    """Return what stands beside an image in the tar shard."""
+    """Return the members that describe an image in the tar shard."""
     facts = {
         "label": label,
         "class": sample.class_name,

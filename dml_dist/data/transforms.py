@@ -1,4 +1,4 @@
-"""Images to network inputs: random views in training, one fixed view in evaluation."""
+"""Image transforms: random views in training, one fixed view in evaluation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RESIZES_BYTES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class Transform(Protocol):
-    """How an image becomes a tensor; picklable, without state between calls."""
+    """An image transform; picklable, without state between calls."""
 
     def train(self, image: Tensor, generator: np.random.Generator) -> Tensor:
         """Return a random view of an image.

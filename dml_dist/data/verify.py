@@ -1,4 +1,4 @@
-"""Reading every byte again: do the tar shards hold what the index says?"""
+"""Verification of tar shards against their index by reading every byte."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def verify_remote(index: Index, progress: Callable[[int, int], None] | None = No
 
 
 def _against_server(index: Index, remote: RemoteTarShards, tar_shard: int) -> list[str]:
-    """Return what tells that the server's tar shard is no longer the one that was copied."""
+    """Return problems if the server's tar shard is no longer the one that was copied."""
     name = index.tar_shards[tar_shard]
     found, copied = remote.folder.size(name), (index.root / name).stat().st_size
     if found in (None, copied):
@@ -132,7 +132,7 @@ def _check_tar_shard(
     lines: list[str] = []
     found = list(shard.problems)
     if lost:
-        # One line says it all: what the scan met at the end is the same damage.
+        # What the scan reported at the end is the same damage: report it once.
         found = [
             problem for problem in found if problem.key is not None and problem.key not in lost
         ]
@@ -169,7 +169,7 @@ def _check_tar_shard(
 def _difference(index: Index, row: int, image: ScannedImage) -> str | None:
     """Return how an image differs from its row, None if it does not."""
     if image.key != index.keys[row]:
-        return f"at byte {image.offset} stands key {image.key!r}: the index is of another tar file"
+        return f"byte {image.offset} holds key {image.key!r}: the index belongs to another tar file"
     if image.length != index.length[row]:
         return f"{INDEX_NAME} says {index.length[row]} bytes, the tar file {image.length}"
     damage = _crc_difference(index, row, image.crc32)

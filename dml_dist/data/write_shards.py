@@ -3,12 +3,12 @@
 The order of images is a seeded draw inside each split, so a tar shard mixes classes and holds one
 split. Which bytes stand in which tar shard depends on the samples, the seed and the shard size
 only, never on the processes: an import that was cut off and continued ends byte for byte equal to
-one that was not. Until the index stands, `.import/` holds what was agreed (plan.json) and, for each
-finished tar shard, where its images are. Beside the index stand a summary and its lists
+one that was not. Until the index is written, `.import/` holds the plan (plan.json) and, for each
+finished tar shard, where its images are. With the index it writes a summary and its lists
 (`dml_dist.data.import_summary`).
 
 Labels are numbered before any image is read. Where every image of a class is skipped as broken, the
-index closes the gap, as indexing such tar shards anew would, and their .cls members keep it.
+index closes the gap, as indexing such tar shards again would, and their .cls members keep it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from dml_dist.random_streams import Stream, generator_of
 
 # Part of the digest: an import begun by code that writes other bytes is not continued.
 _FORMAT = 2
-# An import goes on past broken images, so that one run names them; but not past this many.
+# An import continues after broken images, to list them in one run, up to this number.
 _MAX_PROBLEMS = 20
 
 
@@ -67,7 +67,7 @@ class _Plan:
     """Of everything that the bytes depend on."""
 
     outline: str
-    """The same without the images: an unfinished import may go on after one was replaced."""
+    """The same without the images: an unfinished import may continue after one was replaced."""
 
 
 def import_dataset(
@@ -84,8 +84,8 @@ def import_dataset(
 ) -> Index:
     """Write the images of a data set into tar shards, then their index.
 
-    A folder that holds this very import is read, one that holds a part of it is completed. What the
-    import skipped and which images are there twice is read with
+    A folder that holds this import is read; one that holds a part of it is completed. What the
+    import skipped and which images are duplicates is read with
     `dml_dist.data.import_summary.read_summary`.
 
     Args:
@@ -138,7 +138,7 @@ def import_dataset(
 def _finished(
     plan: _Plan, out: Path, description: str, progress: Callable[[int, int], None] | None
 ) -> Index | None:
-    """Return the index if this very import stands in `out`, None if it is to be made.
+    """Return the index if `out` holds this finished import, None if it is still to be made.
 
     Raises:
         DataError: If `out` holds something else.
@@ -160,9 +160,9 @@ def _accepted(index: Index, on_broken: OnBroken) -> Index:
     summary = read_summary(index.root)
     if on_broken == "raise" and summary is not None and summary.num_skipped:
         raise DataError(
-            f"every image must be readable, and this import into {index.root} has skipped "
-            f"{summary.num_skipped}, listed in {SKIPPED_NAME}; accept that (--on-broken skip), or "
-            "repair them and import into a new folder"
+            f"the import into {index.root} skipped {summary.num_skipped} broken images, listed in "
+            f"{SKIPPED_NAME}; accept that with --on-broken skip, or repair them and import into a "
+            "new folder"
         )
     return index
 
@@ -216,7 +216,7 @@ def _refuse_other_data(out: Path, outline: str) -> None:
         raise DataError(f"{out} must be a folder to write tar shards into, it is a file")
     plan = out / PROGRESS_FOLDER / "plan.json"
     if import_digest(out) == "":
-        what = "holds tar shards that were indexed by hand: what they were made of is not known"
+        what = "holds tar shards that were not imported by this program"
     elif (out / INDEX_NAME).exists():
         what = "holds another data set, or this one with other settings or changed images"
     elif plan.exists():
@@ -273,7 +273,7 @@ def _write_missing(
 
 
 def _collect_index(plan: _Plan, out: Path) -> Index:
-    """Put the records of all tar shards together; rows stand in the order of the tar files."""
+    """Combine the records of all tar shards; rows are in the order of the tar files."""
     found = [(task, read_json(task.record)) for task in _in_order(plan)]
     kept = [(task, record) for task, record in found if record["position"]]
     if not kept:

@@ -1,4 +1,4 @@
-"""Commands on data sets: import, index, verify."""
+"""Import, indexing and verification of data sets, for the command line and for runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "cars196": Cars196Config,
     "inshop": InShopConfig,
 }
-# Field of SplitConfig -> how it is given.
+# Field of SplitConfig -> command-line option.
 _RULE_OPTIONS = {"train": "--split", "by": "--by", "order": "--order", "seed": "--seed"}
 
 
@@ -64,16 +64,17 @@ def dataset_from_options(
             given["split"] = rule
     elif set(rule) - {"seed"}:
         raise ConfigError(
-            f"data import {name}: the split is part of the data set; got a rule for "
-            f"{', '.join(sorted(set(rule) - {'seed'}))}; leave it out"
+            f"data import {name}: this data set has an official split, so the options for "
+            f"{', '.join(sorted(set(rule) - {'seed'}))} have no effect; leave them out"
         )
     unknown = sorted(set(given) - set(known)) + (
         ["seed"] if seed is not None and not {"seed", "split"} & set(known) else []
     )
     if unknown:
         raise ConfigError(
-            f"data import {name}: got {', '.join(dict.fromkeys(unknown))}, which this data set "
-            f"does not have; it has {', '.join(sorted(set(known) - {'name'}))}"
+            f"data import {name}: this data set has no option "
+            f"{', '.join(dict.fromkeys(unknown))}; it has "
+            f"{', '.join(sorted(set(known) - {'name'}))}"
         )
     try:
         adapter: TypeAdapter[DatasetConfig] = TypeAdapter(DatasetConfig)
@@ -87,12 +88,12 @@ def dataset_from_options(
 
 
 def _check_rule(name: str, rule: Mapping[str, Any]) -> None:
-    """Refuse options of a split that another one leaves without effect."""
+    """Refuse split options that have no effect because of another option."""
     given = [option for field, option in _RULE_OPTIONS.items() if field in rule]
     if "file" in rule and given:
         raise ConfigError(
-            f"data import {name}: --split-file decides on the split alone, got also "
-            f"{', '.join(given)}; leave out one or the other"
+            f"data import {name}: --split-file sets the whole split and cannot be combined "
+            f"with {', '.join(given)}; leave out one or the other"
         )
     if "seed" in rule and rule.get("order") != "seeded":
         raise ConfigError(
@@ -109,8 +110,7 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
 
     if is_url(out):
         raise ConfigError(
-            f"data import writes into a folder of this machine, got the URL {out}; import into "
-            "one, then upload it"
+            f"data import cannot write to the URL {out}; import into a local folder, then upload it"
         )
     start = time.monotonic()
     stored = dataset if isinstance(dataset, StoredImagesSection) else StoredImagesSection()
@@ -126,10 +126,10 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     for split in sorted(set(index.split.tolist()), key=lambda name: (name != "train", name)):
         rows = index.rows(split)
         num_classes = len(np.unique(index.label[rows]))
-        _say(console, f"{split}: {len(rows):,} images of {num_classes:,} classes")
+        _print(console, f"{split}: {len(rows):,} images of {num_classes:,} classes")
     summary = read_summary(out)
     for line in [] if summary is None else summary.lines(out):
-        _say(console, line)
+        _print(console, line)
     console.print(
         f"{len(index):,} images of {len(index.class_names):,} classes in "
         f"{len(index.tar_shards)} tar shards, {time.monotonic() - start:.1f} s: {out}",
@@ -139,17 +139,17 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     return index
 
 
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(dataset: DatasetConfig) -> str:
-    """Return the text by which shards tell which data set they were made from, paths left out."""
+    """Return a description of a data set without its paths, to be kept with the tar shards."""
     fields = {
         name: value
         for name, value in dataset.model_dump(mode="json").items()
         if not is_resumable(type(dataset).model_fields[name])
-        and not (name == "max_side" and value is None)  # imports without it have no such word
+        and not (name == "max_side" and value is None)  # Older imports have no such field.
     }
     return json.dumps(fields, sort_keys=True)
 
@@ -158,15 +158,15 @@ def require_same_dataset(config: DataConfig) -> None:
     """Refuse shards that were imported from another data set than the configured one.
 
     Raises:
-        DataError: If they were; shards that were indexed by hand do not tell.
+        DataError: If they were; for tar shards made elsewhere it is not known.
     """
     path = Path(config.path)
     imported = import_description(path)
     if config.dataset is not None and imported and imported != describe(config.dataset):
         raise DataError(
-            f"data.path {path} holds shards of another data set than data.dataset says: imported "
-            f"{imported}, configured {describe(config.dataset)}; give another data.path, or take "
-            "the change of data.dataset back"
+            f"data.path {path} holds another data set than data.dataset: {imported} was imported, "
+            f"{describe(config.dataset)} is configured; use another data.path, or undo the change "
+            "of data.dataset"
         )
 
 
@@ -174,8 +174,8 @@ def require_index(config: DataConfig) -> None:
     """Refuse a folder that nothing was imported into yet."""
     if not (Path(config.path) / INDEX_NAME).exists():
         raise DataError(
-            f"data.path needs {INDEX_NAME} before several ranks start under torchrun, "
-            f"{config.path} has none; import first, with `dml-dist data import`"
+            f"data.path {config.path} has no {INDEX_NAME}, and ranks started by torchrun do not "
+            "import data; import it first with `dml-dist data import`"
         )
 
 
@@ -191,12 +191,12 @@ def ensure_imported(config: DataConfig, console: Console) -> None:
         return
     if config.dataset is None:
         shards = sorted(path.glob("*.tar")) if path.is_dir() else []
-        cure = (
+        advice = (
             f"index its {len(shards)} tar files with `dml-dist data index {path}`"
             if shards
-            else "correct data.path, or say in data.dataset what is to be imported there"
+            else "correct data.path, or set data.dataset to import one"
         )
-        raise DataError(f"data.path needs {INDEX_NAME}, {path} has none; {cure}")
+        raise DataError(f"data.path {path} has no {INDEX_NAME}; {advice}")
     import_to(config.dataset, path, console)
 
 
@@ -211,8 +211,8 @@ def index_folder(location: str, split: str, console: Console) -> None:
     folder = local_path(location)
     if folder is None:
         raise ConfigError(
-            f"data index writes {INDEX_NAME} beside the tar shards, got the URL {location}; index "
-            f"them in a folder of this machine, then upload {INDEX_NAME} to the others"
+            f"data index cannot write {INDEX_NAME} to the URL {location}; index the tar shards in "
+            f"a local folder, then upload {INDEX_NAME}"
         )
     index = _with_bar("index", console, lambda report: build_index(folder, split, report))
     console.print(
@@ -224,7 +224,7 @@ def index_folder(location: str, split: str, console: Console) -> None:
 
 
 def verify_folder(location: str, console: Console) -> bool:
-    """Read every sample, print each problem, and tell whether there was none.
+    """Read every sample, print each problem, and return whether there was none.
 
     Tar shards of a URL are copied into the cache of `data.cache`'s defaults, one by one.
     """
@@ -239,7 +239,7 @@ def verify_folder(location: str, console: Console) -> bool:
         result = _with_bar("verify", console, lambda report: verify_remote(index, report))
     for problem in result.problems:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
-    verdict = f"{len(result.problems)} problems" if result.problems else "all as the index says"
+    verdict = f"{len(result.problems)} problems" if result.problems else "all match the index"
     console.print(
         f"{result.num_samples:,} samples, {result.num_bytes / 2**20:,.1f} MiB: {verdict}: "
         f"{folder or location}",

@@ -1,4 +1,4 @@
-"""The plan of a run whose shards are not there yet, from what its data set says of itself."""
+"""The plan of a dry run before the data is imported, from counts that the data set knows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dml_dist.train.run_plan import RunPlan, resolve
 
 
 def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:
-    """Return the plan of a run without its shards, and a sentence on where the numbers come from.
+    """Return the plan of a run without its data, and where the counts come from.
 
     Raises:
         DataError: If there is neither an index nor a data set that knows its counts.
@@ -25,8 +25,8 @@ def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:
     """
     if config.data.dataset is None:
         raise DataError(
-            f"data.path {config.data.path} has no index, and data.dataset does not say what is to "
-            "be imported there; correct data.path, or give data.dataset"
+            f"data.path {config.data.path} has no index, and data.dataset is not set; correct "
+            "data.path, or set data.dataset"
         )
     facts = build_importer(config.data.dataset).facts()
     if facts is None:
@@ -34,7 +34,7 @@ def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:
             f"data.dataset {config.data.dataset.name} does not know its counts before its import; "
             "import it with `dml-dist data import`, then repeat the dry run"
         )
-    index = _index_of(facts, Path(config.data.path))
+    index = _index_without_images(facts, Path(config.data.path))
     index.rows(config.data.test_split)  # Raises when there is no such split.
     validation = _with_known_names(config.validation, index, config.data.train_split)
     split = split_classes(index, config.data, validation, config.seed)
@@ -61,7 +61,7 @@ def _origin(dataset: DatasetConfig, facts: DatasetFacts) -> str:
     return "counts estimated by the data set"
 
 
-def _index_of(facts: DatasetFacts, root: Path) -> Index:
+def _index_without_images(facts: DatasetFacts, root: Path) -> Index:
     """Return an index of the right counts without images: classes are named by split and number."""
     sizes = [size for split in facts.class_sizes.values() for size in split]
     splits = [split for split, of_split in facts.class_sizes.items() for _ in of_split]

@@ -1,4 +1,4 @@
-"""Remote tar shards of a training plan: is there room for them, and all of them before step 1."""
+"""Copying of a training plan's remote tar shards, and the check of the cache's size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _POLL_SECONDS = 2.0
 
 
 def require_cache_room(index: Index, plan: BatchPlan, config: RunConfig) -> None:
-    """Refuse a cache that the tar shards of a plan do not fit in; nothing is copied.
+    """Refuse a cache that is too small for the tar shards of a plan; nothing is copied.
 
-    A shuffled plan needs the windows that batches under way are made of, the largest tar shards
+    A shuffled plan needs the windows that batches in flight are made of, the largest tar shards
     taken together; any other plan needs all its tar shards at once.
 
     Raises:
@@ -31,13 +31,13 @@ def require_cache_room(index: Index, plan: BatchPlan, config: RunConfig) -> None
     if not isinstance(plan, ShuffledPlan):
         index.remote.require_room(tar_shards, f"data.batches {config.data.batches.name}")
         return
-    under_way = max(1, config.data.loader_workers * config.data.prefetch)
+    in_flight = max(1, config.data.loader_workers * config.data.prefetch)
     rows_per_shard = len(plan.rows) / len(tar_shards)
-    seams = -(-under_way * plan.global_batch_size // (plan.window * rows_per_shard))
+    seams = -(-in_flight * plan.global_batch_size // (plan.window * rows_per_shard))
     largest = tar_shards[np.argsort(index.remote.needed[tar_shards], kind="stable")[::-1]]
     index.remote.require_room(
         largest[: plan.window * (1 + int(seams))],
-        f"data.batches.window {plan.window} with {under_way} batches under way",
+        f"data.batches.window {plan.window} with {in_flight} batches in flight",
     )
 
 
@@ -45,21 +45,25 @@ def fetch_before_training(index: Index, plan: BatchPlan, comm: Comm, emit: Emit)
     """Copy all tar shards of a plan that reaches any class at any time; every rank calls it.
 
     Ranks of one machine share the work. None waits in a collective for longer than some seconds,
-    however long another one copies. Shuffled plans have their tar shards copied on the way.
+    however long another one copies. For shuffled plans tar shards are copied during training.
 
     Raises:
-        DmlDistError: If a tar shard does not come, on all ranks.
+        DmlDistError: If a tar shard cannot be copied, on all ranks.
     """
     if index.remote is None or isinstance(plan, ShuffledPlan):
         return
     tar_shards = plan_tar_shards(index, plan)
+    # Each rank begins elsewhere, so that ranks of one machine rarely wait for the same file.
     own_first = np.roll(tar_shards, -(comm.rank * len(tar_shards) // comm.world_size))
     copying = _Copying(index.remote, own_first)
     copying.start()
     while True:
         copying.join(_POLL_SECONDS)
         is_alive = copying.is_alive()
-        error, num_ready = copying.error, copying.num_ready  # Final where it is not alive.
+        error, num_ready = (
+            copying.error,
+            copying.num_ready,
+        )  # Read after is_alive: final if it ended.
         states = comm.gather_objects((is_alive, error is not None), what="copies of tar shards")
         emit(phase("fetch tar shards", num_ready, len(tar_shards)))
         if any(failed for _, failed in states) or not any(alive for alive, _ in states):

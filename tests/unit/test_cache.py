@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from dml_dist.data import cache as cache_module
-from dml_dist.data.cache import ShardCache, part_of
+from dml_dist.data.cache import ShardCache, part_path
 from dml_dist.errors import ConfigError, RunError
 
 FORK = mp.get_context("fork")
@@ -82,7 +82,7 @@ def test_the_file_not_used_for_longest_goes_first_and_leased_ones_stay(tmp_path:
     lease(cache, "a")
     lease(cache, "e")
     assert names(cache) == ["a", "d", "e"]
-    with pytest.raises(RunError, match=r"f .*together with .* in use.*raise data.cache.max_gb"):
+    with pytest.raises(RunError, match=r"f .*already in use; .*raise data.cache.max_gb"):
         lease(cache, "f")
     assert names(cache) == ["a", "d", "e"]
 
@@ -102,7 +102,7 @@ def test_leases_of_other_processes_hold_until_they_end(tmp_path: Path) -> None:
     assert names(cache) == ["b", "theirs"]
     # The other process leases one of two places, this one the other.
     start = time.monotonic()
-    with pytest.raises(RunError, match=r"together with|did not come"):
+    with pytest.raises(RunError, match=r"already in use|was not available"):
         lease(cache, "c")
     assert time.monotonic() - start < 3
     cache.release(mine)
@@ -119,7 +119,7 @@ def test_leases_of_other_processes_hold_until_they_end(tmp_path: Path) -> None:
 def test_what_a_killed_copy_left_is_done_anew(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 2 * SIZE)
     process = in_child(lambda: lease(cache, "a", Copies(60)))
-    part = part_of(tmp_path / "data" / "a")
+    part = part_path(tmp_path / "data" / "a")
     # Its room is kept from the start.
     wait_for(lambda: part.exists() and part.stat().st_size == SIZE)
     assert process.pid is not None
@@ -129,7 +129,7 @@ def test_what_a_killed_copy_left_is_done_anew(tmp_path: Path) -> None:
     lease(cache, "a")
     assert names(cache) == ["a"]
     process = in_child(lambda: lease(cache, "b", Copies(60)))
-    wait_for(part_of(tmp_path / "data" / "b").exists)
+    wait_for(part_path(tmp_path / "data" / "b").exists)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -208,7 +208,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     cache = ShardCache(tmp_path, 2 * SIZE)
     usage = shutil.disk_usage(tmp_path)._replace(free=SIZE // 2)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(RunError, match=r"free on its disk.*another data.cache.folder"):
+    with pytest.raises(RunError, match=r"the disk of .* free, .*another data.cache.folder"):
         lease(cache, "a")
     monkeypatch.undo()
 
@@ -216,14 +216,17 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache_module.os, "fsync", fail)
-    with pytest.raises(RunError, match=r"a cannot be written: No space left.*make room"):
+    with pytest.raises(RunError, match=r"a cannot be written: No space left.*free some space"):
         lease(cache, "a")
     assert names(cache) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"data.cache.folder must be .*; give another one"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.cache.folder .* cannot be written and locked .*; choose another folder",
+    ):
         ShardCache(tmp_path / "file" / "cache", SIZE)
 
 

@@ -91,7 +91,9 @@ def test_devkit_without_labels_or_in_nested_folders(tmp_path: Path) -> None:
 
 def test_annotations_that_are_something_else(tmp_path: Path) -> None:
     layouts.annotations(tmp_path / "cars_annos.mat", "fname", ["1.jpg"], [1])
-    with pytest.raises(DataError, match="annotations with relative_im_path and class are required"):
+    with pytest.raises(
+        DataError, match="must have annotations with relative_im_path and class, but has"
+    ):
         listed(tmp_path)
     layouts.annotations(tmp_path / "cars_annos.mat", "relative_im_path", ["1.jpg"], [197])
     with pytest.raises(DataError, match="classes are 1 to 196, got 197"):

@@ -86,7 +86,7 @@ def test_labels_in_another_order_are_noticed(root: Path) -> None:
         ),
         ("image_class_labels.txt", "11 201", r"every image_id must be there once"),
         ("image_class_labels.txt", "12 x", r"line 12: class_id must be a whole number, got 'x'"),
-        ("images.txt", "12", r"line 12: required image_id path, got '12'"),
+        ("images.txt", "12", r"line 12: '12' does not have the columns image_id path"),
     ],
 )
 def test_damaged_files(root: Path, name: str, line: str, message: str) -> None:
@@ -102,5 +102,5 @@ def test_unknown_classes_and_missing_files(root: Path) -> None:
     with pytest.raises(DataError, match="classes are 1 to 200, image 11 has 201"):
         listed(root)
     (root / "classes.txt").unlink()
-    with pytest.raises(DataError, match=r"classes.txt is required in .* and does not exist"):
+    with pytest.raises(DataError, match=r"classes.txt does not exist in"):
         listed(root)

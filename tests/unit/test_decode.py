@@ -143,7 +143,7 @@ def test_pil_takes_over_what_torchvision_refuses(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_damage_names_the_sample(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"^sample 'a' of b.tar is not an image.*\d+ bytes"):
+    with pytest.raises(DataError, match=r"^sample 'a' of b.tar cannot be decoded: .*\d+ bytes"):
         decode_image(data, "sample 'a' of b.tar")
 
 

@@ -190,7 +190,7 @@ def test_an_import_lists_copies(tmp_path: Path) -> None:
         "a",
     )
     text = "\n".join(summary.lines(out))
-    assert "of 10 images in test also in train: 1 by bytes, 1 by look (4 of 128 bits)" in text
+    assert "of 10 images in test also in train: 1 by bytes, 1 by appearance (4 of 128 bits)" in text
     assert "d/3 is b/0 of another class" in text
     assert "c/3 looks like a/3 of another class" in text
     assert f"all in {out / 'duplicates.csv'}" in text

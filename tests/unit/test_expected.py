@@ -55,9 +55,9 @@ def test_counts_are_checked_where_there_is_data(make, tmp_path: Path) -> None:  
     for act in (importer.samples, importer.facts):
         with pytest.raises(
             DataError,
-            match="train: required 6 images of 2 classes, got 5 images of 2 classes; "
-            "val: required 1 images of 1 classes, got nothing; "
-            "test: required nothing, got 4 images of 2 classes",
+            match="train: expected 6 images of 2 classes, found 5 images of 2 classes; "
+            "val: expected 1 images of 1 classes, found nothing; "
+            "test: expected nothing, found 4 images of 2 classes",
         ):
             act()
     # Another expectation is no other data set.

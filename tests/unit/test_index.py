@@ -145,9 +145,9 @@ def test_webdataset_written_shards_are_indexed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([("k", None, None)], r"a.tar: key 'k': a label is required"),
-        ([("k", None, {"caption": "x"})], r"a.tar: key 'k': a label is required"),
-        ([("k", "", None)], r"a.tar: key 'k': a label is required"),
+        ([("k", None, None)], r"a.tar: key 'k': the sample has no label"),
+        ([("k", None, {"caption": "x"})], r"a.tar: key 'k': the sample has no label"),
+        ([("k", "", None)], r"a.tar: key 'k': the sample has no label"),
         ([("k", b"\xff", None)], r"a.tar: key 'k': the .cls member must be UTF-8"),
         ([("k", "1", {"label": 2})], r"a.tar: key 'k': .json and .cls must give one label"),
         ([("k", "1", {"role": "probe"})], r"a.tar: key 'k': role must be one of"),
@@ -164,9 +164,11 @@ def test_samples_that_cannot_be_indexed(tmp_path: Path, samples: Any, message: s
 
 
 def test_shards_that_cannot_be_indexed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"must hold tar shards \(\*.tar\), it holds none"):
+    with pytest.raises(DataError, match=r"holds no tar shards \(\*.tar\)"):
         build_index(tmp_path)
-    with pytest.raises(DataError, match="a folder with tar shards is required"):
+    with pytest.raises(
+        DataError, match="is not a folder; give the folder that holds the tar shards"
+    ):
         build_index(tmp_path / "none")
     write_tar(tmp_path / "a.tar", [("k.txt", b"x")])
     with pytest.raises(DataError, match="hold no image"):
@@ -193,7 +195,7 @@ def test_images_with_dots_in_their_keys_are_not_lost_in_silence(tmp_path: Path) 
     with pytest.raises(DataError, match=r"a.tar: 2 images have a dot in their key .*") as caught:
         build_index(tmp_path, processes=1)
     assert "'a/k.4.png', has the key 'a/k' and the extension '4.png'" in str(caught.value)
-    assert "write the tar files anew with '_'" in str(caught.value)
+    assert "rewrite the tar files with '_'" in str(caught.value)
     # Beside an image of its own key such a member is another part of the sample.
     mask = [("k.png", encoded_image(0)), ("k.mask.png", encoded_image(1)), ("k.cls", b"0")]
     write_tar(tmp_path / "a.tar", mask)
@@ -208,7 +210,7 @@ def test_shards_sorted_by_class_are_warned_of(
         made(tmp_path, *keys, tar=f"{at}.tar")
     with caplog.at_level(logging.WARNING):
         index = build_index(tmp_path, processes=1)
-    assert "sorted by class: 1 classes in a tar shard (median), mixed ones would have 4" in (
+    assert "sorted by class: a tar shard holds 1 classes (median), a shuffled one would hold 4" in (
         caplog.text
     )
     mixed = dataclasses.replace(index, label=np.random.default_rng(0).permutation(index.label))
@@ -221,16 +223,16 @@ def test_missing_and_short_shards(shards: Path) -> None:
     data = last.read_bytes()
     last.chmod(0o644)
     last.write_bytes(data[:2000])
-    with pytest.raises(DataError, match=r"train-000002.tar: .* needs \d+ bytes, the file has 2000"):
+    with pytest.raises(DataError, match=r"train-000002.tar has 2000 bytes, but .* needs \d+"):
         read_index(shards)
     last.unlink()
-    with pytest.raises(DataError, match=r"train-000002.tar is named by .* and does not exist"):
+    with pytest.raises(DataError, match=r"train-000002.tar is listed in .* but does not exist"):
         read_index(shards)
     assert len(read_index(shards, check_shards=False)) == 40
 
 
 def test_no_index_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"run `dml-dist data index {tmp_path}`"):
+    with pytest.raises(DataError, match=f"create it with `dml-dist data index {tmp_path}`"):
         read_index(tmp_path)
 
 

@@ -115,7 +115,8 @@ def test_faults_on_the_way_change_nothing_but_are_told(
     local: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture, ranges: bool, workers: int
 ) -> None:
     with flaky_server(local.root, ranges=ranges) as server:
-        server.faults = ["status", "drop", "short", "slow", "garbage", "silent", "drop", "slow"]
+        # Garbage early, for a whole file: the answer to a refused range is never looked at.
+        server.faults = ["status", "garbage", "drop", "short", "slow", "silent", "drop", "slow"]
         index = open_index(server.url, cache(tmp_path))
         with caplog.at_level(logging.WARNING):
             assert_same(load(index, workers=workers), load(local))
@@ -126,7 +127,7 @@ def test_faults_on_the_way_change_nothing_but_are_told(
     assert all(line.startswith(f"{server.url}/train-00") for line in told)
     assert all("; attempt " in line for line in told)
     assert any("the server answered 503" in line for line in told)
-    assert any("has not the crc32" in line for line in told)
+    assert any("does not have the crc32" in line for line in told)
     assert [path.name for path in index.root.iterdir() if path.name.startswith(".")] == []
 
 
@@ -154,7 +155,9 @@ def test_a_server_that_never_recovers_ends_the_run_in_time(
     index = open_index(server.url, cache(tmp_path, retries=1, timeout_seconds=0.2))
     server.always = fault
     start = time.monotonic()
-    with pytest.raises(RunError, match=r"train-00\d.tar did not come in 2 attempts.*run the com"):
+    with pytest.raises(
+        RunError, match=r"train-00\d.tar could not be copied in 2 attempts.*run the com"
+    ):
         list(load(index, workers=workers))
     assert time.monotonic() - start < 10
     assert list((tmp_path / ".leases").iterdir()) == []
@@ -165,13 +168,15 @@ def test_a_server_that_never_recovers_ends_the_run_in_time(
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     with (
         flaky_server(tmp_path) as server,
-        pytest.raises(DataError, match=rf"{server.url}/{INDEX_NAME} is required.*answered 404"),
+        pytest.raises(
+            DataError, match=rf"{server.url}/{INDEX_NAME} cannot be read: .*answered 404"
+        ),
     ):
         open_index(server.url, cache(tmp_path / "cache"))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/shards"
-    with pytest.raises(RunError, match=rf"{url}/{INDEX_NAME} did not come in 2 attempts"):
+    with pytest.raises(RunError, match=rf"{url}/{INDEX_NAME} could not be copied in 2 attempts"):
         open_index(url, cache(tmp_path / "cache", retries=1))
 
 
@@ -181,7 +186,7 @@ def test_a_missing_tar_shard_is_named_at_once(server: FlakyServer, tmp_path: Pat
     (made.root / "train-003.tar").unlink()
     server.folder = made.root
     index = open_index(server.url, cache(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"train-003.tar is required.*answered 404"):
+    with pytest.raises(DataError, match=r"train-003.tar cannot be read: .*answered 404"):
         list(load(index))
     assert server.gets["train-003.tar"] <= 1
 
@@ -242,12 +247,12 @@ def test_a_cache_too_small_for_the_plan_is_refused_with_the_sizes(
     narrow = plan_of(index, SHUFFLED.model_copy(update={"window": 1}))
     require_cache_room(index, narrow, run_config("shuffled"))
     wide = plan_of(index, SHUFFLED.model_copy(update={"window": 5}))
-    with pytest.raises(DataError, match=r"window 5 with 1 batches under way needs 8 tar shards"):
+    with pytest.raises(DataError, match=r"window 5 with 1 batches in flight needs 8 tar shards"):
         require_cache_room(index, wide, run_config("shuffled"))
     require_cache_room(local, plan_of(local, BALANCED), run_config("balanced"))
     assert {server.gets[name] for name in local.tar_shards} == {0}
     # A plan that was not checked ends when it cannot go on.
-    with pytest.raises(RunError, match=r"needed together with .* raise data.cache.max_gb"):
+    with pytest.raises(RunError, match=r"already in use; .* raise data.cache.max_gb"):
         list(load(index, config=BALANCED))
 
 
@@ -316,7 +321,7 @@ def test_names_that_leave_the_cache_are_refused(
     names = pa.array([name] * len(table))
     at = table.column_names.index("tar_shard")
     pq.write_table(table.set_column(at, "tar_shard", names), server.folder / INDEX_NAME)
-    with pytest.raises(DataError, match=r"names the tar shard .*required a path below"):
+    with pytest.raises(DataError, match=r"names the tar shard .*not a path below"):
         open_index(server.url, cache(tmp_path / "cache"))
 
 
@@ -333,7 +338,7 @@ def test_protocols_without_their_library_name_it(
     monkeypatch.setitem(sys.modules, "s3fs", None)  # As if it were not installed.
     with pytest.raises(ConfigError, match=r"s3 needs a library.*pip install s3fs"):
         open_index("s3://bucket/shards", cache(tmp_path))
-    with pytest.raises(ConfigError, match=r"required a folder or a URL that fsspec knows"):
+    with pytest.raises(ConfigError, match=r"is not a folder or a URL that fsspec can open"):
         open_index("nonsense://bucket/shards", cache(tmp_path))
 
 
@@ -341,7 +346,7 @@ def test_secrets_of_a_url_stay_out_of_messages(server: FlakyServer, tmp_path: Pa
     index = open_index(f"{server.url}?signature=qwerty", cache(tmp_path))
     assert index.remote is not None
     server.folder = tmp_path
-    with pytest.raises(DataError, match=r"train-000.tar is required") as caught:
+    with pytest.raises(DataError, match=r"train-000.tar cannot be read") as caught:
         ShardReader(index).read(0)
     assert "qwerty" not in str(caught.value)
     assert "qwerty" not in ShardReader(index).describe(0)
@@ -382,7 +387,7 @@ def test_verify_reads_every_tar_shard_of_a_url(
 
 
 def test_nothing_is_written_behind_a_url(server: FlakyServer) -> None:
-    with pytest.raises(ConfigError, match=r"data index writes .* beside the tar shards, got the U"):
+    with pytest.raises(ConfigError, match=r"data index cannot write .* to the U"):
         said(lambda console: datasets.index_folder(server.url, "train", console))
-    with pytest.raises(ConfigError, match=r"data import writes into a folder of this machine"):
+    with pytest.raises(ConfigError, match=r"data import cannot write to the URL"):
         said(lambda console: datasets.import_to(GlyphsConfig(), Path("s3://bucket/x"), console))

@@ -48,7 +48,7 @@ def store() -> type[Store]:
     ("error", "cause", "requests", "raised", "words"),
     [
         (FileNotFoundError("bucket"), ClientError(404), 1, DataError, "answered 404"),
-        (PermissionError("denied"), ClientError(403), 1, DataError, "give credentials"),
+        (PermissionError("denied"), ClientError(403), 1, DataError, "set credentials"),
         (OSError("slow down"), ClientError(503), 3, RunError, "answered 503"),
         (OSError("too many requests"), ClientError(429), 3, RunError, "answered 429"),
     ],

@@ -101,7 +101,7 @@ def test_class_rule_missing_lines_and_missing_listing(source: Path, root: Path) 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("5 1 1", r"Ebay_train.txt, line 2: required image_id class_id .*, got '5 1 1'"),
+        ("5 1 1", r"Ebay_train.txt, line 2: '5 1 1' does not have the columns image_id class_id"),
         ("5 x 1 a.JPG", r"Ebay_train.txt, line 2: class_id must be a whole number, got 'x'"),
         ("5 1 1 a.JPG\n6 1 1 a.JPG", r"listed once, 'a.JPG' is listed twice"),
     ],

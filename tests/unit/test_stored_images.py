@@ -68,7 +68,7 @@ def test_broken_images_are_left_out_and_named(raw: Path, tmp_path: Path) -> None
     assert (rows["5/0"]["split"], rows["5/0"]["class"]) == ("test", "5")
     text = "\n".join(summary.lines(out))
     assert f"skipped 7 broken images, all in {out / 'skipped.csv'}, first:" in text
-    assert "1 classes had broken images only and are left out: 2" in text
+    assert "1 classes have only broken images and are left out: 2" in text
     # Labels close the gap, as they do when the tar shards are indexed anew.
     assert index.class_names == ("0", "1", "3", "4", "5")
     labels = dict(zip(index.keys, index.label, strict=True))
@@ -99,7 +99,9 @@ def test_what_was_skipped_is_not_forgotten(raw: Path, tmp_path: Path) -> None:
         run(raw, out, "raise")
     before = keys_of(run(raw, out))
     assert keys_of(run(raw, out)) == before
-    with pytest.raises(DataError, match=r"has skipped 7, listed in skipped.csv; accept that"):
+    with pytest.raises(
+        DataError, match=r"skipped 7 broken images, listed in skipped.csv; accept that"
+    ):
         run(raw, out, "raise")
 
 

@@ -81,8 +81,8 @@ def test_other_columns_are_reported(folder: Path, caplog: pytest.LogCaptureFixtu
     ("rows", "names", "message"),
     [
         (ROWS, ("path", "class", "split", "a", "b"), "got path, class, split, a, b; add label"),
-        ([("x/1.png", " ", "train")], NAMES[:3], "must have a label, .*: row 1: 'x/1.png'"),
-        ([("x/1.png", "1", "")], NAMES[:3], "every row must have a split, .*row 1: 'x/1.png'"),
+        ([("x/1.png", " ", "train")], NAMES[:3], "needs a label, .*: row 1: 'x/1.png'"),
+        ([("x/1.png", "1", "")], NAMES[:3], "every row needs a split, .*row 1: 'x/1.png'"),
         (
             [("x/1.png", "1", "train"), *[(f"no{i}.png", "1", "test") for i in range(7)]],
             NAMES[:3],
@@ -103,7 +103,7 @@ def test_wrong_tables(
 
 
 def test_tables_that_cannot_be_read(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"none.csv is required and does not exist"):
+    with pytest.raises(DataError, match=r"none.csv does not exist"):
         listed(folder / "none.csv")
     (folder / "t.xlsx").write_bytes(b"x")
     with pytest.raises(DataError, match=r"must be a .csv or .parquet file, got .*t.xlsx"):

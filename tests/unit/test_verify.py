@@ -121,7 +121,7 @@ def test_rows_that_differ_from_the_shards(index: Index) -> None:
     with_row("split", 3, "val")
     only_problem(index.root, f"^{tar}: key '{key}': .* says split 'val', the tar file 'test'")
     with_row("keys", 3, "n/none")
-    only_problem(index.root, f"^{tar}: key 'n/none': at byte .* stands key '{key}'")
+    only_problem(index.root, f"^{tar}: key 'n/none': byte .* holds key '{key}'")
     table = pq.read_table(index.root / INDEX_NAME)
     pq.write_table(table.slice(1), index.root / INDEX_NAME)
     assert any("lacks 1 images" in line for line in check(index.root).problems)
@@ -129,7 +129,7 @@ def test_rows_that_differ_from_the_shards(index: Index) -> None:
 
 def test_an_index_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [])
-    with pytest.raises(DataError, match="run `dml-dist data index"):
+    with pytest.raises(DataError, match="create it with `dml-dist data index"):
         verify(tmp_path)
 
 

@@ -207,7 +207,7 @@ def test_killed_import_continues_to_the_same_bytes(
     assert all((out / name).read_bytes() == whole[name] for name in kept)
     switch.unlink(missing_ok=True)
     if where != "after the index":
-        with pytest.raises(DataError, match="was not finished; run it again"):
+        with pytest.raises(DataError, match="was not finished; run the import again"):
             read_index(out)
         with pytest.raises(DataError, match="was not finished; run the import again"):
             build_index(out, processes=1)
@@ -251,7 +251,7 @@ def test_second_import_at_the_same_time_is_refused(tmp_path: Path) -> None:
 def test_shards_indexed_by_hand_are_not_an_import(tmp_path: Path) -> None:
     write(tmp_path)
     build_index(tmp_path, processes=1)
-    with pytest.raises(DataError, match=r"indexed by hand.*choose another folder"):
+    with pytest.raises(DataError, match=r"not imported by this program; choose another folder"):
         write(tmp_path)
 
 
@@ -381,7 +381,7 @@ def test_samples_that_cannot_be_stored(
 
 
 def test_no_samples_and_wrong_size(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="needs at least one image"):
+    with pytest.raises(DataError, match="the data set has no images"):
         write(tmp_path, ListImporter(()))
     with pytest.raises(DataError, match="samples_per_shard must be at least 1"):
         write(tmp_path, samples_per_shard=0)

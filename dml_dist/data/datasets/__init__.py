@@ -1,4 +1,4 @@
-"""Importers: raw data sets in the layout in which people have them."""
+"""Importers of data sets in their original layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Importer of Stanford Cars (Krause et al., 2013), in the three layouts in which people have it.
+"""Importer of Stanford Cars (Krause et al., 2013), in its three layouts.
 
 `cars_annos.mat` with `car_ims/`; the later devkit with `cars_train/` and `cars_test/`; folders by
 class. The division into train and test of all three is one for classification, with every class on
@@ -180,7 +180,7 @@ def _columns(
     fields = annotations.dtype.names or ()
     if name_field not in fields or class_field not in fields:
         raise DataError(
-            f"{path}: annotations with {name_field} and {class_field} are required, got "
+            f"{path} must have annotations with {name_field} and {class_field}, but has "
             f"{', '.join(fields) or 'none'}; take the file from the official archive again"
         )
     numbers = [int(value) for value in annotations[class_field].tolist()]

@@ -1,4 +1,4 @@
-"""The official numbers of classes whose images lie in folders named after them."""
+"""Official class numbers for images in folders named after their classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An importer that the user wrote, reached by its name."""
+"""Custom importers, loaded by name."""
 
 from __future__ import annotations
 

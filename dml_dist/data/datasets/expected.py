@@ -1,4 +1,4 @@
-"""Counts that a configuration knows of its data set: taken without the data, checked with it."""
+"""Expected counts of a data set: used for dry runs, and checked on import."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_expected(
         of_split = sizes.get(split)
         found = "nothing" if of_split is None else _words(len(of_split), sum(of_split))
         if wanted != found:
-            problems.append(f"{split}: required {wanted}, got {found}")
+            problems.append(f"{split}: expected {wanted}, found {found}")
     if problems:
         raise DataError(
             f"{source} differs from data.dataset.expected in {'; '.join(problems)}; correct the "

@@ -125,7 +125,7 @@ def _root(first: dict[int, int], codepoint: int) -> int:
 def _same_shapes(cut: str, codepoints: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the code points with ink in this cut, and the pairs of them that look the same.
 
-    Where a glyph stands on its line does not count: images are drawn around its middle.
+    A glyph's position on its line does not count: images are drawn around its center.
     """
     font = ImageFont.truetype(font_path(cut), _RENDER_PIXELS, layout_engine=ImageFont.Layout.BASIC)
     inked: list[int] = []

@@ -1,4 +1,4 @@
-"""The embedded data set: characters of the fonts that matplotlib ships, drawn by seed."""
+"""The built-in glyphs data set: images of characters in matplotlib's fonts."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _place(mask: Image.Image, image_size: int, generator: np.random.Generator) -
     shift_xy = generator.uniform(-_MAX_SHIFT, _MAX_SHIFT, size=2) * side
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     forward = scale * rotation @ np.array([[1.0, shear], [0.0, 1.0]])
-    # PIL asks where each output pixel comes from; both middles are mapped onto each other.
+    # PIL takes the inverse map, from output to input pixels; the centers map to each other.
     inverse = np.linalg.inv(forward)
     middle_in = np.array(mask.size) / 2
     origin = middle_in - inverse @ (side / 2 + shift_xy)

@@ -66,7 +66,7 @@ class InShopImporter(OfficialImporter):
 
 
 def _class_rule(images: list[ListedImage]) -> list[str]:
-    """Return the items that stand where they should not."""
+    """Return the items that are in the wrong place."""
     items = {
         status: {image.class_name for image in images if (image.split, image.role) == part}
         for status, part in _PARTS.items()

@@ -1,4 +1,4 @@
-"""What data sets with an official split have in common: they are checked before they are imported.
+"""Checks that importers of data sets with an official split share.
 
 An importer reads the listing of its data set; here the listed files are found, everything is
 counted and compared with what was published, and whatever differs is told at once: as an error, or
@@ -77,7 +77,7 @@ class Listing:
     """The files that this was read from."""
 
     differences: list[str] = field(default_factory=list)
-    """How it differs from the official rules, beside counts; one line each."""
+    """Differences from the official rules other than counts, one line each."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,7 @@ def require_file(root: Path, *names: str) -> Path:
     path = find_file(root, *names)
     if path is None:
         raise DataError(
-            f"{' or '.join(names)} is required in {root} and does not exist; it is part of the "
-            "official archive"
+            f"{' or '.join(names)} does not exist in {root}; it is part of the official archive"
         )
     return path
 
@@ -188,8 +187,8 @@ def split_lines(
         fields = line.split(None, len(columns) - 1)
         if len(fields) != len(columns):
             raise DataError(
-                f"{path}, line {number}: required {' '.join(columns)}, got {line[:80]!r}; the file "
-                "is damaged, take it from the official archive again"
+                f"{path}, line {number}: {line[:80]!r} does not have the columns "
+                f"{' '.join(columns)}; the file is damaged, take it from the official archive again"
             )
         yield number, fields
 
@@ -210,7 +209,7 @@ def whole_number(path: Path, number: int, name: str, text: str) -> int:
 
 
 def first_few(items: Sequence[str]) -> str:
-    """Return the first items in words."""
+    """Return the first items as text."""
     return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 

@@ -1,4 +1,4 @@
-"""What lies in the folders of a raw data set, and where the files of a listing are."""
+"""Lists of the images in a folder, and lookup of listed files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def visible(folder: Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            # ._* are what macOS leaves beside files in archives.
+            # macOS adds ._* files to archives.
             if not entry.name.startswith(".") and entry.name != "__MACOSX":
                 (folders if entry.is_dir() else files).append(entry.name)
     return sorted(folders), sorted(files)
@@ -34,7 +34,7 @@ def is_image_name(name: str) -> bool:
 def find_listed(base: Path, listed: Sequence[str]) -> list[str | None]:
     """Return the file of each listed path, None where there is none.
 
-    Names are taken as they stand; where a folder or file of that name does not exist, one that
+    Names are taken as they are; where a folder or file of that name does not exist, one that
     differs in the case of letters only is taken (listings say .JPG where disks have .jpg).
 
     Args:

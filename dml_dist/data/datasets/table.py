@@ -65,7 +65,7 @@ class TableImporter:
         for name in REQUIRED:
             bad = [row for row, value in enumerate(columns[name], 1) if not value.strip()]
             _refuse_rows(
-                file, f"every row must have a {name}, these have none", bad, columns["path"]
+                file, f"every row needs a {name}, but these have none", bad, columns["path"]
             )
         bad = [row for row, role in enumerate(roles, 1) if role not in ROLES]
         _refuse_rows(file, f"role must be one of {', '.join(ROLES)}", bad, roles)
