@@ -101,7 +101,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not valid JSON ({error}); restore it from a copy or remove it"
+            f"cannot read {path}, which is damaged ({error}); restore it from a copy or remove it"
         ) from None
 
 
