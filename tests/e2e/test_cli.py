@@ -106,12 +106,12 @@ def _sets(changes: list[str]) -> list[str]:
             ["launch.launcher=ray", "launch.num_workers=30"],
             "must be at least launch.num_workers 30",
         ),
-        (["launch.launcher=ray", "launch.num_workers=25"], "got 25 ranks"),
+        (["launch.launcher=ray", "launch.num_workers=25"], "and 25 ranks"),
         (
             ["data.batches={name: balanced, classes_per_batch: 26, samples_per_class: 1}"],
             "classes_per_batch 26",
         ),
-        (["data.path=nowhere"], "needs index.parquet"),
+        (["data.path=nowhere"], "has no index.parquet"),
         (["data.train_split=training"], "split 'training'"),
         (["data.test_split=unseen"], "split 'unseen'"),
         (["model.backbone={name: resnet18, weights: none, norm: batch}"], "frozen batch"),
@@ -259,7 +259,7 @@ def test_an_evaluation_refuses_another_run(
     text = " ".join(output.split())
     assert code == 2, output
     assert "is evaluated with its own configuration" in text
-    assert f"got {named}" in text
+    assert f"not {named}" in text
     assert "leave these changes out" in text
     assert "batch_size: 256" not in text
     assert "threads_per_rank" not in text
