@@ -53,7 +53,7 @@ def uses_gpu(launch: LaunchConfig, ranks_here: int) -> bool:
 
 @contextmanager
 def joined(launch: LaunchConfig) -> Iterator[Comm]:
-    """The group of processes that carry out this command: torchrun's ranks, or this one alone."""
+    """The processes that run this command: torchrun's ranks, or this one alone."""
     if launch.launcher != "torchrun":
         yield Comm.single("cuda:0" if _alone_on_gpu(launch) else "cpu")
         return
