@@ -199,5 +199,5 @@ def test_states_follow_each_other() -> None:
         PlanState(k, first, np.zeros((2, 1), dtype=np.int64)) for k, first in [(0, 2), (1, 5)]
     ]
     assert [state_at(states, step).problem for step in (2, 4, 5, 9)] == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="from step 1 or before"):
+    with pytest.raises(ValueError, match="no state begins at step 1 or before"):
         state_at(states, 1)

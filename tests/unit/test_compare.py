@@ -354,7 +354,8 @@ def test_values_of_all_kinds_are_those_of_optuna_and_reach_the_runs(tmp_path: Pa
     # The files are enough: the same again without any run.
     assert search(tmp_path, FakeRuns(end_after=0), config=config) == (best, outcomes)
 
-    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
+    seed = seed_of(Stream.HYPERPARAMETERS, 0, bits=32)
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial(own)
 

@@ -41,6 +41,7 @@ evaluation.evaluate_test_every
 checkpoint.every_steps  checkpoint.keep
 launch.num_workers  launch.threads_per_rank
 compare.search.trials  compare.search.steps  compare.parallel
+compare.search.space.x:int.step
 """
 NON_NEGATIVE_INTEGERS = """
 seed
@@ -75,7 +76,7 @@ optim:rmsprop.bias_lr  optim:rmsprop.eps
 optim:custom.lr  optim:custom.head_lr  optim:custom.proxy_lr  optim:custom.loss_lr
 optim:custom.bias_lr
 train.max_grad_norm  evaluation.memory_mb  launch.cpus_per_rank  launch.timeout_seconds
-compare.search.space.x.low  compare.search.space.x.high
+compare.search.space.x:float.step
 """
 NON_NEGATIVE_NUMBERS = """
 data.transform:standard.crop_scale.0  data.transform:standard.crop_scale.1
@@ -87,6 +88,8 @@ optim:rmsprop.weight_decay  optim:custom.weight_decay
 """
 UNBOUNDED = ["data.transform:standard.mean.0", "data.transform:standard.mean.1"]
 UNBOUNDED += ["data.transform:standard.mean.2"]
+UNBOUNDED += ["compare.search.space.x:float.low", "compare.search.space.x:float.high"]
+UNBOUNDED_INTEGERS = ["compare.search.space.x:int.low", "compare.search.space.x:int.high"]
 
 OTHERS: dict[str, Limits] = {
     "data.dataset:glyphs.num_classes": (3, 4, MANY, None),
@@ -142,6 +145,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(POSITIVE_NUMBERS.split(), (0.0, TINY, HUGE, None)),
     **dict.fromkeys(NON_NEGATIVE_NUMBERS.split(), (-TINY, 0.0, HUGE, None)),
     **dict.fromkeys(UNBOUNDED, (None, -HUGE, HUGE, None)),
+    **dict.fromkeys(UNBOUNDED_INTEGERS, (None, -MANY, MANY, None)),
     **OTHERS,
 }
 
@@ -153,7 +157,8 @@ SHORTEST: dict[str, tuple[Any, Any]] = {
     "nir.gradients_to": ([], ["flow"]),
     "compare.methods": ({}, {"a": []}),
     "compare.seeds": ([], [0]),
-    "compare.search.space": ({}, {"optim.lr": {"low": 0.1, "high": 0.2}}),
+    "compare.search.space": ({}, {"optim.lr": {"type": "int", "low": 1, "high": 2}}),
+    "compare.search.space.x:categorical.choices": ([], [1]),
     "compare.axis.lines": ({}, {"a": ["b", "c"]}),
     "compare.axis.lines.x": (["a"], ["a", "b"]),
 }
@@ -171,6 +176,11 @@ LISTS: dict[str, list[float]] = {
 }
 
 
+def tag_of(field: str) -> str:
+    """Return the key that tells the members of a section apart."""
+    return "type" if field == "x" else "name"
+
+
 def mapping_with(key: str, value: Any) -> dict[str, Any]:
     """Return a configuration that has a value at a key, with as little else as possible."""
     mapping: dict[str, Any] = {"name": "demo", "data": {"path": "a"}, "train": {"steps": 10}}
@@ -178,7 +188,7 @@ def mapping_with(key: str, value: Any) -> dict[str, Any]:
     *above, last = key.split(".")
     for part in above:
         field, _, name = part.partition(":")
-        begin = list(LISTS[field]) if field in LISTS else {"name": name} if name else {}
+        begin = list(LISTS[field]) if field in LISTS else {tag_of(field): name} if name else {}
         node = node.setdefault(field, begin)
     node[int(last) if last.isdigit() else last] = value
     return mapping
@@ -246,11 +256,8 @@ def numeric_keys(annotation: Any, key: str) -> Iterator[str]:
     if annotation in (int, float):
         yield key
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        names = (
-            get_args(annotation.model_fields["name"].annotation)
-            if "name" in (annotation.model_fields)
-            else ()
-        )
+        tagged = annotation.model_fields.get(tag_of(key.rpartition(".")[2]))
+        names = get_args(tagged.annotation) if tagged is not None else ()
         tag = f":{names[0]}" if names and key else ""
         for field, about in annotation.model_fields.items():
             yield from numeric_keys(about.annotation, f"{key}{tag}.{field}" if key else field)

@@ -17,7 +17,9 @@ from dml_dist.runtime.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)
-def _forget_warnings() -> Iterator[None]:
+def _forget_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # mlflow, which other tests load, disables the loggers that exist when it configures its own.
+    monkeypatch.setattr(logging.getLogger(ray_private.__name__), "disabled", False)
     ray_private._warn.cache_clear()
     yield
     ray_private._warn.cache_clear()
