@@ -1,7 +1,7 @@
 """The command line: each subcommand calls one function.
 
-Heavy libraries are imported inside the subcommands, so that `--help` answers at once. Exit codes:
-0 done, 1 the run failed or was stopped (its last checkpoint is kept), 2 the request was wrong.
+Heavy libraries are imported inside the subcommands, so that `--help` is fast. Exit codes:
+0 success, 1 the run failed or was stopped (its last checkpoint is kept), 2 invalid input.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ INTERRUPTED = 130
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change a field, e.g. optim.lr=1e-3."),
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Set a field, e.g. optim.lr=1e-3; repeatable."
+    ),
 ]
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", help="Run folder; default runs/NAME.")
 ]
 Launcher = Literal["ray", "torchrun", "inprocess"]
 LauncherOption = Annotated[
-    Launcher | None, typer.Option("--launcher", help="How ranks are started.")
+    Launcher | None, typer.Option("--launcher", help="Launcher that starts the ranks.")
 ]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Number of ranks under Ray.")
@@ -54,7 +56,7 @@ WorkersOption = Annotated[
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     faulthandler.enable()  # When a library aborts the process, print what its threads were doing.
-    # Commands end as at Ctrl-C; `train` has handlers of its own.
+    # SIGTERM ends a command like Ctrl-C; `train` installs its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = _run()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -82,7 +84,7 @@ def _run() -> int:
         if end.code == INTERRUPTED:
             error_console.print(
                 "interrupted; repeat the command to continue an import, "
-                "and with --resume to continue a run or a comparison"
+                "or repeat it with --resume to continue a run or a comparison"
             )
         return int(end.code or 0)
     return 0
@@ -91,9 +93,9 @@ def _run() -> int:
 def _end_rank(code: int) -> NoReturn:
     """End one of torchrun's ranks at once, without finalizing the interpreter.
 
-    A thread of gloo may still hold tensors of the last collective. If it releases them while the
-    interpreter is finalized, it cannot take the interpreter's lock and aborts the process: the rank
-    would count as failed although all its work is done.
+    A gloo thread may still hold tensors of the last collective. If it releases them while the
+    interpreter is finalized, it cannot acquire the GIL and aborts the process: the rank would count
+    as failed although its work is done.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -110,7 +112,7 @@ def _escaped(error: Exception) -> str:
 def _overrides(
     changes: list[str] | None, launcher: Launcher | None, workers: int | None
 ) -> list[str]:
-    """All changes to a configuration; torchrun's ranks are recognized by their environment."""
+    """Return all overrides; ranks under torchrun are detected by their environment."""
     result = list(changes or [])
     if launcher is None and "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = "torchrun"
@@ -127,7 +129,7 @@ def quickstart(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Number of ranks.")] = 2,
     changes: SetOption = None,
 ) -> None:
-    """Glyphs, shards, two Ray Train workers, distributed evaluation, report: in some minutes."""
+    """Import glyphs, train on two Ray workers, evaluate and write a report, in a few minutes."""
     from dml_dist.orchestration.train import run_quickstart
 
     run_quickstart(console, run_dir=run_dir, overrides=_overrides(changes, None, workers))
@@ -142,7 +144,7 @@ def train(
         bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved plan and end.")
+        bool, typer.Option("--dry-run", help="Print the resolved plan and exit.")
     ] = False,
     launcher: LauncherOption = None,
     workers: WorkersOption = None,
@@ -163,7 +165,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     split: Annotated[str, typer.Option("--split", help="Split of the index.")] = "test",
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", help="best, last, or a checkpoint's folder.")
+        str, typer.Option("--checkpoint", help="best, last, or the folder of a checkpoint.")
     ] = "best",
     changes: SetOption = None,
     launcher: LauncherOption = None,
@@ -189,19 +191,19 @@ def compare(
         Path | None, typer.Option("--run-dir", help="Folder of the comparison; default runs/NAME.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the comparison where it was stopped.")
+        bool, typer.Option("--resume", help="Continue a comparison that was stopped.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and what they compute, and end.")
+        bool, typer.Option("--dry-run", help="Print the runs and their plans, and exit.")
     ] = False,
     parallel: Annotated[
         int | None,
-        typer.Option("--parallel", min=1, help="Runs side by side, each on one process."),
+        typer.Option("--parallel", min=1, help="Number of parallel runs, each in one process."),
     ] = None,
     launcher: LauncherOption = None,
     workers: WorkersOption = None,
 ) -> None:
-    """Compare methods over seeds at equal steps: a table, convergence curves, one page."""
+    """Compare methods over seeds at equal steps, with a report of tables and curves."""
     from dml_dist.config.load import load_config
     from dml_dist.studies.compare import dry_run_comparison, run_comparison
 
@@ -225,7 +227,7 @@ def compare(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or comparison.")],
 ) -> None:
-    """Write the page of a run, or of a comparison, anew."""
+    """Write the report page of a run or comparison again."""
     from dml_dist.report import write_report
     from dml_dist.report.study.comparison import write_comparison
     from dml_dist.runs.comparison import ComparisonFolder
@@ -238,19 +240,19 @@ def report(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="New folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="Folder to create.")],
     split: Annotated[
-        str, typer.Option("--split", help="Split whose images are the gallery.")
+        str, typer.Option("--split", help="Split that provides the gallery images.")
     ] = "test",
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", help="best, last, or a checkpoint's folder.")
+        str, typer.Option("--checkpoint", help="best, last, or the folder of a checkpoint.")
     ] = "best",
     thumbnails_mb: Annotated[
-        float, typer.Option("--thumbnails-mb", min=0, help="Bound on all thumbnails, MiB.")
+        float, typer.Option("--thumbnails-mb", min=0, help="Maximum size of all thumbnails in MiB.")
     ] = 200.0,
     changes: SetOption = None,
 ) -> None:
-    """Write a run's network as ONNX with a searchable gallery, one folder that stands alone."""
+    """Export a run's network as ONNX with a searchable gallery, in a self-contained folder."""
     from dml_dist.export.export import ExportOptions, run_export
 
     options = ExportOptions(split, checkpoint, thumbnails_mb)
@@ -261,16 +263,16 @@ def export(
 def search(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Exported folder.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    top: Annotated[int, typer.Option("--top", min=1, help="Neighbours of each image.")] = 10,
+    top: Annotated[int, typer.Option("--top", min=1, help="Number of neighbors per image.")] = 10,
     out: Annotated[
         Path | None, typer.Option("--out", help="New PNG file; default search.png or search-N.png.")
     ] = None,
     runtime: Annotated[
         Literal["auto", "onnxruntime", "torch"],
-        typer.Option("--runtime", help="What computes embeddings."),
+        typer.Option("--runtime", help="Runtime that computes the embeddings."),
     ] = "auto",
 ) -> None:
-    """Show the images of a bundle that are nearest to given ones, as a table and a picture."""
+    """Find the gallery images nearest to the given images; print a table and write a PNG."""
     from dml_dist.export.search import run_search
 
     run_search(bundle, images, console, top=top, out=out, runtime=runtime)
@@ -279,14 +281,14 @@ def search(
 @app.command("check-loss")
 def check_loss(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="A loss's name, or package.module:name.")
+        str, typer.Argument(metavar="TARGET", help="Name of a loss, or package.module:name.")
     ],
     options: Annotated[
         list[str] | None,
-        typer.Option("--option", metavar="KEY=VALUE", help="One of the loss's options."),
+        typer.Option("--option", metavar="KEY=VALUE", help="Option of the loss; repeatable."),
     ] = None,
 ) -> None:
-    """Check that a loss gives one process's gradients on 1, 2 and 3 ranks."""
+    """Check that a loss has the same gradients on 1, 2 and 3 ranks as in one process."""
     from dml_dist.orchestration.check_loss import check_loss as run_check
 
     run_check(target, options or [], console)
@@ -298,7 +300,7 @@ def config(
         str, typer.Option("--explain", metavar="PATH", help="Field or section, e.g. optim.lr.")
     ],
 ) -> None:
-    """Explain a field of the configuration: meaning, type, default, choices."""
+    """Explain a field of the configuration: meaning, type, default and choices."""
     from dml_dist.config.explain import explain as explain_path
 
     console.print(explain_path(explain), highlight=False, markup=False)

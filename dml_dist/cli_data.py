@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dml_dist.errors import ConfigError
 
-data_app = typer.Typer(no_args_is_help=True, help="Import, index, check and show data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Import, index, verify and show data sets.")
 console = Console()
 
 DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
@@ -24,24 +24,26 @@ ByOption = Annotated[
 ]
 OrderOption = Annotated[
     Literal["sorted", "seeded"] | None,
-    typer.Option("--order", help="Order in which the split is taken."),
+    typer.Option("--order", help="Order of classes or images before the split."),
 ]
 SplitFileOption = Annotated[
     Path | None, typer.Option("--split-file", help="CSV: path,split or class,split.")
 ]
 ClassesOption = Annotated[int | None, typer.Option("--classes", help="Glyphs: number of classes.")]
 ImagesOption = Annotated[
-    int | None, typer.Option("--images-per-class", help="Glyphs: images of each class.")
+    int | None, typer.Option("--images-per-class", help="Glyphs: images per class.")
 ]
-SizeOption = Annotated[int | None, typer.Option("--image-size", help="Glyphs: side in pixels.")]
+SizeOption = Annotated[
+    int | None, typer.Option("--image-size", help="Glyphs: image side in pixels.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Random seed.")]
 MaxSideOption = Annotated[
     int | None,
-    typer.Option("--max-side", help="Shrink larger images to this longer side, in pixels."),
+    typer.Option("--max-side", help="Shrink larger images to this longer side in pixels."),
 ]
 OnBrokenOption = Annotated[
     Literal["raise", "skip"] | None,
-    typer.Option("--on-broken", help="Stop at broken images, or skip them."),
+    typer.Option("--on-broken", help="Raise an error for broken images, or skip them."),
 ]
 PartialOption = Annotated[
     bool,
@@ -110,10 +112,10 @@ def _share(text: str | None) -> float | None:
 def data_index(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
     split: Annotated[
-        str, typer.Option("--split", help="Split of samples that name none.")
+        str, typer.Option("--split", help="Split of samples without a split.")
     ] = "train",
 ) -> None:
-    """Index tar shards that were made elsewhere (labels from .cls or .json)."""
+    """Index existing tar shards (labels from .cls or .json)."""
     from dml_dist.runtime.datasets import index_folder
 
     index_folder(folder, split, console)
@@ -139,16 +141,16 @@ def data_show(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Path of the PNG; default DIR-show.png in this folder."),
+        typer.Option("--out", help="PNG file; default DIR-show.png in the current folder."),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="Tar shards shuffled together.")
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Random seed of the images shown.")
+        int, typer.Option("--seed", min=0, help="Random seed for choosing images.")
     ] = 0,
 ) -> None:
-    """Show counts, class balance and mixing of a data set, and draw some of its images."""
+    """Show counts, class balance and shuffling of a data set, and write a sheet of images."""
     from dml_dist.report.dataset import show_dataset
 
     show_dataset(folder, console, out=out, window=window, seed=seed)

@@ -1,4 +1,4 @@
-"""Samplers and the data set of a DataLoader: requests for batches, and the batches they give."""
+"""Sampler and data set for a DataLoader: batch requests, and the batches read for them."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class BatchRequest:
 
 
 class PlanSampler(Sampler[BatchRequest]):
-    """This rank's part of every step of a plan.
+    """Yields requests for this rank's part of every batch of a plan.
 
     Args:
-        plan: The global batches, or a plan with the states that it follows.
-        topology: This rank.
+        plan: The global batches, or a plan with its states.
+        topology: Rank and world size.
         start_step: First global step.
         end_step: Global step after the last.
     """
@@ -97,7 +97,7 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
     """Turns requests into batches; for `DataLoader(dataset, sampler=..., batch_size=None)`.
 
     Args:
-        index: Where images are.
+        index: Index of the images.
         transform: Image transform.
         seed: The run's seed for random views; None gives evaluation views.
         decoded: Cache of decoded images, if any.
@@ -117,9 +117,9 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         self._reader = ShardReader(index)
 
     def __getitem__(self, request: BatchRequest) -> Batch | DmlDistError:
-        """Return the batch, or as a value the error that prevents it.
+        """Return the batch, or the error as a value.
 
-        An exception would reach the training process as the text of a worker's traceback.
+        A raised exception would reach the training process only as the text of a traceback.
         """
         try:
             images = self._images(request)
@@ -127,7 +127,7 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
             return error
         finally:
             if self.index.remote is not None:
-                # An open file that left the cache meanwhile would still fill the disk.
+                # A file evicted from the cache keeps its disk space until it is closed.
                 self._reader.close()
         labels = torch.from_numpy(self.index.label[request.rows].astype(np.int64))
         rows = torch.from_numpy(request.rows.astype(np.int64))
@@ -140,16 +140,16 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         if type(transform) is not StandardTransform:  # A subclass may override a step.
             views = []
             for place, row in enumerate(rows):
-                # A transform of the user's may write into what it gets.
+                # A custom transform may modify its input in place.
                 image = self._decoded(row).clone() if self.decoded else self._decoded(row)
                 draws = self._draws(request, place)
                 views.append(
                     transform.evaluation(image) if draws is None else transform.train(image, draws)
                 )
             self._check_shapes(views, request.rows)
-            # In a loader worker this stacks into shared memory, which saves copying the batch.
+            # In a loader worker this stacks into shared memory, which avoids a copy of the batch.
             return cast(Tensor, default_collate(views))
-        # Each view is written where the batch has it: fresh memory costs more than the arithmetic.
+        # Views are written into the batch directly: allocating costs more than the arithmetic.
         batch = _empty_batch(len(rows), transform.config.size)
         for place, row in enumerate(rows):
             image, draws = self._decoded(row), self._draws(request, place)

@@ -153,9 +153,9 @@ class BatchLoader:
                 error.__traceback__ = None
                 return worker_death(error) or error
         return RunError(
-            f"a batch is required within {LIMIT_SECONDS:.0f} s, got none from {self.workers} "
-            "loader workers; see whether the storage of the tar shards answers, or set "
-            "data.loader_workers to 0 to see where it stays"
+            f"The {self.workers} loader workers returned no batch within {LIMIT_SECONDS:.0f} s; "
+            "check that the storage of the tar shards responds, or set data.loader_workers to 0 "
+            "to see where reading blocks"
         )
 
 

@@ -43,11 +43,11 @@ class BatchPlan(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ShuffledPlan:
-    """Every row once an epoch, shuffled inside windows of tar shards.
+    """Reads every row once per epoch, shuffled within windows of tar shards.
 
-    Tar shards are put into a new order each epoch and cut into windows; rows are shuffled inside a
-    window and windows follow each other. A reader therefore works on few tar shards at a time. A
-    batch at the seam of two windows holds rows of both.
+    Each epoch shuffles the order of the tar shards and groups them into windows. Rows are shuffled
+    within a window and windows are read in order, so a reader works on few tar shards at a time. A
+    batch at the boundary of two windows holds rows of both.
 
     Attributes:
         rows: (n,) int64 index rows.
@@ -99,11 +99,10 @@ class ShuffledPlan:
 class BalancedPlan:
     """P different classes with K rows each in every batch; an epoch is floor(n / (P K)) steps.
 
-    Classes come round-robin: the epoch walks through one seeded permutation of all classes after
-    the other, so that the numbers of visits of two classes differ by one at most. The visits of a
-    class walk in turn through one seeded cycle of its rows: all its rows are used before one is
-    used again, K rows of a visit are different where the class has K rows, and repeat evenly where
-    it has fewer.
+    Classes are visited round-robin: an epoch is a sequence of seeded permutations of all classes,
+    so the numbers of visits of two classes differ by at most one. The visits of a class step
+    through a seeded cycle of its rows: all its rows are used before any is used again. The K rows
+    of a visit are different if the class has at least K rows, and repeat evenly otherwise.
 
     Attributes:
         rows: (n,) int64 index rows.
@@ -129,7 +128,7 @@ class BalancedPlan:
         _, class_of_row, sizes = np.unique(self.labels, return_inverse=True, return_counts=True)
         visited = self._class_order(epoch, len(sizes))
         visit = _occurrences(visited)
-        # The rows of class c, in the order of its cycle, stand at first[c] .. first[c] + size - 1.
+        # The rows of class c, in the order of its cycle, are at first[c] .. first[c] + size - 1.
         shuffled = generator_of(Stream.ROW_ORDER, self.seed, epoch).permutation(len(self.rows))
         cycles = self.rows[shuffled[np.argsort(class_of_row[shuffled], kind="stable")]]
         first = np.cumsum(sizes) - sizes
@@ -152,8 +151,8 @@ class BalancedPlan:
             order = generator.permutation(num_classes)
             num_open = low % self.classes_per_batch
             if num_open:
-                # The seam of two rounds lies inside a batch, which the new round fills up with the
-                # first of its classes that the batch does not hold yet.
+                # Two rounds meet inside a batch. The new round fills the batch with the first of
+                # its classes that the batch does not hold yet.
                 in_open_batch[:] = False
                 in_open_batch[visited[low - num_open : low]] = True
                 fresh = np.flatnonzero(~in_open_batch[order])
@@ -173,7 +172,7 @@ def build_plan(
     global_batch_size: int,
     world_size: int,
 ) -> BatchPlan:
-    """Return the plan that the configuration asks for, or say why there is none.
+    """Return the configured plan.
 
     Args:
         config: The section `data.batches`.
@@ -182,7 +181,7 @@ def build_plan(
         tar_shard: (n,) tar shard of each of these rows.
         seed: Seed of all orders, >= 0.
         global_batch_size: B, images of one step over all ranks.
-        world_size: Number of ranks. It decides whether the plan is possible, never what it is.
+        world_size: Number of ranks; only checked, the plan does not depend on it.
 
     Raises:
         ConfigError: If the rows do not fill one batch, or there are fewer classes than P.
@@ -227,15 +226,15 @@ def locate(step: int, steps_per_epoch: int) -> tuple[int, int]:
 def global_batches(
     plan: BatchPlan, start_step: int, end_step: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Give (step, (b,) index rows) from `start_step` to `end_step` - 1.
+    """Yield (step, (b,) index rows) from `start_step` to `end_step` - 1.
 
-    One epoch is computed at a time, when it is reached.
+    Each epoch is computed when it is reached.
     """
-    epoch_at_hand, batches = -1, list[np.ndarray]()
+    current_epoch, batches = -1, list[np.ndarray]()
     for step in range(start_step, end_step):
         epoch, place = locate(step, plan.steps_per_epoch)
-        if epoch != epoch_at_hand:
-            epoch_at_hand, batches = epoch, plan.epoch(epoch)
+        if epoch != current_epoch:
+            current_epoch, batches = epoch, plan.epoch(epoch)
         yield step, batches[place]
 
 

@@ -1,4 +1,4 @@
-"""The interface of importers: samples, their sources, and facts known without reading images."""
+"""Interface of importers: samples, their sources, and facts known without reading images."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _CUT_KEY_BYTES = 80
 class ImageSource(Protocol):
     """The source of one image's bytes; pickled to the process that writes its tar shard.
 
-    `repr` must be equal for equal images and differ for different ones: it tells one import from
-    another. `str` names the image in messages.
+    `repr` must be equal for equal images and differ for different ones: it identifies an import.
+    `str` names the image in messages.
     """
 
     def read(self) -> tuple[bytes, str]:
@@ -39,8 +39,8 @@ class ImageSource(Protocol):
 class FileSource:
     """An image file, stored byte for byte.
 
-    It is told from others by its name, size and time of change: a replaced file is another image,
-    a folder that was moved as a whole holds the same ones.
+    It is identified by its name, size and modification time: a replaced file is a different image,
+    and a folder that was moved as a whole holds the same images.
     """
 
     path: str = field(repr=False)
@@ -52,20 +52,20 @@ class FileSource:
     """Bytes of the file when it was listed, -1 if there was none."""
 
     mtime_ns: int = field(init=False)
-    """When it was last changed, in nanoseconds."""
+    """Modification time in nanoseconds."""
 
     def __post_init__(self) -> None:
         try:
             found = os.stat(self.path)
             size, mtime_ns = found.st_size, found.st_mtime_ns
-        except OSError:  # reading it says what is wrong
+        except OSError:  # `read` raises the error.
             size, mtime_ns = -1, 0
         values = {"name": self.name or self.path, "size": size, "mtime_ns": mtime_ns}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def read(self) -> tuple[bytes, str]:
-        """Return the file's bytes and its normalised extension."""
+        """Return the file's bytes and its normalized extension."""
         return Path(self.path).read_bytes(), image_extension(self.path)
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a dry run needs to know of a data set."""
+    """Sizes of a data set, as a dry run needs them."""
 
     class_sizes: dict[str, tuple[int, ...]]
     """Split name -> number of images of each of its classes, in label order."""
@@ -143,8 +143,8 @@ def facts_of(samples: Sequence[Sample]) -> DatasetFacts:
 def make_keys(paths: Sequence[str]) -> list[str]:
     """Make a unique key of each relative path: the path without extension and without dots.
 
-    Characters other than letters, digits, `_`, `-` and `/` become `_`; a key that is taken gets a
-    number, and one too long for a tar header is cut and gets a digest of the path.
+    Characters other than letters, digits, `_`, `-` and `/` become `_`; a duplicate key gets a
+    number, and a key too long for a tar header is cut and gets a digest of the path.
 
     Args:
         paths: Distinct paths with `/` between folders.
@@ -171,7 +171,7 @@ def make_keys(paths: Sequence[str]) -> list[str]:
 
 
 def check_samples(samples: Sequence[Sample]) -> None:
-    """Refuse samples that cannot be stored in tar shards.
+    """Check that samples can be stored in tar shards.
 
     Raises:
         DataError: If there are none, or a key, class, split or role is not acceptable.
@@ -188,7 +188,7 @@ def check_samples(samples: Sequence[Sample]) -> None:
                 f"{_MAX_KEY_BYTES} bytes; use dml_dist.data.sample.make_keys"
             )
         if sample.key in keys:
-            raise DataError(f"{where}: keys must be unique, this one is given twice")
+            raise DataError(f"{where}: keys must be unique, but this one is given twice")
         keys.add(sample.key)
         if not sample.class_name or not _is_text(sample.class_name):
             raise DataError(
@@ -205,5 +205,5 @@ def check_samples(samples: Sequence[Sample]) -> None:
 
 
 def _is_text(name: str) -> bool:
-    """Tell whether a name can be written as UTF-8 (undecodable file names cannot)."""
+    """Return whether a name can be written as UTF-8 (undecodable file names cannot)."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in name)

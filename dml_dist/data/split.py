@@ -18,15 +18,15 @@ from dml_dist.random_streams import Stream, generator_of
 def assign_splits(
     paths: Sequence[str], class_names: Sequence[str], config: SplitConfig
 ) -> list[str]:
-    """Return the split of every image: "train" or "test" by the rule, or what the file says.
+    """Return the split of every image: "train" or "test" by the rule, or as listed in the file.
 
     Args:
         paths: Path of each image relative to the source, `/` between folders, in sorted order.
         class_names: Class of each image.
-        config: The rule, or the file that decides instead.
+        config: The rule, or the file to use instead.
 
     Raises:
-        DataError: If there is too little to divide, or the file does not fit the images.
+        DataError: If there are too few classes, or the file does not match the images.
     """
     if config.file is not None:
         return _by_file(paths, class_names, Path(config.file))
@@ -52,12 +52,12 @@ def assign_splits(
 
 
 def num_train(total: int, share: float) -> int:
-    """Return how many of `total` (>= 2) things train: the nearest number that leaves both some."""
+    """Return how many of `total` >= 2 items train: the rounded share, leaving both parts some."""
     return min(max(math.floor(share * total + 0.5), 1), total - 1)
 
 
 def _first_of_each(labels: np.ndarray, draws: np.ndarray, share: float) -> np.ndarray:
-    """Tell for each image whether it is among its class's first by `draws`, (N,) bool.
+    """Return for each image whether it is among the first of its class by `draws`, (N,) bool.
 
     A class with a single image trains.
     """
@@ -82,9 +82,11 @@ def _by_file(paths: Sequence[str], class_names: Sequence[str], file: Path) -> li
     split_of: dict[str, str] = {}
     for row, (name, split) in enumerate(zip(given, splits, strict=True), start=1):
         if not name or not split:
-            raise DataError(f"{file}: row {row} must have a {column} and a split, one is empty")
+            raise DataError(f"{file}: row {row} must have a {column} and a split, but one is empty")
         if split_of.setdefault(name, split) != split:
-            raise DataError(f"{file}: {column} {name!r} is in two splits, row {row} is the second")
+            raise DataError(
+                f"{file}: {column} {name!r} is in two splits, the second time in row {row}"
+            )
     wanted = paths if column == "path" else class_names
     refuse(
         f"{file}: every {column} of the source must have a split, these have none",

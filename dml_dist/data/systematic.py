@@ -1,10 +1,11 @@
 """Systematic batches: every batch that holds a class holds its representative.
 
-Alternating projections (METHODS: Can, Gurbuz, Alatan) train on one problem after the other. A
-problem fixes one or several representatives of each class; which classes share a batch may follow
-what was learnt (hard class mining). Both are given to the plan as one explicit value, `PlanState`,
-that takes effect at a step fixed in advance, so that a resumed run repeats it. Everything else is
-drawn from the seed and that step; nothing depends on the number of ranks or loader workers.
+Alternating projections (METHODS: Can, Gurbuz, Alatan) train on one problem after another. A problem
+fixes one or several representatives of each class, and classes may be grouped into batches by the
+learned embeddings (hard class mining). Both are passed to the plan as one explicit value,
+`PlanState`, which takes effect at a step fixed in advance, so that a resumed run repeats it.
+Everything else is drawn from the seed and that step, independent of the number of ranks and loader
+workers.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from dml_dist.random_streams import Stream, generator_of
 
 @dataclass(frozen=True, eq=False)
 class PlanState:
-    """The state that a plan follows; classes are numbered by rising label.
+    """The state of a plan; classes are numbered in ascending order of labels.
 
     Attributes:
         problem: Number of the problem, from 0.
-        first_step: The step from which it holds, until the next state's.
+        first_step: First step of the state; it is valid until the next state's first step.
         representatives: (C, m) int64 index rows; a class of fewer than m images repeats them.
-        neighbors: (C, h) int64 nearest other classes of each class, nearest first, -1 where there
-            are fewer; None without hard class mining.
+        neighbors: (C, h) int64 nearest other classes of each class, nearest first, padded with -1;
+            None without hard class mining.
     """
 
     problem: int
@@ -54,10 +55,10 @@ class SystematicBatch:
 class SystematicPlan:
     """P different classes with K rows each, min(m, K - 1) of them representatives.
 
-    Without neighbours, classes come round-robin: one seeded permutation of all classes after the
-    other. With neighbours, the classes that come round-robin are seeds: each is followed by its
-    nearest classes that the batch does not hold yet. The representatives of a class take turns, and
-    its other rows walk through one seeded cycle: all are used before one is used again.
+    Without neighbors, classes are visited round-robin, by one seeded permutation of all classes
+    after another. With neighbors, the classes visited round-robin are seeds: each is followed by
+    its nearest classes that the batch does not hold yet. The representatives of a class alternate,
+    and its other rows step through a seeded cycle: all are used before any is used again.
 
     Attributes:
         rows: (n,) int64 index rows.
@@ -85,7 +86,7 @@ class SystematicPlan:
 
     @cached_property
     def class_of_row(self) -> np.ndarray:
-        """The class of each row, counted by rising label, (n,) int64."""
+        """The class of each row, numbered in ascending order of labels, (n,) int64."""
         return np.unique(self.labels, return_inverse=True)[1].astype(np.int64)
 
     @cached_property
@@ -94,7 +95,7 @@ class SystematicPlan:
         return np.bincount(self.class_of_row)
 
     def batches(self, state: PlanState) -> Iterator[SystematicBatch]:
-        """Give the global batches of a state, from its first step on, without an end."""
+        """Yield the global batches of a state from its first step, without end."""
         classes = self._classes(state)
         others, first, sizes = self._cycles(state)
         num_visits = np.zeros(self.num_classes, dtype=np.int64)
@@ -119,10 +120,10 @@ class SystematicPlan:
             )
 
     def _cycles(self, state: PlanState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows that are no representatives, class by class in seeded order.
+        """Return the rows that are not representatives, class by class in seeded order.
 
         Returns:
-            Rows, (at least 1,); where those of each class begin, and how many they are, each (C,).
+            Rows, (at least 1,); start and number of the rows of each class, each (C,).
         """
         generator = generator_of(Stream.SYSTEMATIC_ROWS, self.seed, state.first_step)
         shuffled = generator.permutation(len(self.rows))
@@ -133,7 +134,7 @@ class SystematicPlan:
         return rows, np.cumsum(sizes) - sizes, sizes
 
     def _classes(self, state: PlanState) -> Iterator[np.ndarray]:
-        """Give the classes of every batch, (P,) int64, all different."""
+        """Yield the classes of every batch, (P,) int64, all different."""
         generator = generator_of(Stream.SYSTEMATIC_CLASSES, self.seed, state.first_step)
         waiting: deque[int] = deque()
         while True:
@@ -144,7 +145,7 @@ class SystematicPlan:
                     waiting.extend(generator.permutation(self.num_classes).tolist())
                 seed_class = waiting.popleft()
                 if seed_class in chosen:
-                    passed.append(seed_class)  # It comes first in the next batch.
+                    passed.append(seed_class)  # It is the first class of the next batch.
                     continue
                 chosen[seed_class] = None
                 if state.neighbors is not None:
@@ -156,10 +157,10 @@ class SystematicPlan:
 
 
 def state_at(states: Sequence[PlanState], step: int) -> PlanState:
-    """Return the state that holds at a step: the last one that begins at it or before.
+    """Return the state at a step: the last one that begins at or before it.
 
     Args:
-        states: By rising first step.
+        states: In ascending order of first steps.
         step: A step at or after the first state's.
     """
     found = [state for state in states if state.first_step <= step]
@@ -171,10 +172,10 @@ def state_at(states: Sequence[PlanState], step: int) -> PlanState:
 def systematic_batches(
     plan: SystematicPlan, states: Sequence[PlanState], start_step: int, end_step: int
 ) -> Iterator[tuple[int, SystematicBatch]]:
-    """Give (step, global batch) from `start_step` to `end_step` - 1.
+    """Yield (step, global batch) from `start_step` to `end_step` - 1.
 
-    `states` is looked at again at every step, so a state that is appended while a reader is at an
-    earlier step is taken up.
+    `states` is read at every step, so a state appended while the iterator is at an earlier step
+    takes effect.
     """
     current = state_at(states, start_step)
     batches = plan.batches(current)
@@ -189,11 +190,11 @@ def systematic_batches(
 
 @dataclass(frozen=True, eq=False)
 class StatefulPlan:
-    """A systematic plan with the states that it follows, for a sampler.
+    """A systematic plan with its states, for a sampler.
 
     Attributes:
         plan: The plan.
-        states: By rising first step; looked at again at every step (`systematic_batches`).
+        states: In ascending order of first steps; read at every step (`systematic_batches`).
     """
 
     plan: SystematicPlan
@@ -205,7 +206,7 @@ class StatefulPlan:
         return self.plan.rows
 
     def global_batches(self, start_step: int, end_step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Give (step, (P K,) index rows) from `start_step` to `end_step` - 1."""
+        """Yield (step, (P K,) index rows) from `start_step` to `end_step` - 1."""
         for step, batch in systematic_batches(self.plan, self.states, start_step, end_step):
             yield step, batch.rows
 
@@ -223,8 +224,8 @@ def draw_representatives(
         number: m >= 1, images of each class.
 
     Returns:
-        (C, m) int64 rows, classes by rising label; those of a class are different where it has m
-        rows, and repeat in the same order where it has fewer.
+        (C, m) int64 rows, classes in ascending order of labels. The rows of a class are different
+        if it has at least m rows, and repeat in the same order otherwise.
     """
     _, class_of_row, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     shuffled = generator_of(Stream.REPRESENTATIVES, seed, problem).permutation(len(rows))

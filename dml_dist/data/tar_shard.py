@@ -26,26 +26,26 @@ class ShardTask:
     path: Path
 
     record: Path
-    """Where the positions of its images are kept until the index is written."""
+    """File that keeps the positions of its images until the index is written."""
 
     samples: tuple[Sample, ...]
     labels: tuple[int, ...]
 
     max_side: int | None = None
-    """Larger images are shrunk to it, in pixels."""
+    """Larger images are shrunk to this longer side, in pixels."""
 
     on_broken: OnBroken = "raise"
-    """Whether an image that cannot be decoded or does not exist is an error or skipped."""
+    """Whether an image that is missing or cannot be decoded is an error or is skipped."""
 
     @property
     def digest(self) -> str:
-        """Of the samples and their images, as far as their `repr` tells them apart."""
+        """Digest of the samples and their images, by their `repr`."""
         text = repr((self.samples, self.labels, self.max_side))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def is_complete(task: ShardTask) -> bool:
-    """Tell whether a tar shard of these samples was finished; its record is written after it."""
+    """Return whether a tar shard of these samples was finished; its record is written last."""
     if not task.record.exists():
         return False
     record = read_json(task.record)
@@ -62,7 +62,7 @@ def write_tar_shard(task: ShardTask) -> list[str]:
     not written.
 
     Returns:
-        What is wrong with its images, one line each; empty when it was written.
+        The problems of its images, one line each; empty if the shard was written.
     """
     try:
         with open_atomic(task.path) as file:
@@ -74,14 +74,14 @@ def write_tar_shard(task: ShardTask) -> list[str]:
         written, tar_bytes = error.written, 0
         if written.problems:
             return written.problems
-        task.path.unlink(missing_ok=True)  # an earlier one, of images that have changed since
+        task.path.unlink(missing_ok=True)  # It may hold images that have changed since.
     record = {"tar_bytes": tar_bytes, "digest": task.digest, "skipped": written.skipped}
     columns = {name: [row[name] for row in written.rows] for name in _COLUMNS}
     write_json_atomic(task.record, {**record, **columns})
     return []
 
 
-# What a record holds of each image, `position` in the samples of the tar shard first.
+# Columns of a record, one value per image; `position` is that in the samples of the tar shard.
 _COLUMNS = (
     "position",
     "offset",
@@ -100,7 +100,7 @@ class _Written:
     rows: list[dict[str, Any]]
 
     skipped: list[tuple[int, str]]
-    """Position and what is wrong."""
+    """Position and problem."""
 
     problems: list[str]
 
@@ -125,7 +125,7 @@ def _write_members(task: ShardTask, file: BinaryIO) -> _Written:
                 data, extension, facts, source_digest = _read(sample, task.max_side)
             except (DataError, OSError) as error:
                 reason = f"{sample.source}: {error}"
-                # Other errors of the system say nothing about the image: the next one may fail too.
+                # Other system errors are not about this image: the next one may fail too.
                 broken = isinstance(error, DataError | FileNotFoundError)
                 if broken and task.on_broken == "skip":
                     written.skipped.append((position, reason))
@@ -133,8 +133,8 @@ def _write_members(task: ShardTask, file: BinaryIO) -> _Written:
                     written.problems.append(reason)
                 continue
             tar.write({"__key__": sample.key, extension: data})
-            # Headers differ in length (a key that is not ASCII needs a longer one), but the image
-            # is the last thing written, filled up to whole blocks.
+            # Headers differ in length (a non-ASCII key needs a longer one), but the image is the
+            # last member written, padded to whole blocks.
             offset = tar.tarstream.offset - -(-len(data) // _BLOCK_BYTES) * _BLOCK_BYTES
             tar.write({"__key__": sample.key, **_members(sample, label)})
             row = (

@@ -1,19 +1,25 @@
-"""Results that an evaluation leaves in a run's folder: metrics, results per class, embeddings.
+"""Results of an evaluation in a run's folder: metrics, results per class, embeddings.
 
 metrics.json, and metrics-SPLIT-CHECKPOINT.json of `dml-dist evaluate`:
 
+    trained       metrics of the checkpoint on the evaluated split
     untrained     metrics of the untrained network on the test split
-    trained       metrics of the checkpoint
-    checkpoint    its folder and step
+    validation    recorded metrics of the best validation
+    checkpoint    folder and step of the checkpoint; at the end of a run also whether it is the best
+    split         the evaluated split
     seconds       part of the run -> duration
 
-per_class.parquet, one row for each class of the evaluated images, by rising label:
+Which metrics the metrics.json of a run holds depends on `evaluation.final`: `trained` and
+`untrained` for full, `trained` for metrics, and `validation` for none, if the run validates.
+metrics-SPLIT-CHECKPOINT.json holds `trained` and `split`.
+
+per_class.parquet, one row for each class of the evaluated images, in ascending order of labels:
 
     label         int64          label in the index
     class_name    string
     super_class   string, null   null when the class has none
     num_images    int64          evaluated images, queries and gallery
-    num_queries   int64          counted queries: with another gallery image of the class
+    num_queries   int64          counted queries: those with another gallery image of the class
     recall_at_1   float64        mean over the counted queries; NaN when there is none
     r_precision   float64        likewise
     map_at_r      float64        likewise
@@ -40,12 +46,12 @@ from dml_dist.files import open_atomic, read_json, write_json_atomic
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write the metrics of an evaluation, completely or not at all."""
+    """Write the metrics of an evaluation, atomically."""
     write_json_atomic(path, metrics)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Return what `write_metrics` wrote; empty when there is no file.
+    """Return the metrics that `write_metrics` wrote; empty if there is no file.
 
     Raises:
         DataError: If the file is damaged.
@@ -66,7 +72,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class PerClass:
-    """Retrieval results of each class; arrays of equal length C, rising by label.
+    """Retrieval results of each class: arrays of length C, in ascending order of labels.
 
     Attributes:
         label: (C,) int64.
@@ -99,10 +105,10 @@ class PerClass:
 
 @dataclass(frozen=True, eq=False)
 class ClassTable:
-    """What per_class.parquet holds.
+    """Contents of per_class.parquet.
 
     Attributes:
-        results: C classes.
+        results: Results of C classes.
         names: Their names.
         super_classes: Their super-classes, None where there is none.
     """
@@ -128,7 +134,7 @@ class ClassTable:
 
 
 def write_class_table(path: Path, table: ClassTable) -> None:
-    """Write per_class.parquet, completely or not at all; an empty super-class counts as none."""
+    """Write per_class.parquet, atomically; an empty super-class counts as none."""
     columns = {
         "label": pa.array(table.results.label, pa.int64()),
         "class_name": pa.array(table.names, pa.string()),
@@ -144,7 +150,7 @@ def write_class_table(path: Path, table: ClassTable) -> None:
 
 
 def read_class_table(path: Path) -> ClassTable:
-    """Return what `write_class_table` wrote.
+    """Return the table that `write_class_table` wrote.
 
     Raises:
         DataError: If the file is missing or damaged, or a column is missing.
@@ -184,13 +190,13 @@ class SavedEmbeddings:
 
 
 def write_embeddings(path: Path, saved: SavedEmbeddings) -> None:
-    """Write embeddings.npz, completely or not at all."""
+    """Write embeddings.npz, atomically."""
     with open_atomic(path) as file:
         np.savez(file, embeddings=saved.embeddings, rows=saved.rows, labels=saved.labels)
 
 
 def read_embeddings(path: Path) -> SavedEmbeddings:
-    """Return what `write_embeddings` wrote.
+    """Return the embeddings that `write_embeddings` wrote.
 
     Raises:
         DataError: If the file is missing or damaged, or its arrays do not fit together.

@@ -1,20 +1,22 @@
-"""A run is a folder; everything that is shown later is read from it.
+"""The folder of a run, which holds everything that reports and later commands read.
 
     config.yaml                  the resolved configuration
     run.json                     name, seed, status, facts, and each attempt with its environment
     records/steps.jsonl          training records, one JSON line each
     records/evaluations.jsonl    validation and test records
     checkpoints/                 written and read by training alone
-    metrics.json                 the result, written when the run finishes (runs/artifacts.py)
+    metrics.json                 written when the run finishes: metrics of the final evaluation, or
+                                 of the best validation if `evaluation.final` is none
+                                 (runs/artifacts.py)
     embeddings.npz               embeddings of the final evaluation (runs/artifacts.py)
-    per_class.parquet            its results of each class (runs/artifacts.py)
+    per_class.parquet            results per class of the final evaluation (runs/artifacts.py)
     metrics-SPLIT-CHECKPOINT.json, per_class-SPLIT-CHECKPOINT.parquet
-                                 the same of `dml-dist evaluate`
+                                 the same files from `dml-dist evaluate`
     loggers/                     files of experiment trackers, if the configuration names any
     report/                      the page, its figures, retrieval gallery and proxy statistics
 
 An attempt is one start of the training processes: the first one, and one more for each
-resumption or restart. Only rank 0 and its driver write; files are replaced as a whole.
+resumption or restart. Only rank 0 and its driver write; files are replaced atomically.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from dml_dist.runs.provenance import GitState, git_revision, installed_versions
 from dml_dist.urls import is_url
 
 _Ended = Literal["stopped", "failed"]
-# Ranks of a killed command end within some seconds, when they meet their missing peers or Ray's
-# processes find their owner gone.
+# Ranks of a killed command end within seconds, when they detect missing peers or Ray's processes
+# detect that their owner is dead.
 _SECONDS_FOR_AN_EARLIER_RANK = 60.0
 
 
@@ -50,9 +52,9 @@ class Attempt:
         started: UTC time, ISO 8601.
         world_size: Number of ranks.
         launcher: "ray", "torchrun" or "inprocess".
-        device: What the ranks computed on, as text.
+        device: Device of the ranks, as text.
         command: The command line.
-        changes: What differs from the configuration before, "path: old -> new" each.
+        changes: Differences from the previous configuration, "path: old -> new" each.
         git: The source checkout.
         versions: Package or "python" -> version.
         platform: Operating system and processor.
@@ -74,11 +76,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is. Any run that is not finished can be continued.
+    """Status of a run. Any run that is not finished can be continued.
 
     Attributes:
         state: "running" also holds for a run whose processes were killed.
-        time: When it came into this state, UTC, ISO 8601.
+        time: Time of entering this state, UTC, ISO 8601.
         reason: Why it stopped or failed.
         step: The step after which it stopped, if there is a checkpoint.
     """
@@ -91,13 +93,13 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What run.json holds.
+    """Contents of run.json.
 
     Attributes:
         name: Name of the run.
         created: UTC time, ISO 8601.
         seed: Seed of all random streams.
-        status: How far the run is.
+        status: Status of the run.
         facts: Label -> value, about the data and the plan.
         attempts: In order; empty before training starts.
     """
@@ -119,7 +121,7 @@ class RunFolder:
     """A run's folder: where its files are, and the only writer of run.json and metrics.json."""
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; `create` and `open` are the ways to get one that is a run.
+        """Wrap a path; use `create` or `open` to get a folder that holds a run.
 
         Raises:
             ConfigError: If it is a URL.
@@ -148,21 +150,21 @@ class RunFolder:
 
     @property
     def metrics_path(self) -> Path:
-        """The result."""
+        """The metrics that `finish` writes."""
         return self.path / "metrics.json"
 
     @property
     def embeddings(self) -> Path:
-        """The file of the final evaluation's embeddings; missing when they were not kept."""
+        """Embeddings of the final evaluation; missing if they were not kept."""
         return self.path / "embeddings.npz"
 
     @property
     def per_class(self) -> Path:
-        """The file of the final evaluation's results of each class."""
+        """Results per class of the final evaluation."""
         return self.path / "per_class.parquet"
 
     def evaluation(self, split: str, checkpoint: str) -> tuple[Path, Path]:
-        """Return the files of a later evaluation: its metrics, its results of each class."""
+        """Return the files of a later evaluation: its metrics and its results per class."""
         name = f"{split}-{Path(checkpoint).name}"
         return self.path / f"metrics-{name}.json", self.path / f"per_class-{name}.parquet"
 
@@ -185,18 +187,18 @@ class RunFolder:
         """Make the folder of a new run.
 
         Args:
-            path: Where; missing or empty.
+            path: Missing or empty folder.
             config: Text of the resolved configuration, YAML.
             name: Name of the run.
-            seed: Seed of everything that is drawn.
+            seed: Seed of all random streams.
 
         Raises:
-            ConfigError: If there is a run already, or anything else; nothing is written.
+            ConfigError: If the folder holds a run or any other file; nothing is written.
         """
         (run := cls(path)).require_new()
         run.path.mkdir(parents=True, exist_ok=True)
         try:
-            # Of two commands that start at once, one makes this folder.
+            # If two commands start at once, only one of them creates this folder.
             run.records("steps").parent.mkdir()
         except FileExistsError:
             raise ConfigError(
@@ -211,10 +213,10 @@ class RunFolder:
         return run
 
     def require_new(self) -> None:
-        """Check that the folder is missing or empty; `create` does so too.
+        """Check that the folder is missing or empty; `create` also checks it.
 
         Raises:
-            ConfigError: If it is not, with what it holds and what to do.
+            ConfigError: If it is not; the message says what it holds and what to do.
         """
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
@@ -228,7 +230,7 @@ class RunFolder:
         step = self.last_checkpoint_step()
         checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
         raise ConfigError(
-            f"{self.path} holds the run {info.name!r} already ({info.status.state} "
+            f"{self.path} already holds the run {info.name!r} ({info.status.state} "
             f"since {info.status.time}, {checkpoint}); continue it with --resume, or give "
             "another --run-dir or another name"
         )
@@ -238,7 +240,7 @@ class RunFolder:
         """Return the run in an existing folder.
 
         Raises:
-            ConfigError: If the folder is missing or no run, with the runs beside or below it.
+            ConfigError: If the folder is missing or not a run; the message lists runs near it.
         """
         run = cls(path)
         if run.info_path.is_file():
@@ -259,7 +261,7 @@ class RunFolder:
         """Lock the run against other commands; the lock ends with this process.
 
         Raises:
-            ConfigError: If another command works on the run now.
+            ConfigError: If another command is working on the run.
         """
         with self._hold(".lock", 0.0) as owner:
             if owner is not None:
@@ -271,7 +273,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lock of the only rank 0 that writes; waits for an earlier one to end.
+        """Hold the lock of the rank 0 that writes; waits for an earlier one to end.
 
         Ranks of a killed command may live for some seconds, on other machines or under Ray.
 
@@ -289,7 +291,7 @@ class RunFolder:
 
     @contextmanager
     def _hold(self, name: str, wait_seconds: float) -> Iterator[str | None]:
-        """Hold a lock file of this run and give None, or who else holds it."""
+        """Hold a lock file of this run and yield None, or yield the other owner."""
         with ExitStack() as held:
             owner = None
             try:
@@ -316,7 +318,7 @@ class RunFolder:
                 )
                 for attempt in values["attempts"]
             )
-            if "finished" in values:  # Written before runs had a status.
+            if "finished" in values:  # Written by a version without `status`.
                 ended = values.pop("finished")
                 state = "finished" if ended else "running"
                 values["status"] = {"state": state, "time": ended or values["created"]}
@@ -339,15 +341,15 @@ class RunFolder:
     ) -> int:
         """Record the start of the training processes; return the attempt's number, from 1.
 
-        Only rank 0 calls this. The run is running from here on, also one that was finished; its
-        metrics.json stays until the next `finish`.
+        Only rank 0 calls this. The status becomes running, even for a finished run, whose
+        metrics.json is kept until the next `finish`.
 
         Args:
             world_size: Number of ranks.
             launcher: "ray", "torchrun" or "inprocess".
-            device: What the ranks compute on, such as "2 x cpu".
+            device: Device of the ranks, such as "2 x cpu".
             command: The command line.
-            changes: Differences to the configuration before, "path: old -> new" each.
+            changes: Differences from the previous configuration, "path: old -> new" each.
         """
         info = self.info()
         attempt = Attempt(
@@ -382,7 +384,7 @@ class RunFolder:
         self._write(replace(self.info(), status=RunStatus(state, _now(), reason, step)))
 
     def last_checkpoint_step(self) -> int | None:
-        """The highest step that a folder in checkpoints/ is named after, whole or not."""
+        """The highest step in a folder name of checkpoints/, complete or not."""
         if not self.checkpoints.is_dir():
             return None
         matches = (re.match(r"step[_-]?(\d+)", path.name) for path in self.checkpoints.iterdir())

@@ -1,4 +1,4 @@
-"""Which code a run was made with: versions of packages, and the commit of the sources."""
+"""The code of a run: versions of packages, and the git commit of the sources."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def installed_versions() -> dict[str, str]:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # an optional one, or one of several that give the same module
+            continue  # It is optional, or another package provides the same module.
     return versions
 
 
 def git_revision(folder: Path) -> GitState:
     """Return the git commit that the sources in a folder are checked out from.
 
-    Without git, or where the folder is not part of a checkout (a wheel installed into a virtual
-    environment inside someone's repository is not), there is none.
+    There is none without git, or if the folder's files are not tracked (such as a wheel installed
+    into a virtual environment inside another repository).
     """
-    # Inside a hook, git's variables point to another repository; status must not take locks.
+    # Inside a hook, git's variables point to another repository; status must not lock.
     environment = {key: text for key, text in os.environ.items() if not key.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"
 

@@ -1,7 +1,7 @@
 """Append-only records of a run: one JSON object a line, with the attempt that wrote it.
 
-A run that is killed and resumed writes some steps again. Nothing is ever rewritten: the reader
-takes each step from the last attempt that recorded it, and skips a line torn by a crash.
+A run that is killed and resumed writes some steps again. Written lines are never changed: the
+reader uses the record of each step from its last attempt, and skips lines truncated by a crash.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 from dml_dist.errors import RunError
 from dml_dist.files import plain
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no words for them
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # Not part of JSON.
 _RESERVED = ("attempt", "step", "time")
 
 Observer = Callable[[int, Mapping[str, Any]], None]
-"""Takes the step and the values of a record."""
+"""Called with the step and the values of a record."""
 
 
 class RecordWriter:
-    """Appends records to a file; one writer at a time."""
+    """Appends records to a file; only one writer may be open at a time."""
 
     def __init__(self, path: Path, attempt: int, observe: Observer | None = None) -> None:
         """Open the file; its folder must exist.
 
         Args:
             path: The file, created when it does not exist.
-            attempt: Number of this attempt at the run, rising from one to the next.
-            observe: Called with every record once it is written; it must not raise.
+            attempt: Number of this attempt at the run, higher than those before.
+            observe: Called with every record after it is written; it must not raise.
 
         Raises:
             RunError: If the file cannot be opened.
@@ -45,35 +45,44 @@ class RecordWriter:
         try:
             self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 (closed by close())
         except OSError as error:
-            raise RunError(f"required a writable record file, got {path}: {error}") from None
-        self._torn = self._ends_torn()
+            raise RunError(
+                f"the record file {path} cannot be opened: {error}; make its folder writable and "
+                "resume the run"
+            ) from None
+        self._truncated = self._ends_truncated()
 
     def write(self, step: int, **values: Any) -> None:
         """Append the record of a step: its values, and `attempt`, `step`, `time` (unix seconds).
 
         Values are numbers (numpy's too), text, booleans, None, and lists and mappings of them.
-        Non-finite floats are kept. The text "nan", "inf" or "-inf" would be read as a float.
+        Non-finite floats are supported. The text "nan", "inf" or "-inf" is read back as a float.
 
         Raises:
-            ValueError: If a value has the name of a field that is added here.
-            RunError: If the line cannot be written whole, as on a full disk.
+            ValueError: If a value has a reserved name: `attempt`, `step` or `time`.
+            RunError: If the line cannot be written completely, for example on a full disk.
         """
         if taken := [name for name in _RESERVED if name in values]:
-            raise ValueError(f"required values other than {', '.join(_RESERVED)}, got {taken}")
+            raise ValueError(
+                f"the names {', '.join(_RESERVED)} are reserved in records, but step {step} has "
+                f"values named {', '.join(taken)}; rename them"
+            )
         record = {"attempt": self._attempt, "step": step, "time": time.time(), **values}
         line = json.dumps(plain(record), allow_nan=False).encode() + b"\n"
-        if self._torn:
+        if self._truncated:
             line = b"\n" + line
-        # One write call: readers see the line or not, and a kill tears the last line at most.
+        # One write call: readers see all of a line or none, and a kill truncates at most the last.
         try:
             written = self._file.write(line)
         except OSError as error:
-            raise RunError(f"required room for a record, got {self._path}: {error}") from None
-        self._torn = written != len(line)
-        if self._torn:
             raise RunError(
-                f"required room for a record of {len(line)} bytes, but {self._path} took "
-                f"{written}; free some disk space and resume the run"
+                f"a record cannot be written to {self._path}: {error}; free some disk "
+                "space or remount the disk, and resume the run"
+            ) from None
+        self._truncated = written != len(line)
+        if self._truncated:
+            raise RunError(
+                f"only {written} of {len(line)} bytes of a record could be written to "
+                f"{self._path}; free some disk space and resume the run"
             )
         if self._observe is not None:
             self._observe(step, values)
@@ -93,7 +102,7 @@ class RecordWriter:
     ) -> None:
         self.close()
 
-    def _ends_torn(self) -> bool:
+    def _ends_truncated(self) -> bool:
         if self._file.seek(0, os.SEEK_END) == 0:
             return False
         self._file.seek(-1, os.SEEK_END)
@@ -101,12 +110,12 @@ class RecordWriter:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file in the order of their steps; none when there is no file.
+    """Return the records of a file in the order of their steps; empty if there is no file.
 
     Of the records of one step, the last one of the last attempt counts. Records with different
     values of `split` or `protocol` (validation and test, final and literature, at the same step)
-    are told apart. Lines that are not whole records are skipped: a crash tears a line, which the
-    next attempt closes.
+    are distinguished. Lines that are not complete records are skipped: a crash can truncate a line,
+    and the next attempt then starts a new one.
     """
     try:
         data = Path(path).read_bytes()

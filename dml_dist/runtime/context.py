@@ -1,4 +1,4 @@
-"""Data, classes and ranks of a run, opened once on each rank."""
+"""Data, classes and topology of a run, opened once on each rank."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from dml_dist.train.run_plan import RunPlan, resolve
 from dml_dist.train.state import resolve_precision
 
 LARGEST_BYTES = 1 << 30
-"""Embeddings of more bytes than this are not kept: one rank has to hold them all."""
+"""Larger embeddings are not kept, because rank 0 has to hold all of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunContext:
-    """What training and evaluation need on one rank.
+    """Objects shared by training and evaluation on one rank.
 
     Attributes:
         config: The run's configuration, paths absolute.
-        index: All images.
+        index: Index of all images.
         split: Training and validation classes.
-        transform: From images to tensors.
-        topology: This rank's place.
+        transform: Converts images to tensors.
+        topology: Rank, world size and device.
         comm: The collectives of all ranks.
-        emit: Takes progress events.
+        emit: Receives progress events.
     """
 
     config: RunConfig
@@ -81,7 +81,7 @@ class RunContext:
         )
 
     def check_evaluable(self) -> None:
-        """Refuse validation and test classes that cannot be evaluated, before any training.
+        """Check before training that the validation and test classes can be evaluated.
 
         Raises:
             DataError: If there is no test split, or no query has another image of its class.
@@ -91,10 +91,10 @@ class RunContext:
             _check_evaluable(self.index, self.split.validation_rows, "validation")
 
     def check_cache(self) -> None:
-        """Refuse a cache that is too small for the remote tar shards of the training plan.
+        """Check that the cache is large enough for the remote tar shards of the training plan.
 
         Raises:
-            DataError: If it is, with the sizes.
+            DataError: If it is too small; the message holds the sizes.
         """
         require_cache_room(self.index, self.batch_plan(), self.config)
 
@@ -106,15 +106,15 @@ class RunContext:
         """Return the index rows of `validation` (classes held out of training) or of a split.
 
         Raises:
-            ConfigError: If validation is asked for and no class is held out.
+            ConfigError: If the split is `validation` and no class is held out.
             DataError: If no image belongs to the split.
         """
         if split != "validation":
             return self.index.rows(split)
         if not len(self.split.validation_rows):
             raise ConfigError(
-                "split validation: the run's configuration holds no class out "
-                "(validation.name: none); give --split test or train"
+                "the split validation has no images: the run's configuration holds out no classes "
+                "(validation.name: none); use --split test or --split train"
             )
         return self.split.validation_rows
 
@@ -134,9 +134,9 @@ class RunContext:
             model: The network, on this rank's device.
             rows: (N,) int64 index rows, the same on every rank.
             title: Name of the phase for the progress display.
-            neighbors: How many neighbours of every query are listed in the result.
-            final: Whether to measure what the configuration asks for at the end as well.
-            keep: File that the embeddings are kept in, if wanted.
+            neighbors: Number of neighbors of every query to list in the result.
+            final: Whether to include the metrics of the final evaluation.
+            keep: File to save the embeddings to, if any.
         """
         config = self.config.evaluation
         embeddings, labels, own_rows = self.embed(model, rows, title)
@@ -159,7 +159,7 @@ class RunContext:
         )
 
     def _watched(self) -> tuple[str, ...]:
-        """Return what is measured at each validation beside recall: what a regulariser acts on."""
+        """Return the extra metrics of each validation: those that a regularizer acts on."""
         return () if self.config.nir is None else ("structure",)
 
     def embed(
@@ -185,7 +185,7 @@ class RunContext:
         num_ranks = self.topology.world_size
 
         def show(done: int) -> None:
-            # This rank's share stands for all: ranks embed the same number of batches but for one.
+            # Estimated from this rank: the numbers of batches of two ranks differ by at most one.
             self.emit(phase(title, min(done * num_ranks, len(rows)), len(rows)))
 
         found = embed(
@@ -202,18 +202,16 @@ class RunContext:
     def _keep(
         self, path: Path, embeddings: np.ndarray, rows: np.ndarray, labels: np.ndarray
     ) -> None:
-        """Keep the embeddings of all ranks in a file, if they are not too many."""
+        """Save the embeddings of all ranks to a file, if they are not too large."""
         saved = collect_embeddings(embeddings, rows, labels, self.comm)
         if saved is not None:
             write_embeddings(path, saved)
         elif self.topology.is_main:
-            self.emit(
-                note(f"embeddings are not kept: more than {LARGEST_BYTES / 2**30:g} GiB of them")
-            )
+            self.emit(note(f"embeddings are not kept: they exceed {LARGEST_BYTES / 2**30:g} GiB"))
 
 
 def open_context(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> RunContext:
-    """Read the index and divide its classes; `emit` is called on rank 0 only."""
+    """Read the index and split its classes; `emit` is called on rank 0 only."""
     index = open_index(config.data.path, config.data.cache)
     return RunContext(
         config=config,
@@ -232,13 +230,13 @@ def collect_embeddings(
     """Return the embeddings of all ranks in rank order on rank 0; every rank calls this.
 
     Args:
-        embeddings: This rank's part, (n, D) float32; n may be 0, D is then not looked at.
+        embeddings: This rank's part, (n, D) float32; if n is 0, D is ignored.
         rows: Its index rows, (n,) int64.
         labels: Its labels, (n,) int64.
-        comm: The ranks.
+        comm: Collectives of all ranks.
 
     Returns:
-        None on the other ranks, and on all ranks when they exceed `LARGEST_BYTES`.
+        None on the other ranks, and on all ranks if the embeddings exceed `LARGEST_BYTES`.
     """
     shapes = comm.gather_objects(embeddings.shape, what="gather shapes of embeddings")
     width = max((shape[1] for shape in shapes if shape[0]), default=0)
@@ -246,7 +244,7 @@ def collect_embeddings(
         return None
     kept: list[list[np.ndarray]] = [[], [], []]
     for source, (count, _) in enumerate(shapes):
-        # One rank's part at a time: the others forget it at once.
+        # One rank's part at a time, so that only rank 0 holds more than one.
         own = (embeddings.reshape(count, width), rows, labels) if source == comm.rank else None
         empty = (np.empty((count, width), np.float32), *np.empty((2, count), np.int64))
         for parts, values in zip(kept, own or empty, strict=True):
@@ -263,16 +261,16 @@ def _check_evaluable(index: Index, rows: np.ndarray, what: str) -> None:
     labels, roles = index.label[rows], index.role[rows]
     is_query, in_gallery = roles != "gallery", roles != "query"
     relevant = np.bincount(labels[in_gallery], minlength=len(index.class_names))[labels]
-    relevant = relevant - (is_query & in_gallery)  # A query never finds itself.
+    relevant = relevant - (is_query & in_gallery)  # A query is not its own result.
     if not (relevant[is_query] > 0).any():
         raise DataError(
-            f"{what}: retrieval needs a query with another gallery image of its class, got none "
-            f"among {len(rows)} images of {len(np.unique(labels))} classes in {index.root}; "
-            "give classes of at least two images"
+            f"{what}: retrieval needs a query with another gallery image of its class, but there "
+            f"is none among {len(rows)} images of {len(np.unique(labels))} classes in "
+            f"{index.root}; use classes with at least two images"
         )
 
 
 def _class_sizes(index: Index, rows: np.ndarray) -> list[int]:
-    """Return the number of images of each class of some rows, by rising label."""
+    """Return the number of images of each class of some rows, in ascending order of labels."""
     _, counts = np.unique(index.label[rows], return_counts=True)
     return [int(count) for count in counts]

@@ -1,10 +1,11 @@
-"""Progress of long work: events that ranks send, and the display that shows them.
+"""Progress of long operations: events that ranks send, and the display that shows them.
 
 An event is a small dictionary, which any process can receive:
 
 * `{"kind": "phase", "phase": text, "done": int, "total": int, "detail": text}`: progress;
-* `{"kind": "note", "text": text}`: a line that stays, such as a validation result;
-* `{"kind": "fatal", "error": class name, "message": text, "rank": int}`: a rank failed for good.
+* `{"kind": "note", "text": text}`: a permanent line, such as a validation result;
+* `{"kind": "fatal", "error": class name, "message": text, "rank": int}`: an error
+  that a restart would not fix.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def phase(name: str, done: int, total: int, detail: str = "") -> Event:
-    """An event of progress: `done` of `total` units of phase `name`."""
+    """Return a progress event: `done` of `total` units of phase `name`."""
     return {"kind": "phase", "phase": name, "done": done, "total": total, "detail": detail}
 
 
 def note(text: str) -> Event:
-    """An event that is shown as a line of its own."""
+    """Return an event that is shown as a separate line."""
     return {"kind": "note", "text": text}
 
 
 def discard(event: Event) -> None:
-    """Ignore an event: for ranks without a display."""
+    """Ignore an event; for ranks without a display."""
 
 
 class _Notes(logging.Handler):
@@ -60,7 +61,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def warnings_as_notes(emit: Emit) -> Iterator[None]:
-    """Send the package's warnings as events: nobody may see a rank's own output."""
+    """Send the package's warnings as events, because the output of ranks may not be visible."""
     logger, handler = logging.getLogger("dml_dist"), _Notes(emit)
     propagate = logger.propagate
     logger.addHandler(handler)

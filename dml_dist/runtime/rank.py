@@ -1,7 +1,7 @@
-"""What one rank does: the whole of training and evaluation, put together from the layers below.
+"""Training and evaluation on one rank, composed from the layers below.
 
 Every launcher calls `run_rank` on every rank. It reads everything from the run folder and the
-data set, so a rank that was killed and started again continues from the newest checkpoint.
+data set, so a rank that is killed and restarted continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.state import resolve_precision
 from dml_dist.train.stopping import first_reason
 
-# What a record holds beside metrics.
+# Keys of a record that are not metrics.
 _NO_METRICS = ("attempt", "step", "time", "split", "protocol")
 
 
@@ -59,14 +59,14 @@ def run_rank(
     """Execute this rank's share of an assignment; every rank calls it.
 
     Args:
-        assignment: What is to be done.
-        topology: This rank's place.
+        assignment: The task.
+        topology: Rank, world size and device.
         comm: The collectives of all ranks.
-        emit: Takes progress events; only those of rank 0 are passed on.
-        stop: Asks training to stop.
+        emit: Receives progress events; only those of rank 0 are forwarded.
+        stop: Request to stop training.
 
     Returns:
-        The metrics, the same on every rank except for times; for a training that stopped early,
+        The metrics, the same on every rank except for times; if training stopped early,
         `{"stopped": {"reason": ..., "step": ...}}`.
     """
     _share_cores(assignment.config.launch, topology)
@@ -80,7 +80,7 @@ def run_rank(
 
 
 def _share_cores(launch: LaunchConfig, topology: Topology) -> None:
-    """Give this rank its share of the machine's cores; more threads than cores slow all ranks."""
+    """Limit threads to this rank's share of the cores; more threads than cores slow all ranks."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(launch.threads_per_rank or max(1, cores // ranks_here))
@@ -122,7 +122,7 @@ def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> di
 def _begin_attempt(
     assignment: Assignment, folder: RunFolder, plan: RunPlan, context: RunContext
 ) -> int:
-    """Let rank 0 note the attempt; every rank gets its number."""
+    """Record the attempt on rank 0; return its number on every rank."""
     attempt = 0
     topology = context.topology
     if topology.is_main:
@@ -155,7 +155,7 @@ def _hooks(
     steps: RecordWriter | None,
     evaluations: RecordWriter | None,
 ) -> TrainHooks:
-    """Give the training loop its batches, its evaluation and its display."""
+    """Return the batches, evaluation and display of the training loop."""
 
     def show(event: ProgressEvent) -> None:
         loss = "" if event.loss is None else f"loss {event.loss:.4f}, "
@@ -188,7 +188,7 @@ def _hooks(
 def _batches(
     plan: RunPlan, context: RunContext, inputs: ProjectionInputs | None
 ) -> Callable[[int, int], Iterable[Batch]]:
-    """Return the function from first step and step after the last to this rank's batches."""
+    """Return the function that loads this rank's batches from a first step to an end step."""
     data = context.config.data
     batches = StatefulPlan(inputs.plan, inputs.states) if inputs else context.batch_plan()
 
@@ -218,7 +218,7 @@ def _final_results(
     untrained_dir: str | None,
     evaluations: RecordWriter | None,
 ) -> dict[str, Any]:
-    """Evaluate at the end what `evaluation.final` asks for; every rank calls it."""
+    """Evaluate the run as `evaluation.final` sets it; every rank calls it."""
     config = context.config
     chosen = select_checkpoint(folder.checkpoints, "best")
     step = read_manifest(chosen).step
@@ -249,14 +249,14 @@ def _final_results(
 def _measure_untrained(context: RunContext, untrained_dir: str | None) -> dict[str, Any]:
     """Return the test metrics of the untrained network, measured once for all runs of a study.
 
-    Runs side by side may measure it at the same time; they write the same file.
+    Parallel runs may measure it at the same time; they write the same file.
     """
     config, topology = context.config, context.topology
     digest = untrained_digest(config, topology.device_type)
     known = None
     if untrained_dir is not None and topology.is_main:
         known = read_untrained(Path(untrained_dir), digest)
-    # Rank 0 decides for all: another rank may see a shared disk a moment later.
+    # Rank 0 decides for all ranks: others may see a new file on a shared disk later.
     known = context.comm.broadcast_object(known, what="metrics of the untrained network")
     if known is not None:
         return dict(known)
@@ -292,7 +292,7 @@ def _recorded_validation(folder: RunFolder, step: int, comm: Comm) -> dict[str, 
 
 
 def _untrained(config: RunConfig, topology: Topology) -> EmbeddingModel:
-    """Return the network as the run's seed made it: what training is measured against."""
+    """Return the network with its initial weights, the reference for the trained one."""
     dtype = resolve_precision(config.train.precision, topology.device_type).dtype
     model = build_model(config.model, seed=config.seed, dtype=dtype)
     return model.to(topology.device)
@@ -309,15 +309,15 @@ def measure_checkpoint(
     keep: RunFolder | None = None,
     per_class: Path | None = None,
 ) -> dict[str, float]:
-    """Embed and rank a split with a checkpoint's network; every rank calls it.
+    """Evaluate a checkpoint on a split; every rank calls it.
 
     Args:
-        context: Data and ranks.
+        context: Data and topology.
         checkpoint: The checkpoint's folder.
         split: `validation`, or a split of the index.
-        keep: The run in whose folder a retrieval gallery, facts of the proxies and, as configured,
-            the embeddings are kept, if wanted.
-        per_class: The file for the results of each class, if wanted.
+        keep: Run folder to write a retrieval gallery, proxy statistics and, if configured, the
+            embeddings to, if any.
+        per_class: File to write the results per class to, if any.
     """
     config, topology = context.config, context.topology
     dtype = resolve_precision(config.train.precision, topology.device_type).dtype
@@ -342,7 +342,7 @@ def measure_checkpoint(
 
 
 def _write_per_class(path: Path, result: PerClass, rows: np.ndarray, index: Index) -> None:
-    """Write the results of each class with names and super-classes; a class has one of each."""
+    """Write the results per class with the names of classes and super-classes."""
     labels, first = np.unique(index.label[rows], return_index=True)
     assert np.array_equal(labels, result.label)
     names = [index.class_names[label] for label in labels]
@@ -368,12 +368,12 @@ def _evaluate(assignment: Assignment, context: RunContext) -> dict[str, Any]:
 
 
 def projection_inputs(context: RunContext) -> ProjectionInputs | None:
-    """Return the means of a run's alternating projections, or None when it has none."""
+    """Return the plan and embedding function of alternating projections; None without them."""
     config = context.config
     if config.projections is None:
         return None
     batches = config.data.batches
-    assert isinstance(batches, BalancedBatchesConfig), "the plan of the run has looked at it"
+    assert isinstance(batches, BalancedBatchesConfig), "resolving the run plan checks this"
     rows = context.split.train_rows
     plan = SystematicPlan(
         rows,
@@ -390,7 +390,7 @@ def projection_inputs(context: RunContext) -> ProjectionInputs | None:
         if not len(found):
             found = np.zeros((0, config.model.embedding_size), dtype=np.float32)
         own = torch.from_numpy(found).to(comm.device)
-        # Ranks embed contiguous parts, so rank order is the order of the rows.
+        # Ranks embed contiguous parts, so rank order is row order.
         return comm.all_gather_rows(own, sizes, what="embeddings of representatives")
 
     return ProjectionInputs(plan, embed)

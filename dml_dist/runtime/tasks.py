@@ -1,4 +1,4 @@
-"""What ranks are asked to do, and how their errors come back, as values to send to processes."""
+"""Tasks of ranks and their errors, as values that can be sent between processes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Assignment:
         run_dir: The run folder, absolute.
         command: The command line, for run.json.
         changes: Resumable fields that differ from the run's own, `path: old -> new`.
-        split: Evaluate: the split of the index that is embedded.
+        split: Evaluate: the split to embed.
         checkpoint: Evaluate: `best`, `last` or the folder of a checkpoint.
-        untrained_dir: Train: where the runs of a study keep what untrained networks reach; None
-            measures this run's anew.
+        untrained_dir: Train: folder in which the runs of a study share the metrics of untrained
+            networks; None measures them for this run.
     """
 
     kind: Literal["train", "evaluate"]

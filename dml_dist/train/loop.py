@@ -148,9 +148,9 @@ class _Loop:
         sizes = self.plan.batch_sizes(step)
         if batch.step != step or len(batch.labels) != sizes[state.comm.rank]:
             raise RunError(
-                f"required batch {step} with {sizes[state.comm.rank]} images on rank "
-                f"{state.comm.rank}, got batch {batch.step} with {len(batch.labels)}; "
-                "the loader and the plan must be made from the same data and configuration"
+                f"rank {state.comm.rank} expected batch {step} with {sizes[state.comm.rank]} "
+                f"images, but the loader returned batch {batch.step} with {len(batch.labels)}; "
+                "create the loader and the plan from the same data and configuration"
             )
         if projections := state.projections:
             projections.before_step(state.model, step)

@@ -226,7 +226,7 @@ def test_errors_end_all_ranks_and_keep_the_last_checkpoint(tmp_path: Path, world
         assert not list(checkpoints.glob(".*"))
 
 
-def test_what_a_run_tells(tmp_path: Path) -> None:
+def test_reported_progress_and_records(tmp_path: Path) -> None:
     config = small_config(evaluation__evaluate_test_every=4, train__steps=5)
     run = SmallRun(Topology(), Comm.single(), config, tmp_path)
     run.train()

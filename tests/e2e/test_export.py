@@ -258,7 +258,7 @@ def test_wrong_exports(run: Path, cli: Cli, tmp_path: Path, glyphs: Path) -> Non
         ((tmp_path, "--out", "new"), "is not the folder of a run"),
         ((empty, "--out", "new"), "there is no checkpoint in"),
         ((run, "--out", "new", "--checkpoint", "step_9"), "give best, last or one of"),
-        ((run, "--out", "new", "--split", "validation"), "holds no class out"),
+        ((run, "--out", "new", "--split", "validation"), "holds out no classes"),
         ((run, "--out", "new", "--split", "dev"), "no image belongs to the split 'dev'"),
         ((run, "--out", "new", "--set", "model.embedding_size=3"), "leave these changes out"),
     ]

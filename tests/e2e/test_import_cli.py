@@ -27,7 +27,7 @@ def test_official_data_in_small(cli: Cli, tmp_path: Path, caplog: pytest.LogCapt
     command += ["--allow-partial", "--max-side", 20]
     code, output = cli(*command)
     assert code == 0, output
-    assert "going on with what is there" in caplog.text
+    assert "importing the existing images because allow_partial is set" in caplog.text
     assert "train: 8 images of 3 classes" in output
     assert "test: 5 images of 2 classes" in output
     assert output.strip().splitlines()[-1].startswith("13 images of 5 classes in 2 tar shards")
@@ -37,7 +37,7 @@ def test_official_data_in_small(cli: Cli, tmp_path: Path, caplog: pytest.LogCapt
     assert "with other settings" in output
 
 
-def test_skipped_images_are_told_each_time(cli: Cli, tmp_path: Path) -> None:
+def test_skipped_images_are_reported_each_time(cli: Cli, tmp_path: Path) -> None:
     layouts.inshop(tmp_path / "inshop")
     broken = next((tmp_path / "inshop").rglob("02_1_front.jpg"))
     broken.write_bytes(b"")
@@ -107,14 +107,14 @@ def test_split_settings_without_effect_are_refused(values: dict[str, object], me
         SplitConfig(**values)
 
 
-def test_what_shards_say_of_themselves() -> None:
+def test_summary_of_shards() -> None:
     """Paths and what is done about trouble are no part of which data set this is."""
     lenient = SOPConfig(source="a", allow_partial=True, on_broken="skip")
     assert describe(lenient) == describe(SOPConfig(source="b")) == '{"name": "sop"}'
     assert describe(TableConfig(source="b", max_side=64)) == '{"max_side": 64, "name": "table"}'
 
 
-def test_a_dry_run_without_the_data_says_so(cli: Cli, tmp_path: Path) -> None:
+def test_dry_run_without_data_is_labeled(cli: Cli, tmp_path: Path) -> None:
     config = {
         "name": "dry",
         "data": {"path": "shards", "dataset": {"name": "cub200", "source": "nowhere"}},

@@ -24,7 +24,7 @@ def test_python_examples_run(glyphs: Path, tmp_path: Path, monkeypatch: pytest.M
         exec(example, names)  # noqa: S102 - the README is ours
 
 
-def test_commands_that_are_run_elsewhere_stand_in_the_readme() -> None:
+def test_readme_is_short_and_installs_twice() -> None:
     assert README.count("python3 -m venv .venv") == 2
     assert len(README.splitlines()) <= 280
 

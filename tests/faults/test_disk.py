@@ -193,7 +193,7 @@ def test_read_only_disk(config_file: Path, disk: tuple[Path, Resize], tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loader_workers", [0, 2])
-def test_a_tar_shard_vanishes(
+def test_missing_tar_shard_during_training(
     loader_workers: int, config_file: Path, glyphs: Path, tmp_path: Path
 ) -> None:
     """It is named as soon as a process opens it; put back, the run continues."""

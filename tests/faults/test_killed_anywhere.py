@@ -100,7 +100,7 @@ def different(steps: list[str]) -> list[int]:
     return [at for at in range(1, len(steps) + 1) if at not in pictures[:-2]]
 
 
-def test_killed_while_it_saves(whole: Whole, tmp_path: Path) -> None:
+def test_killed_during_checkpoint(whole: Whole, tmp_path: Path) -> None:
     """Before a checkpoint takes its name, and while one is deleted; the slow form: anywhere."""
     for step in ("rename .step_", "remove optim.pt"):
         kill_and_continue(whole, tmp_path, 0, last(whole.steps[0], step))
@@ -128,7 +128,7 @@ def test_one_of_two_ranks_killed(whole: Whole, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_while_it_evaluates(whole: Whole, tmp_path: Path) -> None:
+def test_killed_during_evaluation(whole: Whole, tmp_path: Path) -> None:
     target = whole.run / "metrics-test-best.json"
     options = {"folder": tmp_path, "below": whole.run}
     done = forked(command, "evaluate", "whole", **options)

@@ -263,9 +263,7 @@ def test_a_killed_rank_or_loader_worker_is_noticed(
 
 
 @pytest.mark.parametrize("action", ["stop", "sleep"])
-def test_a_rank_that_stays(
-    action: str, config_file: Path, whole_on_two: Path, tmp_path: Path
-) -> None:
+def test_blocked_rank(action: str, config_file: Path, whole_on_two: Path, tmp_path: Path) -> None:
     """Above the limit a slow or stopped rank is taken for lost, and all start again."""
     mark = tmp_path / "mark"
     config = act(config_file, mark=mark, action=action, after=70, seconds=500.0)
@@ -281,7 +279,7 @@ def test_a_rank_that_stays(
     assert_same_end(tmp_path / "run", whole_on_two)
 
 
-def test_a_rank_that_raises(config_file: Path, cli: Cli, tmp_path: Path) -> None:
+def test_exception_on_one_rank(config_file: Path, cli: Cli, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     config = act(config_file, mark=mark, action="raise", after=70, again=True)
     sets = ("--set", "launch.max_failures=0")
@@ -292,7 +290,7 @@ def test_a_rank_that_raises(config_file: Path, cli: Cli, tmp_path: Path) -> None
     assert is_whole(checkpoint_folders(tmp_path / "run/checkpoints")[0])
 
 
-def test_torn_state_of_ray_does_not_come_back(config_file: Path, cli: Cli, tmp_path: Path) -> None:
+def test_incomplete_ray_state_is_not_restored(config_file: Path, cli: Cli, tmp_path: Path) -> None:
     code, output = cli("train", config_file, *ON_RAY, "--run-dir", "run", "--set", "train.steps=8")
     assert code == 0, output
     folder = tmp_path / "run/.ray/train-0123"
@@ -305,7 +303,7 @@ def test_torn_state_of_ray_does_not_come_back(config_file: Path, cli: Cli, tmp_p
     assert not (tmp_path / "run/.ray").exists()
 
 
-def test_silence_is_bounded(
+def test_missing_heartbeats_end_the_command(
     config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train waits for its processes without a limit; the command does not."""

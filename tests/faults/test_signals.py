@@ -122,7 +122,7 @@ def test_the_final_evaluation_ends_at_once(config_file: Path, whole: Path, tmp_p
     assert_equal_end(tmp_path / "run", whole)
 
 
-def test_a_failed_run_says_why(config_file: Path, tmp_path: Path) -> None:
+def test_failed_run_records_its_reason(config_file: Path, tmp_path: Path) -> None:
     sets = ("--set", "optim.lr=1e30")
     done = forked(command, "train", str(config_file), "--run-dir", "run", *sets, folder=tmp_path)
     assert done.codes == [1], done.output

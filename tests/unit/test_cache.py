@@ -116,7 +116,7 @@ def test_leases_of_other_processes_hold_until_they_end(tmp_path: Path) -> None:
     assert len(list((tmp_path / ".leases").iterdir())) == 1
 
 
-def test_what_a_killed_copy_left_is_done_anew(tmp_path: Path) -> None:
+def test_interrupted_copy_is_repeated(tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 2 * SIZE)
     process = in_child(lambda: lease(cache, "a", Copies(60)))
     part = part_path(tmp_path / "data" / "a")

@@ -77,7 +77,7 @@ def test_the_network_of_a_checkpoint(finished: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut in half", "flipped byte", "missing file", "no manifest"])
 @pytest.mark.parametrize("name", ["model.pt", "proxies-0-7.pt"])
-def test_a_damaged_checkpoint_is_passed_over(
+def test_damaged_checkpoint_is_skipped(
     run: Path, damage: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = run / "checkpoints" / "step_00000006-a1"
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "step_00000003-a1 is used" in record.getMessage()
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run: Path) -> None:
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(run: Path) -> None:
     path = run / "checkpoints" / "step_00000006-a1" / "optim.pt"
     path.write_bytes(path.read_bytes()[:100])
     again = small_run(run, small_config(), attempt=2, scores={3: 0.5, 6: 0.4})
@@ -122,7 +122,7 @@ def test_all_checkpoints_damaged(run: Path) -> None:
         small_run(run, small_config(), attempt=2).train(resume=True)
 
 
-def test_a_damaged_best_checkpoint_gives_way(run: Path) -> None:
+def test_damaged_best_checkpoint_is_replaced_by_a_later_one(run: Path) -> None:
     path = run / "checkpoints" / "step_00000003-a1" / "model.pt"
     path.write_bytes(b"")
     config = small_config(train__steps=9)
@@ -252,7 +252,7 @@ def test_without_validation_the_last_is_the_result(tmp_path: Path) -> None:
     assert select_checkpoint(tmp_path / "checkpoints", "best") == result.last
 
 
-def test_a_resumed_run_starts_anew_where_nothing_was_saved(tmp_path: Path) -> None:
+def test_resume_without_checkpoint_starts_from_scratch(tmp_path: Path) -> None:
     result = small_run(tmp_path, small_config()).train(resume=True)
     assert (result.start_step, result.state.step) == (0, 6)
 
@@ -264,7 +264,7 @@ def test_a_finished_run_has_nothing_left_to_do(run: Path) -> None:
     assert not again.seen
 
 
-def test_resumable_changes_are_told_and_others_refused(run: Path) -> None:
+def test_resumable_changes_are_reported_and_others_refused(run: Path) -> None:
     longer = small_config(train__steps=8, checkpoint__keep=1, data__prefetch=2)
     result = small_run(run, longer, attempt=2).train(resume=True)
     changed = [change.path for change in result.changes]
@@ -314,7 +314,7 @@ def test_weights_that_are_not_finite_are_neither_measured_nor_saved(tmp_path: Pa
     assert names(tmp_path) == []
 
 
-def test_what_a_killed_writer_left_behind_is_removed(run: Path) -> None:
+def test_files_of_a_killed_writer_are_removed(run: Path) -> None:
     stale = run / "checkpoints" / ".step_00000009-a1.tmp"
     stale.mkdir()
     (stale / "model.pt").write_bytes(b"half")

@@ -81,7 +81,7 @@ def test_one_rank_joins_nobody() -> None:
         init(Topology(), timeout_seconds=0)
 
 
-def test_ranks_that_do_not_come_are_reported_in_time(tmp_path: Path) -> None:
+def test_missing_ranks_are_reported_after_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"rank 0 of 2: not all ranks met at file.*within 0.5 s"):
         init(Topology(0, 2), init_method=f"file://{tmp_path}/store", timeout_seconds=0.5)
     assert not dist.is_initialized()

@@ -226,7 +226,7 @@ def test_the_table_of_results_as_numbers(folder: Path) -> None:
     assert nir[9:] == ["", "", "0"]  # never reached, by none of its runs
 
 
-def test_the_table_of_results_for_people(folder: Path, page: Page) -> None:
+def test_formatted_table_of_results(folder: Path, page: Page) -> None:
     expected = [
         ["method", "seeds", "R@1", "MAP@R", "steps to 50.00 %", "of single runs", "time to it"],
         ["triplet", "3", "55.00 ± 12.42 %", "26.00 ± 13.83 %", "20", "20 (2 of 3)", "40 s"],
@@ -292,7 +292,7 @@ def test_trials_and_the_values_that_they_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_published_rows_stand_beside_the_number_of_their_protocol(tmp_path: Path) -> None:
+def test_published_rows_match_the_protocol(tmp_path: Path) -> None:
     dataset = {"name": "cub200", "source": "/nowhere"}
     path = tmp_path / "published"
     write_folder(path, config_of(data={"path": "/nowhere/shards", "dataset": dataset}))

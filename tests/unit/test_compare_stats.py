@@ -35,7 +35,7 @@ def test_intervals_of_one_value_and_of_none() -> None:
     assert math.isnan(none.mean)
 
 
-def test_gains_say_on_which_side_of_zero_they_are() -> None:
+def test_gains_report_their_sign() -> None:
     for values in ([0.01, 0.02, 0.03], [-0.01, -0.02, -0.03], [0.01, -0.02, 0.03], [0.5]):
         gain = t_interval(values)
         assert format_gain(gain) == format_interval(gain, signed=True)

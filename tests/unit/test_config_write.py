@@ -52,7 +52,7 @@ def test_dump_writes_every_field_and_the_name_first() -> None:
     assert "  head_lr: null\n" in text
 
 
-def test_options_that_yaml_has_no_word_for_are_not_written() -> None:
+def test_options_unsupported_by_yaml_are_not_written() -> None:
     config = config_of("loss={name: custom, target: 'a:b'}")
     options = {"key": object()}
     loss = config.loss.model_copy(update={"options": options})

@@ -61,7 +61,9 @@ def test_files_that_do_not_fit_each_other(root: Path) -> None:
     drop_line(root / "classes.txt", 100)
     message = refusal(root)
     assert "1 images of images.txt without a class in image_class_labels.txt: 001.Bird" in message
-    assert "1 classes in image_class_labels.txt of images that images.txt lacks: image 5" in message
+    assert (
+        "1 classes in image_class_labels.txt of images missing from images.txt: image 5" in message
+    )
     assert "1 classes without a name in classes.txt, named after their folders: 100" in message
     names = Counter(sample.class_name for sample in listed(root))
     assert names["001.Bird_1"] == 2
@@ -82,9 +84,9 @@ def test_labels_in_another_order_are_noticed(root: Path) -> None:
         (
             "images.txt",
             "1 again.jpg",
-            r"line 12: every image_id must be there once, 1 is in line 1",
+            r"line 12: every image_id must occur once, but 1 is also in line 1",
         ),
-        ("image_class_labels.txt", "11 201", r"every image_id must be there once"),
+        ("image_class_labels.txt", "11 201", r"every image_id must occur once"),
         ("image_class_labels.txt", "12 x", r"line 12: class_id must be a whole number, got 'x'"),
         ("images.txt", "12", r"line 12: '12' does not have the columns image_id path"),
     ],

@@ -56,7 +56,7 @@ def test_the_first_rows_that_fit_are_kept(index: Index) -> None:
         )
 
 
-def test_what_is_half_written_or_of_another_size_is_not_given(index: Index) -> None:
+def test_incomplete_or_resized_entries_are_not_returned(index: Index) -> None:
     cache = DecodedCache(index, np.arange(len(index)), 10**6)
     cache.put(1, decode(index, 1))
     cache._pixels[int(cache._place[1]) + 100] ^= 1
@@ -117,9 +117,7 @@ class Spoiling:
         return image[:, :16, :16].float()
 
 
-def test_a_transform_that_writes_into_its_image_spoils_nothing(
-    index: Index, tmp_path: Path
-) -> None:
+def test_in_place_transform_does_not_change_the_cache(index: Index, tmp_path: Path) -> None:
     dataset = ShardDataset(index, Spoiling(), 0, DecodedCache(index, np.arange(len(index)), 10**6))
     request = BatchRequest(0, 0, np.arange(8))
     views = [dataset[request].images for _ in range(3)]  # type: ignore[union-attr]

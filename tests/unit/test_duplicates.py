@@ -141,7 +141,7 @@ def stored(image: Image.Image, file_format: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def test_fingerprints_survive_what_happens_to_pictures() -> None:
+def test_fingerprints_are_robust_to_common_edits() -> None:
     def bits(text: str | None) -> int:
         assert text is not None
         return int(text, 16)
@@ -196,7 +196,7 @@ def test_an_import_lists_copies(tmp_path: Path) -> None:
     assert f"all in {out / 'duplicates.csv'}" in text
 
 
-def test_without_copies_nothing_is_said(tmp_path: Path) -> None:
+def test_no_copies_give_no_message(tmp_path: Path) -> None:
     write_images(tmp_path / "raw", [f"{i}/{j}.png" for i in "ab" for j in range(3)])
     importer = FolderImporter(FolderConfig(source=str(tmp_path / "raw")))
     import_dataset(importer, tmp_path / "out", processes=1)
@@ -208,7 +208,7 @@ def test_without_copies_nothing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_of_stanford_online_products_in_time() -> None:
+def test_sop_sized_search_is_fast() -> None:
     """Two splits of its size with structured fingerprints, within a minute on one core."""
     import time
 

@@ -65,7 +65,7 @@ def test_counts_are_checked_where_there_is_data(make, tmp_path: Path) -> None:  
 
 
 @pytest.mark.parametrize("section", [FolderConfig, TableConfig])
-def test_counts_stand_for_data_that_is_not_there(section, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_expected_counts_replace_missing_data(section, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     missing = str(tmp_path / "nowhere")
     facts = build_importer(section(source=missing, expected=EXPECTED)).facts()
     assert facts.class_sizes == {"train": (3, 2), "test": (2, 2)}
@@ -76,7 +76,7 @@ def test_counts_stand_for_data_that_is_not_there(section, tmp_path: Path) -> Non
         build_importer(section(source=missing, expected=EXPECTED)).samples()
 
 
-def test_a_dry_run_says_where_its_numbers_come_from(tmp_path: Path) -> None:
+def test_dry_run_names_the_source_of_its_numbers(tmp_path: Path) -> None:
     plain = {
         "name": "dry",
         "data": {

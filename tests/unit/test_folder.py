@@ -99,7 +99,7 @@ def test_split_file_by_class_and_by_path(ten_classes: Path, tmp_path: Path) -> N
             "every class of the source must have a split.*c1, c2.*, and 4 more",
         ),
         ("class,split\nc0,\n", "row 1 must have a class and a split"),
-        ("class,split\nc0,a\nc0,b\n", "class 'c0' is in two splits, row 2"),
+        ("class,split\nc0,a\nc0,b\n", "class 'c0' is in two splits, the second time in row 2"),
         (
             "class,split\n" + "".join(f"c{i},a\n" for i in range(11)),
             "every class must be in the source, these are not: c10",

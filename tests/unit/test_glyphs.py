@@ -91,5 +91,5 @@ def test_drawings_are_dark_ink_inside_tinted_paper(size: int) -> None:
 
 
 def test_more_classes_than_there_are_is_an_error_with_the_number() -> None:
-    with pytest.raises(ConfigError, match=rf"at most {len(glyph_classes())}, .* got 90000"):
+    with pytest.raises(ConfigError, match=rf"at most {len(glyph_classes())}, .* is 90000"):
         GlyphsImporter(GlyphsConfig(num_classes=90000)).facts()

@@ -190,7 +190,7 @@ def test_shards_that_cannot_be_indexed(tmp_path: Path) -> None:
         build_index(tmp_path, processes=1)
 
 
-def test_images_with_dots_in_their_keys_are_not_lost_in_silence(tmp_path: Path) -> None:
+def test_images_with_dots_in_their_keys_are_reported(tmp_path: Path) -> None:
     made(tmp_path, ("whole", "1", None), ("a/k.4", "1", None), ("a/k.5", "2", None))
     with pytest.raises(DataError, match=r"a.tar: 2 images have a dot in their key .*") as caught:
         build_index(tmp_path, processes=1)
@@ -231,7 +231,7 @@ def test_missing_and_short_shards(shards: Path) -> None:
     assert len(read_index(shards, check_shards=False)) == 40
 
 
-def test_no_index_says_what_to_run(tmp_path: Path) -> None:
+def test_missing_index_error_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"create it with `dml-dist data index {tmp_path}`"):
         read_index(tmp_path)
 

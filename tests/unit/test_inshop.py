@@ -30,7 +30,7 @@ def refusal(source: Path) -> str:
     return str(caught.value)
 
 
-def test_queries_and_gallery_are_apart(tmp_path: Path) -> None:
+def test_queries_and_gallery_are_separate(tmp_path: Path) -> None:
     samples = listed(layouts.inshop(tmp_path))
     assert Counter((s.split, s.role, s.class_name) for s in samples) == {
         ("train", "both", "id_00000002"): 3,
@@ -47,7 +47,7 @@ def test_queries_and_gallery_are_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("images", [".", "Img", "img"])
-def test_images_may_lie_where_archives_leave_them(tmp_path: Path, images: str) -> None:
+def test_images_are_found_where_archives_unpack_them(tmp_path: Path, images: str) -> None:
     assert len(listed(layouts.inshop(tmp_path, images))) == 11
 
 

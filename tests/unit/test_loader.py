@@ -209,7 +209,7 @@ def test_another_seed_gives_other_views(index: Index) -> None:
     assert not torch.equal(*images)
 
 
-def test_the_global_generator_of_torch_is_left_alone(index: Index) -> None:
+def test_global_torch_generator_is_unchanged(index: Index) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for workers in (0, 1):

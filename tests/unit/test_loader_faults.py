@@ -131,9 +131,7 @@ def test_errors_that_mean_a_dead_loader_worker_are_known(error: Exception, dead:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_loader_worker_that_stays_ends_the_run(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocked_loader_worker_ends_the_run(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "LIMIT_SECONDS", 1.0)
     transform = Act(lambda: time.sleep(600), after=0)
     with pytest.raises(RunError, match=r"within 1 s, got none from 1 loader workers"):

@@ -46,7 +46,7 @@ def test_counts_are_known_without_the_data(
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_dry_run_works_without_the_data_and_says_so(tmp_path: Path) -> None:
+def test_dry_run_without_data_uses_published_counts(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         f"name: dry\ndata:\n  path: {tmp_path}/shards\n"
@@ -62,7 +62,7 @@ def test_a_dry_run_works_without_the_data_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", [section for section, *_ in PUBLISHED])
-def test_sources_that_are_not_there(section: type[OfficialSection], tmp_path: Path) -> None:
+def test_missing_sources_are_refused(section: type[OfficialSection], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere does not exist; correct the path, or unpack"):
         build_importer(section(source=str(tmp_path / "nowhere"))).samples()
     layouts.put(tmp_path / "some.txt", b"x")
@@ -104,7 +104,7 @@ def small_cars(folder: Path, **changes: Any) -> Cars196Importer:
     return SmallCars(Cars196Config(source=str(folder)))
 
 
-def test_what_was_published_passes_in_silence(
+def test_published_counts_pass_without_warnings(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = layouts.cars_annotated(tmp_path / "cars")
@@ -113,12 +113,12 @@ def test_what_was_published_passes_in_silence(
         assert len(small_cars(folder).samples()) == 10
     assert not caplog.records
     for change in ({"train": Counts(3, 7)}, {"test": Counts(3, 4)}):
-        with pytest.raises(DataError, match="differs from what was published"):
+        with pytest.raises(DataError, match="differs from the published data set"):
             small_cars(folder, **change).samples()
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_a_damaged_archive_beside_the_data_is_named(
+def test_damaged_archive_next_to_the_data_is_named(
     tmp_path: Path, beside: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = layouts.cars_annotated(tmp_path / "cars")
@@ -134,11 +134,11 @@ def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
     layouts.cars_annotated(tmp_path)
     (tmp_path / "car_ims").rename(tmp_path / "elsewhere")
     importer = build_importer(Cars196Config(source=str(tmp_path), allow_partial=True))
-    with pytest.raises(DataError, match="no image is there; correct the path"):
+    with pytest.raises(DataError, match="no listed image exists; correct the path"):
         importer.samples()
 
 
-def test_files_are_found_whatever_the_case_of_their_letters(tmp_path: Path) -> None:
+def test_files_are_found_ignoring_letter_case(tmp_path: Path) -> None:
     for name in ("A/b.JPG", "A/c.jpg", "A/c.JPG", "A/._d.jpg", "e.png"):
         layouts.put(tmp_path / name, b"")
     listed = ["a/B.jpg", "A/c.jpg", "A/c.JPG", "A/C.Jpg", "A/d.jpg", "e.png", "e.png/x", "../e.png"]

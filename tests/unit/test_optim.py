@@ -82,7 +82,7 @@ def test_every_part_has_its_learning_rate() -> None:
     assert set(found) == {name for name, _ in network().named_parameters()} | {"objective.proxies"}
 
 
-def test_what_a_loss_learns_beside_proxies_has_its_own_rate() -> None:
+def test_loss_parameters_have_their_own_learning_rate() -> None:
     """Betas of classes (a table) and a single beta; without decay unless asked for."""
     owned = {**proxies(), "betas": Parameter(torch.ones(6, 1))}
     replicated = {"beta": Parameter(torch.ones(1))}

@@ -44,7 +44,7 @@ def test_no_file_has_no_records(path: Path) -> None:
     assert read_records(path) == []
 
 
-def test_non_finite_floats_are_words_in_the_file(path: Path) -> None:
+def test_non_finite_floats_are_stored_as_text(path: Path) -> None:
     with RecordWriter(path, 0) as writer:
         writer.write(1, a=math.nan, b=math.inf, c=[-math.inf, {"d": math.nan}])
     line = json.loads(path.read_text())
@@ -95,7 +95,7 @@ def test_evaluations_of_two_splits_at_one_step(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
-def test_a_torn_line_is_skipped_and_closed(path: Path, cut: int) -> None:
+def test_truncated_line_is_skipped_and_terminated(path: Path, cut: int) -> None:
     write(path, 0, (1, 0.1), (2, 0.2))
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -107,7 +107,7 @@ def test_a_torn_line_is_skipped_and_closed(path: Path, cut: int) -> None:
     assert path.read_bytes()[: first + cut + 1] == whole[: first + cut] + b"\n"
 
 
-def test_a_line_that_only_lacks_its_end_counts(path: Path) -> None:
+def test_last_line_without_newline_is_read(path: Path) -> None:
     write(path, 0, (1, 0.1))
     path.write_bytes(path.read_bytes()[:-1])
     write(path, 1, (2, 1.2))
@@ -123,8 +123,8 @@ def test_lines_that_are_no_records_are_skipped(path: Path, line: bytes) -> None:
     assert [record["loss"] for record in read_records(path)] == [0.1]
 
 
-def test_names_that_are_taken(path: Path) -> None:
-    with RecordWriter(path, 0) as writer, pytest.raises(ValueError, match="attempt"):
+def test_reserved_names_are_rejected(path: Path) -> None:
+    with RecordWriter(path, 0) as writer, pytest.raises(ValueError, match="named attempt; rename"):
         writer.write(1, attempt=3)
     assert read_records(path) == []
 
@@ -145,7 +145,7 @@ def test_every_record_is_one_write(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert calls[0].endswith(b"\n")
 
 
-def test_a_full_disk_ends_the_run_and_tears_one_line_at_most(
+def test_full_disk_raises_and_truncates_at_most_one_line(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RecordWriter(path, 0) as writer:
@@ -156,7 +156,7 @@ def test_a_full_disk_ends_the_run_and_tears_one_line_at_most(
                 return int(file.write(data[:10]))
 
         monkeypatch.setattr(writer, "_file", Full())
-        with pytest.raises(RunError, match=r"took 10; free some disk space"):
+        with pytest.raises(RunError, match=r"only 10 of \d+ bytes .*; free some disk space"):
             writer.write(1, loss=0.1)
         monkeypatch.setattr(writer, "_file", file)
         writer.write(2, loss=0.2)
@@ -164,5 +164,5 @@ def test_a_full_disk_ends_the_run_and_tears_one_line_at_most(
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="writable record file"):
+    with pytest.raises(RunError, match=r"cannot be opened: .*; make its folder writable"):
         RecordWriter(tmp_path / "missing" / "steps.jsonl", 0)

@@ -94,7 +94,7 @@ def test_batches_are_those_of_the_local_run(
     assert list((tmp_path / "shuffled" / ".leases").iterdir()) == []
 
 
-def test_any_file_system_of_fsspec_will_do(local: Index, tmp_path: Path) -> None:
+def test_any_fsspec_file_system_is_supported(local: Index, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(local.root), "/some/shards", recursive=True)
     try:
@@ -111,7 +111,7 @@ def test_any_file_system_of_fsspec_will_do(local: Index, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_faults_on_the_way_change_nothing_but_are_told(
+def test_transient_download_faults_are_retried_and_reported(
     local: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture, ranges: bool, workers: int
 ) -> None:
     with flaky_server(local.root, ranges=ranges) as server:
@@ -131,7 +131,7 @@ def test_faults_on_the_way_change_nothing_but_are_told(
     assert [path.name for path in index.root.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_large_file_goes_on_where_it_was_cut(
+def test_interrupted_download_resumes_at_its_offset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dml_dist.data.remote.BLOCK_BYTES", 1000)
@@ -165,7 +165,7 @@ def test_a_server_that_never_recovers_ends_the_run_in_time(
     assert len(list(load(index, workers=workers))) == 8
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_unreachable_server_is_named(tmp_path: Path) -> None:
     with (
         flaky_server(tmp_path) as server,
         pytest.raises(

@@ -241,7 +241,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_values_that_are_not_finite_are_said(tmp_path: Path) -> None:
+def test_non_finite_values_are_reported(tmp_path: Path) -> None:
     run = new_run(tmp_path / "demo")
     begin(run)
     with RecordWriter(run.records("steps"), 1) as steps:

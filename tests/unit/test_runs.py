@@ -80,7 +80,7 @@ def test_a_run_that_another_command_is_starting_is_refused(
         make(tmp_path / "demo")
 
 
-def test_opening_what_is_no_run_names_the_runs_near_it(tmp_path: Path) -> None:
+def test_opening_another_folder_names_nearby_runs(tmp_path: Path) -> None:
     make(tmp_path / "runs" / "one")
     with pytest.raises(ConfigError, match=r"does not exist; runs near it: .*runs.one;"):
         RunFolder.open(tmp_path / "runs" / "two")

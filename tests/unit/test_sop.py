@@ -56,15 +56,15 @@ def test_the_listings_decide(source: Path) -> None:
     assert listed(source / "Stanford_Online_Products") == samples
 
 
-def test_other_letter_case_and_unlisted_images_are_told(
+def test_other_letter_case_and_unlisted_images_are_reported(
     source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         samples = listed(source)
     (odd,) = [sample for sample in samples if str(sample.source).endswith(".jpg")]
     assert odd.source.name == "bicycle_final/000000000001_1.JPG"
-    assert "1 images have other upper and lower case letters" in caplog.text
-    assert "1 images are not in the listing and left out" in caplog.text
+    assert "the names of 1 images differ in letter case" in caplog.text
+    assert "1 images are not in the listing and are left out" in caplog.text
 
 
 def test_differences_are_an_error_with_a_table_or_a_warning(
@@ -82,7 +82,7 @@ def test_differences_are_an_error_with_a_table_or_a_warning(
     with caplog.at_level(logging.WARNING):
         assert len(listed(source)) == 12
     assert "59,551" in caplog.text
-    assert "going on with what is there" in caplog.text
+    assert "importing the existing images because allow_partial is set" in caplog.text
 
 
 def test_class_rule_missing_lines_and_missing_listing(source: Path, root: Path) -> None:
@@ -103,7 +103,7 @@ def test_class_rule_missing_lines_and_missing_listing(source: Path, root: Path) 
     [
         ("5 1 1", r"Ebay_train.txt, line 2: '5 1 1' does not have the columns image_id class_id"),
         ("5 x 1 a.JPG", r"Ebay_train.txt, line 2: class_id must be a whole number, got 'x'"),
-        ("5 1 1 a.JPG\n6 1 1 a.JPG", r"listed once, 'a.JPG' is listed twice"),
+        ("5 1 1 a.JPG\n6 1 1 a.JPG", r"listed once, but 'a.JPG' is listed twice"),
     ],
 )
 def test_damaged_listings_are_never_accepted(

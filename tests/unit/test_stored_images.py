@@ -93,7 +93,7 @@ def test_a_tar_shard_of_broken_images_only_is_not_written(tmp_path: Path) -> Non
         run(raw, tmp_path / "none")
 
 
-def test_what_was_skipped_is_not_forgotten(raw: Path, tmp_path: Path) -> None:
+def test_skipped_images_are_recorded(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(DataError, match=r"7 are not:(.|\n)*leave them out \(--on-broken skip\)"):
         run(raw, out, "raise")
@@ -105,7 +105,7 @@ def test_what_was_skipped_is_not_forgotten(raw: Path, tmp_path: Path) -> None:
         run(raw, out, "raise")
 
 
-def test_raise_goes_on_from_skip_by_looking_again(
+def test_raise_after_skip_checks_images_again(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tar shards that an unfinished import wrote without broken images do not count for raise."""
@@ -281,7 +281,7 @@ def test_images_of_every_mode_are_shrunk_to_rgb(tmp_path: Path, mode: str) -> No
     assert np.abs(image.astype(int) - small.astype(int)).mean() < 6
 
 
-def test_the_size_is_part_of_what_an_import_is(large: Path, tmp_path: Path) -> None:
+def test_max_side_is_part_of_the_import_identity(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shrunk(large, out, 256)
     shrunk(large, out, 256)

@@ -89,7 +89,7 @@ def test_other_columns_are_reported(folder: Path, caplog: pytest.LogCaptureFixtu
             r"every path .*: row 2: '.*no0.png'; row 3: .*row 6: '.*no4.png'; and 2 more",
         ),
         ([(*ROWS[0][:4], "probe")], NAMES, "one of both, query, gallery: row 1: 'probe'"),
-        ([ROWS[0], ROWS[1], ROWS[0]], NAMES, "'x/1.png' is in row 1 and in row 3"),
+        ([ROWS[0], ROWS[1], ROWS[0]], NAMES, "'x/1.png' is in rows 1 and 3"),
         ([], NAMES, "has a header and no rows"),
         (ROWS, ("path", "label", "split", "a", "a "), "one column of each name, .*of 'a'; rename"),
         (ROWS, ("path", "path", "label", "split", "role"), "more than one of 'path'"),

@@ -293,7 +293,7 @@ def test_replaced_images_are_noticed_and_moved_folders_are_not(tmp_path: Path) -
         import_dataset(folder_importer(raw), out, processes=1)
 
 
-def test_an_unfinished_import_takes_replaced_images(tmp_path: Path) -> None:
+def test_unfinished_import_reads_replaced_images(tmp_path: Path) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_images(raw, [f"{i % 4}/{i}.png" for i in range(16)])
     broken = raw / "0/0.png"

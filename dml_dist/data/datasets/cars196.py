@@ -1,8 +1,8 @@
 """Importer of Stanford Cars (Krause et al., 2013), in its three layouts.
 
 `cars_annos.mat` with `car_ims/`; the later devkit with `cars_train/` and `cars_test/`; folders by
-class. The division into train and test of all three is one for classification, with every class on
-both sides: it is not used, the first 98 classes train.
+class. The official train/test split of all three is for classification, with every class in both
+splits. It is not used: the first 98 classes are the training classes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cars196Importer(OfficialImporter):
     )
 
     def listing(self, source: Path) -> Listing:
-        """Read the layout that the source has."""
+        """Read the source in whichever layout it has."""
         for root in _nested(source):
             folders = {name.lower() for name in visible(root)[0]}
             if find_file(root, _ANNOTATIONS) is not None:
@@ -63,7 +63,7 @@ class Cars196Importer(OfficialImporter):
 
 
 def _nested(source: Path) -> list[Path]:
-    """Return the source and, as archives nest folders, those that are alone in their parents."""
+    """Return the source and, because archives nest folders, each folder alone in its parent."""
     found = [source]
     while len(inner := visible(found[-1])[0]) == 1:
         found.append(found[-1] / inner[0])
@@ -99,7 +99,7 @@ def _of_devkit(root: Path) -> Listing:
             differences.append(
                 f"{name} does not exist in {root} or its devkit/"
                 + (
-                    "; cars_test_annos.mat, which does, has no classes"
+                    "; cars_test_annos.mat exists but has no classes"
                     if "withlabels" in name and find_file(root, *_in(places, "cars_test_annos.mat"))
                     else ""
                 )
@@ -120,7 +120,7 @@ def _in(places: Sequence[str], name: str) -> list[str]:
 
 
 def _class_folders(root: Path) -> list[str] | None:
-    """Return "" or the folders below which the class folders are, None if there are no images."""
+    """Return the folders that hold class folders, "" for the root; None if there are no images."""
 
     def holds_classes(folder: Path) -> bool:
         return any(
@@ -136,7 +136,7 @@ def _class_folders(root: Path) -> list[str] | None:
 
 
 def _of_class_folders(source: Path, root: Path, splits: Sequence[str]) -> Listing:
-    """List images by folder; the numbers of classes come from files beside them, or from names."""
+    """List images by folder; class numbers come from files next to them, or from folder names."""
     found: list[tuple[str, str, str]] = []  # split folder, class folder, file
     for split in splits:
         for folder in visible(root / split)[0]:
@@ -163,11 +163,11 @@ def _load(path: Path) -> dict[str, Any]:
 
     try:
         content: dict[str, Any] = loadmat(path, squeeze_me=True)
-    # Damage shows as whatever the reader stumbles on.
+    # A damaged file can raise any exception inside the reader.
     except Exception as error:
         raise DataError(
-            f"{path} cannot be read as a MATLAB file ({error}); take it from the official archive "
-            "again"
+            f"{path} cannot be read as a MATLAB file ({error}); extract it from the official "
+            "archive again"
         ) from error
     return content
 
@@ -181,22 +181,24 @@ def _columns(
     if name_field not in fields or class_field not in fields:
         raise DataError(
             f"{path} must have annotations with {name_field} and {class_field}, but has "
-            f"{', '.join(fields) or 'none'}; take the file from the official archive again"
+            f"{', '.join(fields) or 'none'}; extract the file from the official archive again"
         )
     numbers = [int(value) for value in annotations[class_field].tolist()]
-    strange = sorted({str(number) for number in numbers if not 1 <= number <= NUM_CLASSES})
-    if strange:
+    invalid = sorted({str(number) for number in numbers if not 1 <= number <= NUM_CLASSES})
+    if invalid:
         raise DataError(
-            f"{path}: classes are 1 to {NUM_CLASSES}, got {first_few(strange)}; take the file from "
-            "the official archive again"
+            f"{path}: classes are 1 to {NUM_CLASSES}, got {first_few(invalid)}; extract the file "
+            "from the official archive again"
         )
     return [str(value) for value in annotations[name_field].tolist()], numbers
 
 
 def _names(path: Path, content: dict[str, Any]) -> dict[int, str]:
-    """Return the name of each class number; names that are there twice would merge no class."""
+    """Return the name of each class number; repeated names, which would merge classes, raise."""
     names = [str(name).strip() for name in np.atleast_1d(content.get("class_names", [])).tolist()]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise DataError(f"{path}: names of classes must differ, repeated: {first_few(twice)}")
+        raise DataError(
+            f"{path}: class names must be unique, but these are repeated: {first_few(twice)}"
+        )
     return dict(enumerate(names, start=1))

@@ -19,23 +19,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassNumbers:
-    """Which number each class folder has, and how that is known."""
+    """The number of each class folder, and where it was read."""
 
     number_of: dict[str, int]
     """Folder name -> number from 1."""
 
     files: list[Path]
-    """Where it was read, empty if it follows from the folder names."""
+    """The files that the numbers were read from; empty if they follow from the folder names."""
 
     differences: list[str]
-    """What contradicts it."""
+    """Contradictions between the files and the folders, one line each."""
 
 
 def class_numbers(source: Path, root: Path, images: Sequence[tuple[str, str, str]]) -> ClassNumbers:
     """Number class folders by annotation tables, a list of names, or the folder names.
 
-    In this order: `anno_train.csv` and `anno_test.csv` (file name first, class last), `names.csv`
-    (one name a line), numbers at the beginning of all folder names, their sorted order.
+    They are tried in this order: `anno_train.csv` and `anno_test.csv` (file name first, class
+    last), `names.csv` (one name per line), leading numbers of all folder names, and the sorted
+    order of the folder names.
 
     Args:
         source: The folder that the user gave.
@@ -54,10 +55,10 @@ def class_numbers(source: Path, root: Path, images: Sequence[tuple[str, str, str
         found = _by_annotations(annotations, images)
         if len(found.number_of) == len(folders):
             return found
-        lacking = [folder for folder in folders if folder not in found.number_of]
+        missing = [folder for folder in folders if folder not in found.number_of]
         differences.append(
             f"{', '.join(map(str, found.files))}: no image of these folders is in them, so they "
-            f"are not used: {first_few(lacking)}"
+            f"are not used: {first_few(missing)}"
         )
     if (path := tables.get("names.csv")) is not None:
         numbers, files = _by_names(path, folders), [path]
@@ -80,13 +81,13 @@ def _by_annotations(
             if name in number_of_file:
                 votes.setdefault(folder, Counter())[number_of_file[name]] += 1
     number_of = {folder: count.most_common(1)[0][0] for folder, count in votes.items()}
-    torn = [folder for folder, count in votes.items() if len(count) > 1]
+    mixed = [folder for folder, count in votes.items() if len(count) > 1]
     shared = [n for n, times in Counter(number_of.values()).items() if times > 1]
     files = list(annotations.values())
     where = ", ".join(str(path) for path in files)
-    differences = [f"{where}: images of one folder have several classes: {first_few(torn)}"] * bool(
-        torn
-    )
+    differences = [
+        f"{where}: images of one folder have several classes: {first_few(mixed)}"
+    ] * bool(mixed)
     if shared:
         differences.append(
             f"{where}: several folders have one class: {first_few([str(n) for n in shared])}"
@@ -103,7 +104,7 @@ def _read_annotations(path: Path) -> dict[str, int]:
         if not row[-1].strip().isdigit():
             raise DataError(
                 f"{path}, row {at}: the last column must be the number of a class, got "
-                f"{row[-1][:80]!r}; take the file from where the images came from again"
+                f"{row[-1][:80]!r}; download the file again from the source of the images"
             )
         found[row[0].strip()] = int(row[-1])
     return found
@@ -117,7 +118,7 @@ def _by_names(path: Path, folders: Sequence[str]) -> dict[str, int]:
     if unknown:
         raise DataError(
             f"{path}: every class folder must be named in it, these are not: {first_few(unknown)}; "
-            "take the file from where the images came from, or remove it"
+            "download the file again from the source of the images, or remove it"
         )
     return {folder: number_of[_plain(folder)] for folder in folders}
 
@@ -128,8 +129,8 @@ def _by_folder_names(root: Path, folders: Sequence[str]) -> dict[str, int]:
     if len(leading) == len(folders) == len(set(leading.values())) and min(leading.values()) >= 1:
         return leading
     _log.warning(
-        "%s: no table tells the numbers of the classes, so they follow the sorted folder names; "
-        "anno_train.csv and anno_test.csv, or names.csv, would tell",
+        "%s: no table gives the numbers of the classes, so they follow the sorted folder names; "
+        "add anno_train.csv and anno_test.csv, or names.csv, for the official numbers",
         root,
     )
     return {folder: at for at, folder in enumerate(folders, start=1)}

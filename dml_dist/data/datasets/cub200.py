@@ -25,7 +25,7 @@ _TEST_CLASSES = range(101, 201)
 
 
 class CUB200Importer(OfficialImporter):
-    """The first 100 classes train; train_test_split.txt, made for classification, is not used."""
+    """The first 100 classes train; train_test_split.txt, meant for classification, is not used."""
 
     official = Official(
         "CUB-200-2011",
@@ -47,7 +47,7 @@ class CUB200Importer(OfficialImporter):
         }
         name_of = {label: name for label, (_, name) in _table(files[2], "class_id", "name").items()}
         images: list[ListedImage] = []
-        strange: list[str] = []
+        misplaced: list[str] = []
         for image_id, (number, path) in path_of.items():
             label, folder = label_of.get(image_id), path.partition("/")[0]
             if label is None:
@@ -55,25 +55,25 @@ class CUB200Importer(OfficialImporter):
             if label not in _TRAIN_CLASSES and label not in _TEST_CLASSES:
                 raise DataError(
                     f"{files[1]}: classes are 1 to {_TEST_CLASSES[-1]}, image {image_id} has "
-                    f"{label}; take the file from the official archive again"
+                    f"{label}; extract the file from the official archive again"
                 )
             in_name = re.match(r"\d+", folder)
             if in_name and int(in_name[0]) != label:
-                strange.append(f"{path} (line {number}) has class {label}")
+                misplaced.append(f"{path} (line {number}) has class {label}")
             split = "train" if label in _TRAIN_CLASSES else "test"
             images.append(ListedImage(path, name_of.get(label, folder), split))
-        nameless = sorted({label_of[i] for i in path_of if i in label_of} - name_of.keys())
+        unnamed = sorted({label_of[i] for i in path_of if i in label_of} - name_of.keys())
         found = {
             f"images of {files[0].name} without a class in {files[1].name}": [
                 path for image_id, (_, path) in path_of.items() if image_id not in label_of
             ],
-            f"classes in {files[1].name} of images that {files[0].name} lacks": [
+            f"classes in {files[1].name} of images missing from {files[0].name}": [
                 f"image {image_id}" for image_id in label_of if image_id not in path_of
             ],
             f"classes without a name in {files[2].name}, named after their folders": [
-                str(label) for label in nameless
+                str(label) for label in unnamed
             ],
-            "images in the folder of another class": strange,
+            "images in the folder of another class": misplaced,
         }
         differences = [
             f"{len(items)} {what}: {first_few(items)}" for what, items in found.items() if items
@@ -88,8 +88,8 @@ def _table(path: Path, *columns: str) -> dict[int, tuple[int, str]]:
         at = whole_number(path, number, columns[0], key)
         if at in table:
             raise DataError(
-                f"{path}, line {number}: every {columns[0]} must be there once, {at} is in line "
-                f"{table[at][0]} too; take the file from the official archive again"
+                f"{path}, line {number}: every {columns[0]} must occur once, but {at} is also in "
+                f"line {table[at][0]}; extract the file from the official archive again"
             )
         table[at] = (number, text)
     return table

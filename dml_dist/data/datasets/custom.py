@@ -15,7 +15,7 @@ from dml_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class CustomImporter:
-    """`target(**options)`, an object with `samples()` and, if it likes, `facts()`."""
+    """Wraps `target(**options)`, an object with `samples()` and optionally `facts()`."""
 
     config: CustomDatasetConfig
 

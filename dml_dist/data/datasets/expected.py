@@ -11,7 +11,10 @@ from dml_dist.errors import DataError
 
 
 def expected_facts(config: FolderConfig | TableConfig) -> DatasetFacts | None:
-    """Return what is expected of a source that is not there; None where nothing is, or it is."""
+    """Return the expected counts of a source that does not exist.
+
+    None if the source exists, or no counts are configured.
+    """
     if config.expected is None or os.path.exists(config.source):
         return None
     sizes = {
@@ -23,10 +26,10 @@ def expected_facts(config: FolderConfig | TableConfig) -> DatasetFacts | None:
 def check_expected(
     expected: Mapping[str, CountsConfig] | None, samples: Sequence[Sample], source: str
 ) -> None:
-    """Refuse a data set whose splits have other counts than expected.
+    """Check the number of classes and images of each split.
 
     Raises:
-        DataError: If they have; lists all that differ.
+        DataError: If any differs from the expected number; all differences are listed.
     """
     if expected is None:
         return
@@ -35,25 +38,25 @@ def check_expected(
     for split in [*expected, *(split for split in sizes if split not in expected)]:
         wanted = _counts(expected[split]) if split in expected else "nothing"
         of_split = sizes.get(split)
-        found = "nothing" if of_split is None else _words(len(of_split), sum(of_split))
+        found = "nothing" if of_split is None else _count_text(len(of_split), sum(of_split))
         if wanted != found:
             problems.append(f"{split}: expected {wanted}, found {found}")
     if problems:
         raise DataError(
             f"{source} differs from data.dataset.expected in {'; '.join(problems)}; correct the "
-            "source, or the counts"
+            "source or the expected counts"
         )
 
 
 def spread(num_classes: int, num_images: int) -> tuple[int, ...]:
-    """Return class sizes of this number and sum that differ by at most one: an estimate."""
+    """Return an estimate of class sizes: images spread evenly, sizes differ by at most one."""
     each, rest = divmod(num_images, num_classes)
     return (each + 1,) * rest + (each,) * (num_classes - rest)
 
 
 def _counts(counts: CountsConfig) -> str:
-    return _words(counts.classes, counts.images)
+    return _count_text(counts.classes, counts.images)
 
 
-def _words(num_classes: int, num_images: int) -> str:
+def _count_text(num_classes: int, num_images: int) -> str:
     return f"{num_images:,} images of {num_classes:,} classes"

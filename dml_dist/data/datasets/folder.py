@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FolderImporter:
-    """Images of a folder; a class is the name of the folder that an image stands in."""
+    """Images of a folder; the class of an image is the name of its parent folder."""
 
     config: FolderConfig
 
@@ -43,7 +43,7 @@ class FolderImporter:
         return self._samples
 
     def facts(self) -> DatasetFacts:
-        """Count the images of each class; without the source, what is expected of them."""
+        """Count the images of each class; without the source, return the expected counts."""
         return expected_facts(self.config) or facts_of(self._samples)
 
     @cached_property
@@ -62,7 +62,7 @@ class FolderImporter:
         folders, files = visible(root)
         if not folders:
             raise DataError(
-                f"{root} must hold one folder for each class, it holds no folder "
+                f"{root} must hold one folder for each class, but it holds no folder "
                 f"({len(files)} files); use a table for images without class folders"
             )
         if set(folders) <= set(SPLIT_FOLDERS) and all(visible(root / f)[0] for f in folders):
@@ -75,12 +75,14 @@ class FolderImporter:
 
     def _of_split_folders(self, root: Path, folders: list[str]) -> list[Sample]:
         if self.config.split != SplitConfig():
-            _log.warning("%s: the split setting is not used, %s/ decide", root, "/, ".join(folders))
+            _log.warning(
+                "%s: the split setting is not used, because %s/ exist", root, "/, ".join(folders)
+            )
         if "val" in folders:
             _log.warning(
-                "%s: val/ is imported as the split 'val', which neither trains nor validates nor "
-                "tests unless data.train_split or data.test_split names it; validation takes "
-                "classes of the training split",
+                "%s: val/ is imported as the split 'val', which is not used unless "
+                "data.train_split or data.test_split names it; validation uses classes of the "
+                "training split",
                 root,
             )
         found: list[tuple[str, str]] = []
@@ -99,7 +101,7 @@ class FolderImporter:
         shared = sorted(name for name, count in split_count.items() if count > 1)
         if shared:
             _log.warning(
-                "%s: %d of %d classes are in more than one of %s/ (%s); they are no unseen classes",
+                "%s: %d of %d classes are in more than one of %s/ (%s); they are not unseen",
                 root, len(shared), len(split_count), "/, ".join(folders), ", ".join(shared[:5]),
             )  # fmt: skip
         return _make_samples(root, found, splits)
@@ -125,14 +127,14 @@ def _images(
         images = [name for name in names if file_kind(name)[1:] in IMAGE_EXTENSIONS]
         if inner:
             raise DataError(
-                f"{where} must hold images only, as a class folder, and it holds the folder "
+                f"{where} is a class folder and must hold images only, but it holds the folder "
                 f"{inner[0]}; give {where} as the source if its folders are the classes"
             )
         if not images:
             raise DataError(
                 f"{where} must hold at least one image "
-                f"({', '.join(sorted(IMAGE_EXTENSIONS))}), as a class folder, and holds "
-                f"{len(names)} other files; remove it or put its images there"
+                f"({', '.join(sorted(IMAGE_EXTENSIONS))}) because it is a class folder, but it "
+                f"holds {len(names)} other files; remove the folder or add its images"
             )
         skipped.update(
             file_kind(name) for name in names if file_kind(name)[1:] not in IMAGE_EXTENSIONS

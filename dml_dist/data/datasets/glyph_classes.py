@@ -1,8 +1,9 @@
 """Which characters of matplotlib's fonts are classes of the glyphs data set.
 
 Letters, decimal digits, letter-like numbers, currency and mathematical signs, without those that
-Unicode calls a variant of another character (styled, superscript, presentation forms). Characters
-that look the same in some family's regular cut are one class, named after the first of them.
+Unicode defines as variants of other characters (styled, superscript, presentation forms).
+Characters that look the same in some family's regular cut are one class, named after the first of
+them.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ _SCRIPTS = {
 }
 _RENDER_PIXELS = 48
 _THUMBNAIL_PIXELS = 24
-# Squared difference of two thumbnails over the larger one's squared ink. Pairs below it that were
-# looked at are the same shape (Latin o with acute and Greek omicron with tonos: 0.003); pairs of
-# different characters begin at 0.02 (an accent's place).
+# Squared difference of two thumbnails over the larger one's squared ink. All pairs below it that
+# were inspected have the same shape (Latin o with acute and Greek omicron with tonos: 0.003); pairs
+# of different characters start at 0.02 (position of an accent).
 _SAME_SHAPE = 0.01
 
 
 @dataclass(frozen=True)
 class GlyphClass:
-    """One class: a shape, the character that stands for it, and the cuts that can draw it."""
+    """One class: a shape, the character that represents it, and the cuts that contain it."""
 
     codepoint: int
     name: str
@@ -75,7 +76,7 @@ def font_path(cut: str) -> str:
 
 @lru_cache(maxsize=1)
 def glyph_classes() -> tuple[GlyphClass, ...]:
-    """Return all classes there are, by code point (3,000 and more; takes about a second)."""
+    """Return all available classes by code point (over 3,000; takes about a second)."""
     characters = {cut: _characters(cut) for cuts in FAMILIES.values() for cut in cuts}
     first: dict[int, int] = {}
     for regular, *_ in FAMILIES.values():
@@ -98,7 +99,7 @@ def glyph_classes() -> tuple[GlyphClass, ...]:
 
 
 def _characters(cut: str) -> set[int]:
-    """Return the code points that a cut has and that may be classes."""
+    """Return the code points of a cut that may be classes."""
     from matplotlib.ft2font import FT2Font
 
     return {
@@ -125,7 +126,7 @@ def _root(first: dict[int, int], codepoint: int) -> int:
 def _same_shapes(cut: str, codepoints: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the code points with ink in this cut, and the pairs of them that look the same.
 
-    A glyph's position on its line does not count: images are drawn around its center.
+    A glyph's position on its line is ignored, because images are centered on the glyph.
     """
     font = ImageFont.truetype(font_path(cut), _RENDER_PIXELS, layout_engine=ImageFont.Layout.BASIC)
     inked: list[int] = []

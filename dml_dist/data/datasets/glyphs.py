@@ -17,7 +17,7 @@ from dml_dist.data.split import num_train
 from dml_dist.errors import ConfigError
 from dml_dist.random_streams import Stream, generator_of
 
-# Everything is drawn at twice the size and averaged down.
+# Images are rendered at twice the size and downsampled.
 _OVERSAMPLING = 2
 _MAX_ROTATION_DEGREES = 12.0
 _MAX_SHEAR = 0.15
@@ -30,7 +30,7 @@ _MIN_EXTENT, _MAX_EXTENT = 0.25, 0.72
 
 @dataclass(frozen=True)
 class GlyphsImporter:
-    """Glyph classes chosen and divided by a seed, drawn when an image is read."""
+    """Glyph classes chosen and split by a seed; an image is drawn when it is read."""
 
     config: GlyphsConfig
 
@@ -38,7 +38,7 @@ class GlyphsImporter:
         """List the images of the chosen classes.
 
         Raises:
-            ConfigError: If there are fewer classes than asked for.
+            ConfigError: If there are fewer classes than configured.
         """
         config = self.config
         train, test = self._classes()
@@ -58,19 +58,19 @@ class GlyphsImporter:
         ]
 
     def facts(self) -> DatasetFacts:
-        """Return the sizes, which the configuration determines; nothing is drawn."""
+        """Return the class sizes from the configuration, without drawing an image."""
         train, test = self._classes()
         each = self.config.images_per_class
         return DatasetFacts({"test": (each,) * len(test), "train": (each,) * len(train)}, True)
 
     def _classes(self) -> tuple[list[GlyphClass], list[GlyphClass]]:
-        """Return the classes that train and the others, each in label order."""
+        """Return the training and the test classes, each in label order."""
         available = glyph_classes()
         wanted = self.config.num_classes
         if wanted > len(available):
             raise ConfigError(
-                f"data.dataset.num_classes must be at most {len(available)}, as many characters of "
-                f"different shape matplotlib's fonts have; got {wanted}"
+                f"data.dataset.num_classes must be at most {len(available)}, the number of "
+                f"differently shaped characters in matplotlib's fonts, but is {wanted}"
             )
         generator = generator_of(Stream.GLYPH_CLASSES, self.config.seed)
         order = generator.permutation(len(available))[:wanted]
@@ -97,8 +97,8 @@ class GlyphSource:
         """Draw the image and return it as PNG."""
         generator = generator_of(Stream.GLYPH_DRAWING, self.seed, self.codepoint, self.number)
         cut = self.cuts[generator.integers(len(self.cuts))]
-        # One font size for all glyphs: a font is loaded once for each cut, and that takes longer
-        # than to draw.
+        # All glyphs use one font size, so that each font is loaded once; loading takes longer than
+        # drawing.
         glyph = _render(self.codepoint, cut, round(_FONT_SIZE * self.image_size * _OVERSAMPLING))
         ink = _place(glyph, self.image_size, generator)
         pixels = _paint(ink, generator)
@@ -119,7 +119,7 @@ def _render(codepoint: int, cut: str, pixels: int) -> Image.Image:
 
 
 def _place(mask: Image.Image, image_size: int, generator: np.random.Generator) -> np.ndarray:
-    """Fit, turn, shear, scale, shift and blur a glyph; return its ink, (S, S) float32 in [0, 1]."""
+    """Fit, rotate, shear, scale, shift and blur a glyph to (S, S) float32 ink in [0, 1]."""
     side = image_size * _OVERSAMPLING
     angle = math.radians(generator.uniform(-_MAX_ROTATION_DEGREES, _MAX_ROTATION_DEGREES))
     shear = generator.uniform(-_MAX_SHEAR, _MAX_SHEAR)

@@ -23,12 +23,12 @@ _LISTINGS = ("Eval/list_eval_partition.txt", "list_eval_partition.txt")
 _COLUMNS = ("image_name", "item_id", "evaluation_status")
 # evaluation_status -> split, role
 _PARTS = {"train": ("train", "both"), "query": ("test", "query"), "gallery": ("test", "gallery")}
-# Images tried to learn which folder holds img/.
+# Number of images looked up to find the folder that holds img/.
 _TRIED = 100
 
 
 class InShopImporter(OfficialImporter):
-    """Classes are items; queries and gallery of the test items are apart."""
+    """Classes are items; the test images are split into queries and gallery."""
 
     official = Official(
         "In-Shop Clothes Retrieval",
@@ -53,20 +53,22 @@ class InShopImporter(OfficialImporter):
             if status not in _PARTS:
                 raise DataError(
                     f"{path}, line {number}: {_COLUMNS[2]} must be one of {', '.join(_PARTS)}, got "
-                    f"{status!r}; take the file from the official archive again"
+                    f"{status!r}; extract the file from the official archive again"
                 )
             split, role = _PARTS[status]
             images.append(ListedImage(name, item, split, role=role))
         if declared is None:
             differences.append(f"{path}: the first line must be the number of images")
         elif declared != len(images):
-            differences.append(f"{path}: line 1 says {declared:,} images, {len(images):,} follow")
+            differences.append(
+                f"{path}: line 1 declares {declared:,} images, but {len(images):,} follow"
+            )
         differences += _class_rule(images)
         return Listing(_base(root, images), images, [path], differences)
 
 
 def _class_rule(images: list[ListedImage]) -> list[str]:
-    """Return the items that are in the wrong place."""
+    """Return the items whose splits or roles break the class rule, one line each."""
     items = {
         status: {image.class_name for image in images if (image.split, image.role) == part}
         for status, part in _PARTS.items()
@@ -83,7 +85,7 @@ def _class_rule(images: list[ListedImage]) -> list[str]:
 
 
 def _base(root: Path, images: list[ListedImage]) -> Path:
-    """Return the folder that holds img/: the root, or the one that img.zip was unpacked in."""
+    """Return the folder that holds img/: the root, or the folder that img.zip was unpacked to."""
     tried = [image.path for image in images[:_TRIED]]
     return max(
         [root, root / "Img", root / "img"],

@@ -1,8 +1,8 @@
-"""Checks that importers of data sets with an official split share.
+"""Checks shared by the importers of data sets with an official split.
 
-An importer reads the listing of its data set; here the listed files are found, everything is
-counted and compared with what was published, and whatever differs is told at once: as an error, or
-as a warning where a part of the data set is accepted.
+An importer reads the listing of its data set. This module finds the listed files, counts classes
+and images, and compares them with the published numbers. All differences are reported together: as
+an error, or as a warning if a part of the data set is accepted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Official:
-    """What was published about a data set."""
+    """Published facts about a data set."""
 
     title: str
 
@@ -45,7 +45,7 @@ class Official:
     """Split, or split and role as `test query`, -> its size."""
 
     archives: Mapping[str, str] = field(default_factory=dict)
-    """File name of an archive -> md5; compared where the archive lies beside the data."""
+    """File name of an archive -> md5; checked if the archive is next to the data."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     """File name of a listing -> md5."""
@@ -56,7 +56,7 @@ class ListedImage:
     """One image of a listing."""
 
     path: str
-    """As the listing has it, relative to the base folder."""
+    """As in the listing, relative to the base folder."""
 
     class_name: str
     split: str
@@ -66,7 +66,7 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class Listing:
-    """What an importer has read of its data set."""
+    """The listing of a data set, as an importer has read it."""
 
     base: Path
     """The folder that image paths are relative to."""
@@ -74,7 +74,7 @@ class Listing:
     images: list[ListedImage]
 
     files: list[Path]
-    """The files that this was read from."""
+    """The files that the listing was read from."""
 
     differences: list[str] = field(default_factory=list)
     """Differences from the official rules other than counts, one line each."""
@@ -89,23 +89,23 @@ class OfficialImporter(ABC):
 
     @abstractmethod
     def listing(self, source: Path) -> Listing:
-        """Read which images there are and what they show; images are not looked at.
+        """Read paths and classes of the images; the images are not opened.
 
         Raises:
-            DataError: If the layout is not known, or a line of a listing cannot be read.
+            DataError: If the layout is unknown, or a line of a listing cannot be read.
         """
 
     def samples(self) -> list[Sample]:
         """List the images in the order of the listing.
 
         Raises:
-            DataError: If the source is not there or not readable, or it differs from what was
-                published and `allow_partial` is not set.
+            DataError: If the source is missing or unreadable, or it differs from the published
+                data set and `allow_partial` is not set.
         """
         return self._samples
 
     def facts(self) -> DatasetFacts:
-        """Count the images of each class; without the source, what was published of them."""
+        """Count the images of each class; without the source, return the published counts."""
         if not os.path.exists(self.config.source):
             return official_facts(self.official)
         return facts_of(self._samples)
@@ -117,7 +117,7 @@ class OfficialImporter(ABC):
 
 
 def official_facts(official: Official) -> DatasetFacts:
-    """Return the published counts; images are spread evenly over classes, which is an estimate."""
+    """Return the published counts, with images spread evenly over classes as an estimate."""
     sizes: dict[str, tuple[int, ...]] = {}
     for split in sorted({part.split()[0] for part in official.counts}):
         parts = [counts for part, counts in official.counts.items() if part.split()[0] == split]
@@ -131,8 +131,8 @@ def find_root(source: Path, names: Sequence[str], title: str) -> Path:
 
     Args:
         source: An existing folder.
-        names: Relative paths, any of which tells the folder.
-        title: The data set, for the message.
+        names: Relative paths; any of them identifies the folder.
+        title: Name of the data set in the message.
 
     Raises:
         DataError: If there is none.
@@ -151,7 +151,7 @@ def find_root(source: Path, names: Sequence[str], title: str) -> Path:
 
 
 def find_file(root: Path, *names: str) -> Path | None:
-    """Return the first of these files that exists below a folder, whatever the case of letters."""
+    """Return the first of these files that exists below a folder, ignoring letter case."""
     return next((Path(path) for path in on_disk.find_listed(root, names) if path), None)
 
 
@@ -178,17 +178,18 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 def split_lines(
     path: Path, lines: Sequence[tuple[int, str]], columns: Sequence[str]
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the fields of each line, which any run of white space separates.
+    """Yield the number and the fields of each line; fields are separated by white space.
 
     Raises:
-        DataError: If a line has too few fields; more belong to the last one.
+        DataError: If a line has too few fields; extra ones belong to the last field.
     """
     for number, line in lines:
         fields = line.split(None, len(columns) - 1)
         if len(fields) != len(columns):
             raise DataError(
                 f"{path}, line {number}: {line[:80]!r} does not have the columns "
-                f"{' '.join(columns)}; the file is damaged, take it from the official archive again"
+                f"{' '.join(columns)}; the file is damaged, extract it from the official archive "
+                "again"
             )
         yield number, fields
 
@@ -197,14 +198,14 @@ def whole_number(path: Path, number: int, name: str, text: str) -> int:
     """Return a field as a number.
 
     Raises:
-        DataError: If it is none.
+        DataError: If it is not a whole number.
     """
     try:
         return int(text)
     except ValueError:
         raise DataError(
             f"{path}, line {number}: {name} must be a whole number, got {text[:80]!r}; the file is "
-            "damaged, take it from the official archive again"
+            "damaged, extract it from the official archive again"
         ) from None
 
 
@@ -232,12 +233,12 @@ def _require_folder(source: Path, official: Official) -> Path:
     raise DataError(
         f"source must be the folder that the archive of {official.title} unpacks to, {source} is "
         f"a file{'' if not known or verdict else ' (its md5 is the published one)'}; "
-        + (f"{verdict}; fetch it again" if verdict else "unpack it and give the folder")
+        + (f"{verdict}; download it again" if verdict else "unpack it and give the folder")
     )
 
 
 def _md5_difference(path: Path, published: Mapping[str, str]) -> str | None:
-    """Return how a file differs from the published md5; None if it does not, or none is known."""
+    """Describe how a file differs from its published md5; None if equal or not published."""
     expected = published.get(path.name)
     if expected is None or (found := md5_of(path)) == expected:
         return None
@@ -247,7 +248,7 @@ def _md5_difference(path: Path, published: Mapping[str, str]) -> str | None:
 def _checked(
     listing: Listing, source: Path, official: Official, allow_partial: bool
 ) -> list[Sample]:
-    """Find the listed files, compare everything with what was published, return the samples."""
+    """Find the listed files, compare them with the published data set, return the samples."""
     _refuse_repeated(listing)
     files = on_disk.find_listed(listing.base, [image.path for image in listing.images])
     there = [(image, file) for image, file in zip(listing.images, files, strict=True) if file]
@@ -262,18 +263,21 @@ def _checked(
     md5s = [_md5_difference(path, official.metadata) for path in listing.files]
     differences += [line for line in md5s if line is not None]
     if differences:
-        message = f"{official.title} in {source} differs from what was published:\n" + "\n".join(
-            f"  {line}" for line in differences
+        message = (
+            f"{official.title} in {source} differs from the published data set:\n"
+            + "\n".join(f"  {line}" for line in differences)
         )
         if not there:
-            raise DataError(f"{message}\nno image is there; correct the path, or unpack the images")
+            raise DataError(
+                f"{message}\nno listed image exists; correct the path, or unpack the images"
+            )
         if not allow_partial:
             raise DataError(
-                f"{message}\ncomplete it from the official archive, or import what is there with "
-                "--allow-partial (allow_partial: true)"
+                f"{message}\ncomplete it from the official archive, or import the existing images "
+                "with --allow-partial (allow_partial: true)"
             )
-        _log.warning("%s\ngoing on with what is there, as allow_partial says", message)
-    _tell_oddities(listing, source, official, there)
+        _log.warning("%s\nimporting the existing images because allow_partial is set", message)
+    _warn_of_irregularities(listing, source, official, there)
     return [
         Sample(
             key,
@@ -295,8 +299,8 @@ def _refuse_repeated(listing: Listing) -> None:
         if image.path in seen:
             raise DataError(
                 f"{', '.join(str(file) for file in listing.files)}: every image must be listed "
-                f"once, {image.path!r} is listed twice; take the file from the official archive "
-                "again"
+                f"once, but {image.path!r} is listed twice; extract the file from the official "
+                "archive again"
             )
         seen.add(image.path)
 
@@ -323,25 +327,25 @@ def _count_differences(images: Sequence[ListedImage], official: Official) -> lis
     return lines
 
 
-def _tell_oddities(
+def _warn_of_irregularities(
     listing: Listing,
     source: Path,
     official: Official,
     there: Sequence[tuple[ListedImage, str]],
 ) -> None:
-    """Say in the log what does not stop an import and should not go unsaid."""
+    """Log irregularities that do not stop an import."""
     other_case = sum(
         os.path.relpath(file, listing.base) != os.path.normpath(image.path) for image, file in there
     )
     if other_case:
         _log.warning(
-            "%s: %d images have other upper and lower case letters on the disk than in the listing",
+            "%s: the names of %d images differ in letter case between the disk and the listing",
             listing.base, other_case,
         )  # fmt: skip
     if others := on_disk.num_other_images([file for _, file in there]):
-        _log.warning("%s: %d images are not in the listing and left out", listing.base, others)
+        _log.warning("%s: %d images are not in the listing and are left out", listing.base, others)
     for folder in (source, source.parent):
         for name in official.archives:
             path = folder / name
             if path.is_file() and (line := _md5_difference(path, official.archives)):
-                _log.warning("%s; what was unpacked from it may be damaged", line)
+                _log.warning("%s; the files unpacked from it may be damaged", line)

@@ -32,10 +32,10 @@ def is_image_name(name: str) -> bool:
 
 
 def find_listed(base: Path, listed: Sequence[str]) -> list[str | None]:
-    """Return the file of each listed path, None where there is none.
+    """Return the file of each listed path, None for a missing one.
 
-    Names are taken as they are; where a folder or file of that name does not exist, one that
-    differs in the case of letters only is taken (listings say .JPG where disks have .jpg).
+    If a folder or file of the exact name does not exist, one that differs only in letter case is
+    used (a listing may say .JPG where the file is .jpg).
 
     Args:
         base: The folder that the paths are relative to.
@@ -67,7 +67,7 @@ def find_listed(base: Path, listed: Sequence[str]) -> list[str | None]:
 
 
 def num_other_images(files: Sequence[str]) -> int:
-    """Return how many images lie in the folders of these files without being one of them."""
+    """Return the number of other images in the folders of these files."""
     known = set(files)
     return sum(
         is_image_name(name) and os.path.join(folder, name) not in known
@@ -77,7 +77,7 @@ def num_other_images(files: Sequence[str]) -> int:
 
 
 def _names(folder: str) -> dict[str, str]:
-    """Return the names in a folder by themselves and, marked, by their lower-case form."""
+    """Return the names in a folder, keyed by name and by `_folded` name."""
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -86,4 +86,4 @@ def _names(folder: str) -> dict[str, str]:
 
 
 def _folded(name: str) -> str:
-    return "/" + name.lower()  # no name begins so
+    return "/" + name.lower()  # No file name begins with a slash.

@@ -1,4 +1,4 @@
-"""Importer of Stanford Online Products (Song et al., CVPR 2016): photographs of sold products."""
+"""Importer of Stanford Online Products (Song et al., CVPR 2016): photos of products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dml_dist.data.datasets.official import (
     whole_number,
 )
 
-# Listing, split, and the class ids that belong to it.
+# Listing, split, and the class ids of that split.
 _PARTS = (
     ("Ebay_train.txt", "train", range(1, 11_319)),
     ("Ebay_test.txt", "test", range(11_319, 22_635)),
@@ -28,7 +28,7 @@ _COLUMNS = ("image_id", "class_id", "super_class_id", "path")
 
 
 class SOPImporter(OfficialImporter):
-    """Classes are products, super-classes the kinds of them; the listings decide on the split."""
+    """Classes are products, super-classes their categories; the listings define the split."""
 
     official = Official(
         "Stanford Online Products",
@@ -49,7 +49,7 @@ class SOPImporter(OfficialImporter):
                 differences.append(f"{root / name} does not exist")
                 continue
             files.append(path)
-            strange: list[str] = []
+            invalid: list[str] = []
             for number, fields in split_lines(path, _without_header(path), _COLUMNS):
                 class_id, super_class_id = (
                     whole_number(path, number, column, text)
@@ -58,17 +58,17 @@ class SOPImporter(OfficialImporter):
                 image_path = fields[3]
                 super_class = image_path.partition("/")[0].removesuffix("_final")
                 if class_id not in expected:
-                    strange.append(f"{class_id} in line {number}")
+                    invalid.append(f"{class_id} in line {number}")
                 if super_class_of.setdefault(super_class_id, super_class) != super_class:
                     differences.append(
                         f"{path}, line {number}: super-class {super_class_id} is "
                         f"{super_class_of[super_class_id]} elsewhere and {super_class} here"
                     )
                 images.append(ListedImage(image_path, str(class_id), split, super_class))
-            if strange:
+            if invalid:
                 differences.append(
                     f"{path}: classes of {split} are {expected[0]} to {expected[-1]}, "
-                    f"{len(strange)} lines have others: {first_few(strange)}"
+                    f"{len(invalid)} lines have others: {first_few(invalid)}"
                 )
         found = len({image.super_class for image in images})
         if found != _NUM_SUPER_CLASSES:

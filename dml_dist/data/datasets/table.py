@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TableImporter:
-    """Images listed in a table; rows are counted from 1, without the header, in messages."""
+    """Images listed in a table; messages count rows from 1, without the header."""
 
     config: TableConfig
 
@@ -36,7 +36,7 @@ class TableImporter:
         return self._samples
 
     def facts(self) -> DatasetFacts:
-        """Count the images of each class; without the source, what is expected of them."""
+        """Count the images of each class; without the source, return the expected counts."""
         return expected_facts(self.config) or facts_of(self._samples)
 
     @cached_property
@@ -98,6 +98,7 @@ def _refuse_repeated(file: Path, paths: Sequence[str]) -> None:
     for row, path in enumerate(paths, start=1):
         if first.setdefault(path, row) != row:
             raise DataError(
-                f"{file}: an image may be listed once, {path!r} is in row {first[path]} and in row "
-                f"{row}; remove one (for retrieval with both uses, role is `both`)"
+                f"{file}: an image may be listed only once, but {path!r} is in rows {first[path]} "
+                f"and {row}; remove one (use the role `both` for a query that is also in the "
+                "gallery)"
             )
