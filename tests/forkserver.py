@@ -1,8 +1,8 @@
-"""The server that processes of tests are forked from, with everything imported that they need.
+"""The fork server of test processes, with all modules that they need imported in advance.
 
-A process has one such server: whoever starts it first says what it imports. Left to the project
-(`data/pool.py`, for writers and loader workers) each rank that a test forks would import torch and
-torchvision anew, 3 s.
+A process has one such server, and its first user sets what it imports. If `data/pool.py` started it
+(for writers and loader workers), each rank forked by a test would import torch and torchvision,
+which takes 3 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _IMPORTS = [
 
 
 def start() -> None:
-    """Start the server where none runs yet; it imports while the caller goes on."""
+    """Start the server if none is running; it imports while the caller continues."""
     CONTEXT.set_forkserver_preload(_IMPORTS)
     forkserver.ensure_running()
 

@@ -1,4 +1,4 @@
-"""The layouts of the official data sets in small, with their oddities, for the tests of importers.
+"""Small copies of the official data sets' layouts, with their irregularities, for importer tests.
 
 Each function writes below a folder and returns it. Numbers of images differ between classes, and
 one class has a single image.

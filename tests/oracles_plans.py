@@ -41,7 +41,7 @@ def check_balanced_epoch(
         assert len(groups) == num_classes
         assert all(len(set(group)) == 1 for group in groups)
         classes = [group[0] for group in groups]
-        assert len(set(classes)) == num_classes, "a class stands twice in a batch"
+        assert len(set(classes)) == num_classes, "a class occurs twice in a batch"
         visits.update(classes)
         in_batch = Counter(batch.tolist())
         for row, count in in_batch.items():

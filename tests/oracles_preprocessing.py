@@ -1,4 +1,4 @@
-"""The preprocessing that a bundle describes, carried out with PIL and numpy alone."""
+"""The preprocessing that a bundle describes, reimplemented with PIL and numpy."""
 
 from __future__ import annotations
 

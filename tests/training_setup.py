@@ -88,7 +88,7 @@ def global_rows(step: int, plan: RunPlan) -> np.ndarray:
 
 @dataclass
 class SmallRun:
-    """One attempt at a small run on one rank, and what it told."""
+    """One attempt at a small run on one rank, with its recorded events."""
 
     topology: Topology
     comm: Comm

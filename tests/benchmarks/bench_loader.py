@@ -1,4 +1,4 @@
-"""Images per second of the training loader, beside a plain torchvision ImageFolder loader.
+"""Images per second of the training loader, against a plain torchvision ImageFolder loader.
 
 With `decoded cache`, every image was decoded before (data.decoded_cache_mb).
 

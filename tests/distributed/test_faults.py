@@ -1,4 +1,4 @@
-"""Ranks that are slow, raise, die or find no port: the others go on, or end with a reason."""
+"""Ranks that are slow, raise, die or find no port: the others continue, or end with an error."""
 
 from __future__ import annotations
 

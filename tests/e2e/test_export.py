@@ -1,4 +1,4 @@
-"""Export and search: a bundle stands alone and finds what an evaluation finds."""
+"""Export and search: a bundle is self-contained and finds the neighbors of an evaluation."""
 
 from __future__ import annotations
 
@@ -324,9 +324,9 @@ def test_wrong_searches(bundle: Path, images: list[Path], cli: Cli, tmp_path: Pa
     with open(damaged / "gallery.faiss", "r+b") as file:
         file.seek(100)
         file.write(b"\xff\xff")
-    torn = tmp_path / "torn"
-    shutil.copytree(bundle, torn)
-    (torn / "model.onnx").unlink()
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle, broken)
+    (broken / "model.onnx").unlink()
     newer = tmp_path / "newer"
     newer.mkdir()
     (newer / "manifest.json").write_text('{"format_version": 99}')
@@ -338,7 +338,7 @@ def test_wrong_searches(bundle: Path, images: list[Path], cli: Cli, tmp_path: Pa
         (("empty", image), "it is empty"),
         (("nowhere", image), "it does not exist"),
         ((damaged, image), "gallery.faiss of the bundle"),
-        ((torn, image), "is missing since the export"),
+        ((broken, image), "is missing since the export"),
         ((newer, image), "has format 99, but this version of dml-dist reads format 1"),
         ((bundle, image, "--out", "taken.png"), "taken.png exists"),
         ((bundle, image, "--out", "picture.jpg"), "must name a PNG file"),

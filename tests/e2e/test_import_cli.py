@@ -107,8 +107,8 @@ def test_split_settings_without_effect_are_refused(values: dict[str, object], me
         SplitConfig(**values)
 
 
-def test_summary_of_shards() -> None:
-    """Paths and what is done about trouble are no part of which data set this is."""
+def test_description_excludes_paths_and_error_handling() -> None:
+    """Source paths and `on_broken` or `allow_partial` do not identify a data set."""
     lenient = SOPConfig(source="a", allow_partial=True, on_broken="skip")
     assert describe(lenient) == describe(SOPConfig(source="b")) == '{"name": "sop"}'
     assert describe(TableConfig(source="b", max_side=64)) == '{"max_side": 64, "name": "table"}'

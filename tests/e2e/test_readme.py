@@ -1,4 +1,4 @@
-"""The README's Python examples, run as they stand, one after the other."""
+"""The README's Python examples, run unchanged, one after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transform that does harm, or asks to stop, at a chosen image."""
+"""A transform that injects a fault, or requests a stop, at a chosen image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Act(StandardTransform):
 
     Args:
         mark: File that is made before the deed; where it exists nothing happens, unless `again`.
-        action: SIGKILL to this process, to its parent or to the process whose number stands in the
+        action: SIGKILL to this process, to its parent or to the process whose id is in the
             file `path`; SIGSTOP or SIGTERM to this process; sleep; raise an error; remove the file
             `path`.
         after: Number of images that the process transforms before.

@@ -130,7 +130,7 @@ def glyphs_into(out: Path) -> tuple[str, ...]:
 
 
 def on_one_core(*arguments: str) -> None:
-    """Run a command that starts no writer processes: each would import torch anew."""
+    """Run a command that starts no writer processes: each would import torch again."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     command(*arguments)
 
@@ -200,7 +200,7 @@ def test_missing_tar_shard_during_training(
     data, away = tmp_path / "data", tmp_path / "away"
     shutil.copytree(glyphs, data)
     index = read_index(data)
-    # The last tar shard of the first epoch: nobody has opened it when the first is being read.
+    # The last tar shard of the first epoch: it is not open yet while the first is being read.
     rows = index.rows("train")
     shards = sorted({index.tar_shards[at] for at in index.tar_shard[rows]})
     config = act(config_file)

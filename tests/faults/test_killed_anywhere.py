@@ -61,7 +61,7 @@ def kill_and_continue(whole: Whole, folder: Path, rank: int, number: int) -> Non
     assert killed.codes[rank] == KILLED, what
     others_say_why(killed, rank, what)
     if not (run / "run.json").exists():
-        # Nothing was trained. Both ways say so, and neither touches what is there.
+        # Nothing was trained. Both commands report it, and neither changes existing files.
         for arguments in (whole.arguments, (*whole.arguments, "--resume")):
             if arguments == whole.arguments and not any(run.iterdir() if run.exists() else ()):
                 continue

@@ -142,7 +142,7 @@ def test_restarts_used_up(config_file: Path, cli: Cli, whole_on_two: Path, tmp_p
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """A Ray cluster beside this process, as `ray start --head` makes it; gives its address."""
+    """A Ray cluster started like `ray start --head`; yields its address."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Paths of sockets must be short.
     ports = free_ports(6)
     options = {
@@ -191,7 +191,7 @@ def cluster() -> Iterator[str]:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, outside of the range that Ray's workers use."""
+    """Unused ports, outside of the range that Ray's workers use."""
     found: list[int] = []
     port = 20000 + os.getpid() % 9000
     while len(found) < number:
@@ -368,7 +368,7 @@ def test_no_free_port(config_file: Path, tmp_path: Path) -> None:
 def test_a_killed_process_of_ray(
     name: str, config_file: Path, cli: Cli, whole_on_two: Path, tmp_path: Path
 ) -> None:
-    """Without its daemons Ray cannot go on: the command ends in bounded time, and is continued."""
+    """Without its daemons Ray fails: the command ends in bounded time and can be resumed."""
     mark = tmp_path / "mark"
     config = act(config_file, mark=mark, action="sleep", after=70, seconds=PATIENCE)
     with started("train", config, *ON_RAY, "--run-dir", "run", cwd=tmp_path) as driver:

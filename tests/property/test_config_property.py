@@ -1,4 +1,4 @@
-"""Whatever is given as a configuration: a valid one or a ConfigError, never another exception."""
+"""Any input is a valid configuration or a ConfigError, never another exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A web server on this machine whose answers go wrong on demand."""
+"""A local web server whose responses fail on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cars196 in small, in its three layouts; all must give the same classes."""
+"""Cars196 with few images in its three layouts, which must give the same classes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_devkit_without_labels_or_in_nested_folders(tmp_path: Path) -> None:
     (tmp_path / "cars_test_annos_withlabels.mat").rename(tmp_path / "devkit/cars_test_annos.mat")
     message = refusal(tmp_path)
     assert "cars_test_annos_withlabels.mat does not exist in" in message
-    assert "cars_test_annos.mat, which does, has no classes" in message
+    assert "cars_test_annos.mat exists but has no classes" in message
     assert len(listed(tmp_path)) == 5
     (tmp_path / "devkit/cars_train_annos.mat").write_bytes(b"no matlab file at all, but long" * 9)
     with pytest.raises(DataError, match=r"cars_train_annos.mat cannot be read as a MATLAB file"):

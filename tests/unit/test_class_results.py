@@ -149,7 +149,7 @@ def test_the_file_of_classes_holds_what_was_written(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(again.results, name), getattr(result, name))
         assert getattr(again.results, name).dtype == getattr(result, name).dtype
     assert (again.names, again.super_classes) == (names, [None, None, *supers[2:]])
-    (tmp_path / "c.parquet").write_bytes(b"PAR1 torn")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(DataError, match="evaluate the run again"):
         read_class_table(tmp_path / "c.parquet")
 
@@ -164,7 +164,7 @@ def test_the_file_of_embeddings_holds_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.embeddings, x)
     assert again.rows.tolist() == [10, 11, 12, 13, 14]
     assert again.labels.tolist() == [0, 1, 0, 1, 0]
-    (tmp_path / "e.npz").write_bytes(b"PK torn")
+    (tmp_path / "e.npz").write_bytes(b"PK cut")
     with pytest.raises(DataError, match="evaluate the run again"):
         read_embeddings(tmp_path / "e.npz")
 

@@ -108,7 +108,7 @@ def compare_losses_with_and_without(config: RunConfig) -> None:
 
 
 def test_claims_quote_the_published_rows() -> None:
-    """Numbers in claims of recipes stand in references.yaml for the same method and data set."""
+    """Numbers in claims of recipes are in references.yaml for the same method and data set."""
     rows = read_references(REFERENCES).rows
     for recipe in RECIPES[:4]:
         for dataset in DATASETS:

@@ -1,4 +1,4 @@
-"""CUB-200-2011 in small: the class rule, and files that do not fit each other."""
+"""CUB-200-2011 with few images: the class rule, and inconsistent files."""
 
 from __future__ import annotations
 

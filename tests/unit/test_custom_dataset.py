@@ -1,4 +1,4 @@
-"""A data set of one's own, from its configuration to shards that can be read."""
+"""A custom data set, from its configuration to readable shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def importer(target: str, **options: Any) -> Importer:
     return build_importer(CustomDatasetConfig(name="custom", target=target, options=options))
 
 
-def test_a_data_set_of_ones_own_is_imported(tmp_path: Path) -> None:
+def test_custom_dataset_is_imported(tmp_path: Path) -> None:
     stripes = importer("tests.custom_examples:Stripes", num_classes=4, images_per_class=3)
     assert stripes.facts() is None  # it has none to give
     import_dataset(stripes, tmp_path, samples_per_shard=5, processes=2)
@@ -53,7 +53,7 @@ class Counted(Stripes):
         return facts_of(self.samples())
 
 
-def test_facts_of_ones_own_are_used() -> None:
+def test_custom_facts_are_used() -> None:
     facts = importer(f"{__name__}:Counted", num_classes=5).facts()
     assert facts == DatasetFacts({"test": (5, 5), "train": (5, 5, 5)}, exact=True)
 

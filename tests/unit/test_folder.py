@@ -153,7 +153,7 @@ def test_a_folder_that_nothing_uses_is_reported(
         write_images(tmp_path, ["val/c/3.png"])
         listed(tmp_path)
     (record,) = caplog.records
-    assert "val/ is imported as the split 'val', which neither trains" in record.getMessage()
+    assert "val/ is imported as the split 'val', which is not used" in record.getMessage()
 
 
 def test_unused_split_setting_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""In-Shop in small: queries and gallery, the list's odd form, and where images may lie."""
+"""In-Shop with few images: queries and gallery, the format of the list, locations of images."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_items_on_the_wrong_side(tmp_path: Path) -> None:
     assert "1 items are in gallery and not in query: id_00000099" in message
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-2]))
-    assert "line 1 says 11 images, 9 follow" in refusal(tmp_path)
+    assert "line 1 declares 11 images, but 9 follow" in refusal(tmp_path)
     path.write_text("\n".join(lines[1:]))
     assert "the first line must be the number of images" in refusal(tmp_path)
     path.write_text("\n".join(lines).replace("gallery", "probe"))

@@ -134,7 +134,7 @@ def test_errors_that_mean_a_dead_loader_worker_are_known(error: Exception, dead:
 def test_blocked_loader_worker_ends_the_run(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "LIMIT_SECONDS", 1.0)
     transform = Act(lambda: time.sleep(600), after=0)
-    with pytest.raises(RunError, match=r"within 1 s, got none from 1 loader workers"):
+    with pytest.raises(RunError, match=r"The 1 loader workers returned no batch within 1 s"):
         list(load(index, transform=transform, workers=1))
     assert_no_children()
 

@@ -71,7 +71,7 @@ def test_missing_sources_are_refused(section: type[OfficialSection], tmp_path: P
         build_importer(section(source=str(tmp_path), allow_partial=True)).samples()
 
 
-def test_an_archive_is_to_be_unpacked_or_fetched_again(
+def test_archive_must_be_unpacked_or_downloaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = tmp_path / "CUB_200_2011.tgz"
@@ -80,7 +80,7 @@ def test_an_archive_is_to_be_unpacked_or_fetched_again(
     with pytest.raises(DataError) as caught:
         importer.samples()
     assert f"md5 is {hashlib.md5(b'half an archive').hexdigest()}" in str(caught.value)
-    assert "published is 97eceeb196236b17998738112f37df78; fetch it again" in str(caught.value)
+    assert "published is 97eceeb196236b17998738112f37df78; download it again" in str(caught.value)
     monkeypatch.setattr(official, "md5_of", lambda path: "97eceeb196236b17998738112f37df78")
     with pytest.raises(DataError, match=r"\(its md5 is the published one\); unpack it and give"):
         importer.samples()
@@ -117,17 +117,17 @@ def test_published_counts_pass_without_warnings(
             small_cars(folder, **change).samples()
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("in_parent", [True, False])
 def test_damaged_archive_next_to_the_data_is_named(
-    tmp_path: Path, beside: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, in_parent: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = layouts.cars_annotated(tmp_path / "cars")
-    (tmp_path / ("." if beside else "cars") / "car_ims.tgz").write_bytes(b"who")
+    (tmp_path / ("." if in_parent else "cars") / "car_ims.tgz").write_bytes(b"who")
     with caplog.at_level(logging.WARNING):
         small_cars(folder).samples()
     (record,) = caplog.records
     assert "car_ims.tgz: md5 is " in record.getMessage()
-    assert "what was unpacked from it may be damaged" in record.getMessage()
+    assert "the files unpacked from it may be damaged" in record.getMessage()
 
 
 def test_no_image_at_all_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commit of the sources is found where there is one, and nobody else's is taken for it."""
+"""The commit of the sources is found, and never that of an enclosing repository."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_every_row_reads_what_tarfile_reads(index: Index) -> None:
 
 
 def open_files(folder: Path) -> int:
-    """Files below a folder that this process has open; other threads open others meanwhile."""
+    """Number of files below a folder that this process has open; other threads open other files."""
     links = (os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
     return sum(os.readlink(link).startswith(str(folder)) for link in links if os.path.islink(link))
 

@@ -1,4 +1,4 @@
-"""Tar shards behind a URL: the batches of a local run, whatever the server does on the way."""
+"""Tar shards behind a URL: the batches of a local run, despite server faults."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_a_cache_too_small_for_the_plan_is_refused_with_the_sizes(
         require_cache_room(index, wide, run_config("shuffled"))
     require_cache_room(local, plan_of(local, BALANCED), run_config("balanced"))
     assert {server.gets[name] for name in local.tar_shards} == {0}
-    # A plan that was not checked ends when it cannot go on.
+    # A plan that was not checked ends when it cannot continue.
     with pytest.raises(RunError, match=r"already in use; .* raise data.cache.max_gb"):
         list(load(index, config=BALANCED))
 

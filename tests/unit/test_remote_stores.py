@@ -1,4 +1,4 @@
-"""Errors of S3, as s3fs words them: tried again only where that may help."""
+"""Errors of S3, as raised by s3fs: retried only if they may be transient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports say what a run's folder holds, need nothing else, and never fail on what is missing."""
+"""Reports use only a run's folder, and never fail on missing or damaged files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_literature_protocol_is_dashed(full: Path, page: Page) -> None:
     dashed = re.findall(r"stroke-dasharray: [\d.]+,", page.raw)
     assert len(dashed) == 4  # two lines and their two entries in the legend
     literature = read_summary(full).evaluation("recall_at_1", "literature")
-    # At step 500 the final evaluation of the same split stands beside it.
+    # At step 500 the final evaluation of the same split is shown next to it.
     np.testing.assert_array_equal(literature.steps, [100, 200, 300, 400, 500])
     np.testing.assert_allclose(literature.values, [0.1, 0.2, 0.3, 0.4, 0.5])
 

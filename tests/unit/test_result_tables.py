@@ -1,4 +1,4 @@
-"""Columns of the results of a run, on its page and on the terminal: each number in its own."""
+"""Columns of the results of a run, on its page and in the terminal."""
 
 from __future__ import annotations
 

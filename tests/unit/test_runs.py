@@ -1,4 +1,4 @@
-"""A run folder: refuses to be overwritten, keeps its attempts, and knows where it came from."""
+"""A run folder: is never overwritten, and records its attempts and their provenance."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_empty_folder_is_taken_and_relative_paths_become_absolute(
 def test_an_existing_run_is_refused_with_its_state(tmp_path: Path) -> None:
     run = make(tmp_path / "demo")
     with pytest.raises(
-        ConfigError, match=r"'demo' already \(running since 2.*, no checkpoint yet\)"
+        ConfigError, match=r"already holds the run 'demo' \(running since 2.*, no checkpoint yet\)"
     ):
         make(tmp_path / "demo")
     run.begin_attempt(**ATTEMPT)

@@ -1,4 +1,4 @@
-"""Stanford Online Products in small: what is listed, found, refused and told."""
+"""Stanford Online Products with few images: listings, missing files, errors and warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How images enter tar shards: broken ones left out by name, large ones shrunk once."""
+"""Images in tar shards: broken ones are skipped and named, large ones are shrunk once."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_broken_images_are_left_out_and_named(raw: Path, tmp_path: Path) -> None
     text = "\n".join(summary.lines(out))
     assert f"skipped 7 broken images, all in {out / 'skipped.csv'}, first:" in text
     assert "1 classes have only broken images and are left out: 2" in text
-    # Labels close the gap, as they do when the tar shards are indexed anew.
+    # Labels close the gap, as they do when the tar shards are indexed again.
     assert index.class_names == ("0", "1", "3", "4", "5")
     labels = dict(zip(index.keys, index.label, strict=True))
     shutil.copytree(out, tmp_path / "copy")
@@ -126,7 +126,7 @@ def test_raise_after_skip_checks_images_again(
 def test_a_tar_shard_of_images_that_broke_since_is_removed(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unfinished import goes on after images were replaced, here by broken ones."""
+    """An unfinished import continues after images were replaced, here by broken ones."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(write_shards, "write_index", stop)

@@ -163,7 +163,7 @@ def test_flips_come_at_their_rate() -> None:
 
 
 class Halving:
-    """A transform of one's own, as `data.transform.target` names it."""
+    """A custom transform, as `data.transform.target` names it."""
 
     def __init__(self, divisor: float = 255.0) -> None:
         self.divisor = divisor

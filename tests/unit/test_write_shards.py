@@ -203,7 +203,7 @@ def test_killed_import_continues_to_the_same_bytes(
     assert (out / INDEX_NAME).exists() == (where == "after the index")
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert 0 < len(kept) <= 5
-    # What has the name of a tar shard is a whole one, even before the import goes on.
+    # A file named as a tar shard is complete, even before the import continues.
     assert all((out / name).read_bytes() == whole[name] for name in kept)
     switch.unlink(missing_ok=True)
     if where != "after the index":
