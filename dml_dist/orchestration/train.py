@@ -21,7 +21,6 @@ from dml_dist.config.load import dump_config, load_config, with_absolute_paths
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.errors import DmlDistError, PeerLostError, RunStopped
-from dml_dist.files import write_text_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
 from dml_dist.orchestration.ray_launch import delete_scratch
@@ -107,7 +106,7 @@ def _run(
                 RunFolder.create(folder.path, text, name=config.name, seed=config.seed)
             held.enter_context(folder.lock())
             delete_scratch(folder.path)
-            write_text_atomic(folder.config_path, text)
+            folder.write_config(text)
             return assignment
 
         assignment = on_main(comm, prepare)

@@ -8,9 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import yaml
-
-from dml_dist.errors import DataError
+from dml_dist.config.yaml_text import read_yaml
+from dml_dist.errors import ConfigError, DataError
 from dml_dist.report.class_results import draw_classes, read_class_results, weakest_rows
 from dml_dist.report.curves import draw_curves
 from dml_dist.report.figures import Picture
@@ -143,9 +142,9 @@ def _of_size(curves: Sequence[Picture], *, small: bool) -> list[Picture]:
 def _distance(config: str | None) -> Literal["cosine", "euclidean"]:
     """Return the distance of a run's configuration; cosine when it cannot be read."""
     try:
-        values = yaml.safe_load(config or "")
+        values = read_yaml(config or "", "config.yaml").value
         euclidean = values["evaluation"]["distance"] == "euclidean"
-    except (yaml.YAMLError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
         return "cosine"
     return "euclidean" if euclidean else "cosine"
 

@@ -5,9 +5,7 @@
     records/steps.jsonl          training records, one JSON line each
     records/evaluations.jsonl    validation and test records
     checkpoints/                 written and read by training alone
-    metrics.json                 written when the run finishes: metrics of the final evaluation, or
-                                 of the best validation if `evaluation.final` is none
-                                 (runs/artifacts.py)
+    metrics.json                 final evaluation, or best validation if `evaluation.final` is none
     embeddings.npz               embeddings of the final evaluation (runs/artifacts.py)
     per_class.parquet            results per class of the final evaluation (runs/artifacts.py)
     metrics-SPLIT-CHECKPOINT.json, per_class-SPLIT-CHECKPOINT.parquet
@@ -205,12 +203,15 @@ class RunFolder:
                 f"another command is starting a run in {run.path}; give another --run-dir or name"
             ) from None
         run.checkpoints.mkdir()
-        write_text_atomic(run.config_path, config)
-        run._write(
-            RunInfo(name, _now(), seed, RunStatus("running", _now()))
-        )  # From here on it is a run.
+        run.write_config(config)
+        # From here on it is a run.
+        run._write(RunInfo(name, _now(), seed, RunStatus("running", _now())))
         sync_folder(run.path.parent)
         return run
+
+    def write_config(self, config: str) -> None:
+        """Write the resolved configuration, YAML."""
+        write_text_atomic(self.config_path, config)
 
     def require_new(self) -> None:
         """Check that the folder is missing or empty; `create` also checks it.

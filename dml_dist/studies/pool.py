@@ -21,10 +21,10 @@ from rich.console import Console
 from dml_dist.config.load import load_config
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.errors import ConfigError
-from dml_dist.files import read_json
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.orchestration.ray_tasks import Execute, Metrics, ray_tasks
 from dml_dist.orchestration.train import run_training
+from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import read_records
 from dml_dist.runs.study import StudyFolder, StudyKind, digest, fixed_differences
@@ -53,7 +53,7 @@ def finished_metrics(config: RunConfig, folder: Path, kind: StudyKind) -> Metric
             f"{folder} holds a run with another configuration than {config.name} has now "
             f"(there -> now): {differences}; remove the folder, or give another --run-dir"
         )
-    return dict(read_json(run.metrics_path)) if run.info().finished else None
+    return read_metrics(run.metrics_path) if run.info().finished else None
 
 
 def is_diverged(folder: Path) -> bool:
