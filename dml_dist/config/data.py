@@ -210,7 +210,7 @@ class BalancedBatchesConfig(Section):
     """K, the number of images of each of them."""
 
     small_classes: Literal["resample"] = "resample"
-    """Classes with fewer than K images repeat some; each repetition is augmented anew."""
+    """Classes with fewer than K images repeat some; each repetition is augmented differently."""
 
 
 BatchesConfig = Annotated[

@@ -37,7 +37,7 @@ def explain(path: str) -> str:
     """Return what a field or a section means, requires and is by default.
 
     Args:
-        path: Dotted path such as `optim.lr`; in a family a member's name may stand in it
+        path: Dotted path such as `optim.lr`; in a family a member's name may be part of it
             (`optim.sgd.momentum`); the empty path lists the sections of a run.
 
     Raises:

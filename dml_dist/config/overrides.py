@@ -120,7 +120,7 @@ class _Position:
         return _Position(())
 
     def beginning(self) -> Any:
-        """Return what a path goes below when nothing stands there yet."""
+        """Return what a path goes below when there is nothing yet."""
         if self._sections:
             return {"name": self.name} if self.name is not None else {}
         if self._field is None:

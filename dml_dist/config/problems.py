@@ -92,7 +92,7 @@ class _Place:
 
     path: KeyPath = ()
     section: type[Section] = RunConfig
-    """The section in which the last key of the path stands."""
+    """The section that holds the last key of the path."""
 
     siblings: dict[str, type[Section]] | None = None
     """That section and its alternatives by name, when a tagged field chose it."""

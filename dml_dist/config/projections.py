@@ -55,7 +55,7 @@ class ProjectionsConfig(Section):
     """Which pairs and triplets a pair loss counts: those that involve a representative, or all."""
 
     mining: ClassMiningConfig | None = None
-    """Hard class mining; null goes through the classes in turn."""
+    """Hard class mining; null cycles through the classes."""
 
     lead_steps: PositiveInt = 32
     """Steps between the preparation of a problem and its first step.

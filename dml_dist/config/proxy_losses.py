@@ -151,7 +151,7 @@ class NormalizedSoftmaxConfig(Section):
     """T, which cosines are divided by."""
 
     negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the classes, beside the batch's own, sampled per step; others get no gradient."""
+    """Share of the classes sampled per step besides the batch's own; others get no gradient."""
 
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
@@ -169,7 +169,7 @@ class CosFaceConfig(Section):
     """m, in cosines, 0 to 1."""
 
     negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the classes, beside the batch's own, sampled per step; others get no gradient."""
+    """Share of the classes sampled per step besides the batch's own; others get no gradient."""
 
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
@@ -187,7 +187,7 @@ class ArcFaceConfig(Section):
     """m, in degrees, 0 to 90."""
 
     negatives_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the classes, beside the batch's own, sampled per step; others get no gradient."""
+    """Share of the classes sampled per step besides the batch's own; others get no gradient."""
 
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""

@@ -157,12 +157,12 @@ class EvaluationConfig(Section):
     """Library of the search; auto is Faiss on a CPU and torch on a GPU; results are the same."""
 
     memory_mb: PositiveFloat = resumable(512.0)
-    """Working memory of each rank for the search, in MiB, beside the embeddings."""
+    """Working memory of each rank for the search, in MiB, in addition to the embeddings."""
 
     metrics: tuple[
         Literal["nmi", "nmi_geometric", "f1", "ami", "super_class_recall", "structure"], ...
     ] = resumable(("nmi", "f1", "super_class_recall", "structure"))
-    """Metrics of the final evaluation and of `dml-dist evaluate`, beside Recall@K, R-precision and
+    """Metrics of the final evaluation and of `dml-dist evaluate`, besides Recall@K, R-precision and
     MAP@R.
 
     NMI (arithmetic or geometric mean), AMI and pairwise F1 use k-means with as many clusters as
@@ -198,7 +198,7 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null means at each validation, or at the end of each epoch."""
 
     keep: PositiveInt = resumable(2)
-    """Number of newest checkpoints that are kept, beside the best one."""
+    """Number of newest checkpoints that are kept, in addition to the best one."""
 
 
 class LaunchConfig(Section):

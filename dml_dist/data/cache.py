@@ -144,7 +144,7 @@ class ShardCache:
         own = sum(_size(self.folder / name) for name in self._own.counts)
         if own + size > self.max_bytes:
             raise RunError(
-                f"{path.name} ({_mib(size)}) does not fit beside the {_mib(own)} already in use; "
+                f"{path.name} ({_mib(size)}) does not fit with the {_mib(own)} already in use; "
                 + self._advice(size)
             )
         if not self._make_room(size):

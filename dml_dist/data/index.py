@@ -134,7 +134,7 @@ def write_index(index: Index, *, digest: str = "", description: str = "") -> Non
 
     Args:
         index: What to write.
-        digest: Identifies the import that made the shards; empty for shards made elsewhere.
+        digest: Identifies the import that made the shards; empty for shards of other programs.
         description: Describes what was imported; empty when unknown.
     """
     label = pa.array(index.label.astype(np.int32))

@@ -1,7 +1,7 @@
 """Write a data set as tar shards with their index; an interrupted import continues.
 
 The order of images is a seeded draw inside each split, so a tar shard mixes classes and holds one
-split. Which bytes stand in which tar shard depends on the samples, the seed and the shard size
+split. Which bytes are in which tar shard depends on the samples, the seed and the shard size
 only, never on the processes: an import that was cut off and continued ends byte for byte equal to
 one that was not. Until the index is written, `.import/` holds the plan (plan.json) and, for each
 finished tar shard, where its images are. With the index it writes a summary and its lists

@@ -126,7 +126,7 @@ def evaluate(
         distance: "cosine" (rows normalized in float64, then stored in float32) or "euclidean".
         roles: (N,) "query", "gallery" or "both"; None means both for all.
         backend: Search backend for candidates: "auto", "faiss" or "torch".
-        memory_mb: Bound on this rank's working memory in MiB, beside its embeddings, two float32
+        memory_mb: Bound on this rank's working memory in MiB, besides its embeddings, two float32
             copies of them (a third one of the gallery's rows where some rows are queries only),
             and buffers of the libraries (about 30 MiB).
         comm: The ranks; None means this process alone. Every rank calls this.

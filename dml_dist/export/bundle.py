@@ -149,7 +149,7 @@ def require_new(path: Path) -> None:
 
 @contextmanager
 def new_bundle(path: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `path`, renamed to `path` when the block ends without error.
+    """Yield a hidden folder next to `path`, renamed to `path` when the block ends without error.
 
     Raises:
         ConfigError: If `path` is a file or a folder that is not empty.

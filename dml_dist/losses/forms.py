@@ -87,7 +87,7 @@ class RowLoss(Protocol):
         """Return the loss, a 0-d tensor, from the statistics over all shards."""
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
+        """Return 0-d tensors to be recorded with the loss; {} when there are none."""
 
 
 Partial = Callable[[Tensor, Tensor, Tensor, ProxyShard, Statistics], Statistics]
@@ -128,7 +128,7 @@ class RoundsLoss(Protocol):
         """Return the loss, a 0-d tensor, from the statistics of all rounds over all shards."""
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return 0-d tensors to be recorded beside the loss; {} when there are none."""
+        """Return 0-d tensors to be recorded with the loss; {} when there are none."""
 
 
 def table_units(loss: RowLoss | RoundsLoss, num_classes: int) -> int:

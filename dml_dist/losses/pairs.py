@@ -118,7 +118,7 @@ class AnchorLoss(Protocol):
         """Return the loss, a 0-d tensor, from the statistics of all anchors."""
 
     def statistics(self, total: Statistics) -> Statistics:
-        """Return 0-d tensors to be recorded beside the loss."""
+        """Return 0-d tensors to be recorded with the loss."""
 
 
 def pair_distances(anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class SoftTriple(CosFace):
         dtype = accurate_dtype(embeddings_GD, proxies_LD)
         queries_GD = normalize_rows(embeddings_GD.to(dtype))
         k = self.centers_per_class
-        # Half the memory: a chunk holds weights beside the cosines.
+        # Half the memory: a chunk holds weights and the cosines.
         rows = chunk_rows(queries_GD, self.logit_memory_mb / 2)
         lse_G, positive_G = _RelaxedStatistics.apply(
             queries_GD,

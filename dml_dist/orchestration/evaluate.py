@@ -32,7 +32,7 @@ def run_evaluation(
     checkpoint: str,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint and write metrics and results of each class beside the run's own.
+    """Evaluate a checkpoint and write metrics and results of each class next to the run's own.
 
     Args:
         run_dir: The run's folder.

@@ -1,4 +1,4 @@
-"""Joining the ranks of a run: gloo on CPU, NCCL beside gloo on GPU, a timeout always."""
+"""Joining the ranks of a run: gloo on CPU, NCCL and gloo on GPU, a timeout always."""
 
 from __future__ import annotations
 

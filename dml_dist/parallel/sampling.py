@@ -34,7 +34,7 @@ class SampledProxyObjective(ProxyObjective):
 
         Args:
             loss: The loss; one proxy a class.
-            negatives_share: Share of the classes that takes part beside the batch's, 0 .. 1.
+            negatives_share: Share of the classes that takes part besides the batch's, 0 .. 1.
             of_table: Arguments of `ProxyObjective`.
         """
         super().__init__(loss, **of_table)

@@ -17,7 +17,7 @@ _FOLDER = Path(__file__).parent
 
 
 def write_page(report_dir: Path, template: str, pictures: Sequence[Picture], **values: Any) -> Path:
-    """Write a page as index.html, and all its figures beside it.
+    """Write a page as index.html, and all its figures next to it.
 
     Args:
         report_dir: The folder, made if it is missing.

@@ -1,11 +1,11 @@
 """What a study is on disk, and what tells its runs apart.
 
 A study is a folder of runs. Each run's configuration differs from the study's in the *identity*
-fields of the study's kind alone, and *free* fields may change while the study goes on.
+fields of the study's kind alone, and *free* fields may change while the study is in progress.
 
 KIND.yaml                    the resolved configuration of the study
 runs/NAME/                   the run folders
-search/GROUP/trial-N/        the run of a trial; trial-N.json beside it: values and outcome
+search/GROUP/trial-N/        the run of a trial; trial-N.json next to it: values and outcome
 untrained/DIGEST.json        metrics of an untrained network, shared by the runs that begin with it
 report/                      the page, its figures, tables as CSV
 .lock                        held by the command that works on the study
@@ -41,7 +41,7 @@ class StudyKind:
     Attributes:
         name: The section of the configuration, the command, and the name of the study's file.
         identity: Paths in which a run may differ from its study and from other runs.
-        free: Paths that may change while the study goes on: where and how fast. A path that is
+        free: Paths that may change during the study: where and how fast. A path that is
             also below `identity` is not free.
     """
 
@@ -204,7 +204,7 @@ class StudyFolder:
         return self.path / "runs" / name
 
     def trial(self, group: str, number: int) -> Path:
-        """The folder of a trial's run; its outcome is in the file beside it."""
+        """The folder of a trial's run; its outcome is in the file next to it."""
         return self.path / "search" / group / f"trial-{number}"
 
     def outcome_path(self, group: str, number: int) -> Path:

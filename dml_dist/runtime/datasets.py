@@ -158,7 +158,7 @@ def require_same_dataset(config: DataConfig) -> None:
     """Refuse shards that were imported from another data set than the configured one.
 
     Raises:
-        DataError: If they were; for tar shards made elsewhere it is not known.
+        DataError: If they were; unknown for tar shards of other programs.
     """
     path = Path(config.path)
     imported = import_description(path)
@@ -201,7 +201,7 @@ def ensure_imported(config: DataConfig, console: Console) -> None:
 
 
 def index_folder(location: str, split: str, console: Console) -> None:
-    """Index tar shards that were made elsewhere.
+    """Index existing tar shards.
 
     Raises:
         ConfigError: If the location is a URL: nothing is written there.

@@ -38,7 +38,7 @@ _BYTES_PER_PAIR = 48
 
 
 def join_bytes(k_N: np.ndarray, width: int, world_size: int) -> int:
-    """Return the maximum bytes of a rank's join, beside the rows and their float32 copy.
+    """Return the maximum bytes of a rank's join, in addition to the rows and their float32 copy.
 
     Args:
         k_N: K of each of its rows.

@@ -86,7 +86,7 @@ class GalleryShard:
             class_N: Their classes, int64.
             radius: Upper bound on the norms of all stored rows of all ranks (`norm_bound`).
             backend: Search backend for candidates.
-            memory_bytes: Bound on working memory beside the rows and their float32 copy.
+            memory_bytes: Bound on working memory in addition to the rows and their float32 copy.
         """
         self.vectors_ND = vectors_ND
         self.row_N = row_N

@@ -76,7 +76,7 @@ def kmeans(
         comm: The ranks.
         seed: Seed of the initial centers.
         backend: Search backend; the clusters do not depend on it.
-        memory_bytes: Bound on working memory beside rows and centers.
+        memory_bytes: Bound on working memory in addition to rows and centers.
         max_iterations: Largest number of updates.
 
     Raises:

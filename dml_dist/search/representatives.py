@@ -74,7 +74,7 @@ def nearest_classes(
         number: h >= 1.
         comm: The ranks; every rank calls this.
         backend: Search backend for candidates: "auto", "faiss" or "torch".
-        memory_mb: Bound on this rank's working memory in MiB, beside the embeddings.
+        memory_mb: Bound on this rank's working memory in MiB, in addition to the embeddings.
 
     Returns:
         (C, h) int64 classes; -1 where there are fewer than h others.

@@ -52,7 +52,7 @@ def save_checkpoint(checkpoints: Path, state: TrainState, manifest: Manifest, *,
         checkpoints: Folder of the run's checkpoints.
         state: What is saved.
         manifest: What it is; its files and world size are filled in here.
-        keep: Number of newest whole checkpoints that are kept, beside `manifest.best`.
+        keep: Number of newest whole checkpoints that are kept, in addition to `manifest.best`.
 
     Returns:
         The checkpoint's folder.

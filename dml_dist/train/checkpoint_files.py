@@ -3,7 +3,7 @@
     step_00000500-a1/            500 updates, saved by attempt 1
         model.pt                 the network's state dict
         optim.pt                 optimiser state of what every rank holds, by name
-        loss.pt                  what the loss learns beside tables, by name; only if it does
+        loss.pt                  parameters of the loss other than tables, by name; only if it does
         projections.pt           problem, representatives, last solution; only under projections
         proxies-0-250.pt         rows 0 .. 249 of the table "proxies" and their optimiser state
         proxies-250-500.pt

@@ -88,7 +88,7 @@ def train(
 
 
 class _Loop:
-    """State of the loop beside the TrainState: best and last checkpoint, meters, stop checks."""
+    """State of the loop outside of TrainState: best and last checkpoint, meters, stop checks."""
 
     def __init__(
         self, config: RunConfig, plan: RunPlan, state: TrainState, hooks: TrainHooks

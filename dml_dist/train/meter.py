@@ -58,7 +58,7 @@ class Meter:
         return len(self.values.get("loss", ()))
 
     def read(self) -> Reading:
-        """Return the values since the last reading and start anew; waits for the device."""
+        """Return the values since the last reading and reset; waits for the device."""
         steps = torch.stack([torch.stack(column).double() for column in self.values.values()])
         steps = steps.cpu()  # HOST SYNC: the only one of a run.
         record = dict(zip(self.values, steps.mean(dim=1).tolist(), strict=True))

@@ -77,7 +77,7 @@ class Spans:
             comm.all_reduce_max(torch.zeros(1, device=comm.device), what="ranks before the gather")
 
     def read(self, num_steps: int) -> dict[str, float]:
-        """Return `seconds_<span>`, means over the steps since the last reading, and start anew.
+        """Return `seconds_<span>`, means over the steps since the last reading, and reset.
 
         Empty when spans are off. On a GPU it waits for the device.
         """

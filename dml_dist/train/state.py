@@ -74,7 +74,7 @@ class TrainState:
 
     @property
     def replicated(self) -> dict[str, Parameter]:
-        """Parameters of the objective beside its tables, by name; equal on every rank."""
+        """Parameters of the objective other than its tables, by name; equal on every rank."""
         return self.objective.replicated_parameters()
 
 

@@ -121,7 +121,7 @@ class Comparison:
         folder: The folder.
         config: Its configuration.
         methods: In the order of the configuration.
-        published: Published rows that may stand beside it.
+        published: Published rows that may be shown with it.
     """
 
     folder: Path
