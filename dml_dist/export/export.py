@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def _write(
     reader = ShardReader(context.index)
     gallery = _write_gallery(target, context, rows, model, reader, options, emit)
     write_json_atomic(target / files.PREPROCESSING, preprocessing(config.data.transform))
-    model = model.cpu().float().to(memory_format=torch.contiguous_format).eval()
+    cast(Any, model.cpu().float().eval()).to(memory_format=torch.contiguous_format)
     model.channels_last = False
     torch.save(model.state_dict(), target / files.WEIGHTS)
     embedder = files.Embedder(model, config.evaluation.distance == "cosine").eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -49,7 +51,8 @@ def build_model(
         model = _build(config, pretrained)
     model = model.to(dtype=dtype)
     if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        # Any: older types of `to` do not know memory_format alone.
+        cast(Any, model).to(memory_format=torch.channels_last)
     return model.train()
 
 
