@@ -8,6 +8,7 @@ function runs under every launcher, and a run folder outlives the Ray version th
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -225,6 +226,8 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     import ray
 
+    # Ray raises the level of the root logger; the package's own warnings must still be shown.
+    logging.getLogger("dml_dist").setLevel(logging.WARNING)
     if ray.is_initialized():  # A cluster that the calling program has started, such as a test's.
         _require_resources(launch)
         yield

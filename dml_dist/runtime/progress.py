@@ -63,14 +63,16 @@ class _Notes(logging.Handler):
 def warnings_as_notes(emit: Emit) -> Iterator[None]:
     """Send the package's warnings as events, because the output of ranks may not be visible."""
     logger, handler = logging.getLogger("dml_dist"), _Notes(emit)
-    propagate = logger.propagate
+    propagate, level = logger.propagate, logger.level
     logger.addHandler(handler)
     logger.propagate = False
+    logger.setLevel(logging.WARNING)  # The root's level may be higher, as in Ray's processes.
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
+        logger.setLevel(level)
 
 
 class Display:

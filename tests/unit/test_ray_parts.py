@@ -13,16 +13,29 @@ import pytest
 
 from dml_dist.orchestration import ray_mailbox, ray_private
 from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, heartbeat
+from dml_dist.runtime.progress import Event, warnings_as_notes
 from dml_dist.runtime.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)
-def _forget_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # mlflow, which other tests load, disables the loggers that exist when it configures its own.
-    monkeypatch.setattr(logging.getLogger(ray_private.__name__), "disabled", False)
+def _forget_warnings() -> Iterator[None]:
     ray_private._warn.cache_clear()
     yield
     ray_private._warn.cache_clear()
+
+
+def test_warnings_are_shown_where_ray_raises_the_level_of_the_root(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    package = logging.getLogger("dml_dist")
+    monkeypatch.setattr(package, "level", logging.NOTSET)
+    package.manager._clear_cache()  # type: ignore[attr-defined]
+    events: list[Event] = []
+    with warnings_as_notes(events.append):
+        logging.getLogger("dml_dist.train.checkpoint").warning("an older checkpoint")
+    assert [event["text"] for event in events] == ["warning: an older checkpoint"]
+    assert package.level == logging.NOTSET
 
 
 def test_without_the_node_dead_daemons_are_not_reported(
