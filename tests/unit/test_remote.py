@@ -28,7 +28,7 @@ from dml_dist.data.loader import evaluation_loader
 from dml_dist.data.plans import ShuffledPlan
 from dml_dist.data.reader import ShardReader
 from dml_dist.data.remote import RemoteFolder
-from dml_dist.data.remote_shards import open_index
+from dml_dist.data.remote_shards import RemoteShards, open_index
 from dml_dist.data.verify import verify
 from dml_dist.errors import ConfigError, DataError, RunError
 from dml_dist.parallel.comm import Comm
@@ -216,10 +216,15 @@ def test_a_small_cache_is_never_exceeded(local: Index, server: FlakyServer, tmp_
     config = SHUFFLED.model_copy(update={"window": 1})
     limit = int(3.5 * max(sizes(local)))
     index = open_index(server.url, cache(tmp_path, max_gb=limit / 1e9))
+    shards = index.remote
+    assert isinstance(shards, RemoteShards)
     used = []
     for expected, batch in zip(load(local, config=config), load(index, config=config), strict=True):
         assert_same([batch], [expected])
-        files = [path.stat().st_size for path in index.root.iterdir() if path.name != INDEX_NAME]
+        with shards.cache._locked():  # The prefetch of later batches copies and removes files.
+            files = [
+                path.stat().st_size for path in index.root.iterdir() if path.name != INDEX_NAME
+            ]
         used.append(sum(files))
     assert max(used) <= limit
     assert server.gets.total() > NUM_SHARDS + 1  # Some had to go, and came again.
