@@ -1,33 +1,23 @@
-"""Comparisons without training: the runs they consist of, their search, what is refused."""
+"""Comparisons without training: the runs they consist of, what is refused."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
 from dml_dist.config.load import differing_paths, parse_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.errors import ConfigError, RunError
-from dml_dist.random_streams import Stream, seed_of
+from dml_dist.errors import ConfigError
 from dml_dist.runs.comparison import (
     COMPARE,
-    ComparisonFolder,
     axis_values,
     method_config,
     run_config,
-    searched_paths,
     trial_config,
 )
-from dml_dist.runs.records import RecordWriter
-from dml_dist.runs.study import digest, fixed_differences, value_at
+from dml_dist.runs.study import digest, fixed_differences
 from dml_dist.studies.compare import _check_methods
-from dml_dist.studies.search import own_values, search_method
 
 
 def floats(low: float, high: float) -> dict[str, Any]:
@@ -247,177 +237,3 @@ def test_a_figure_needs_a_number_of_each_method() -> None:
         wrong = comparison(methods=methods, search=None, axis={**axis, "path": path})
         with pytest.raises(ConfigError, match=f"{path} must be a number in every method"):
             _check_methods(wrong)
-
-
-# ---------------------------------------------------------------- search
-
-
-class FakeRuns:
-    """Runs whose MAP@R is a smooth function of their rates; some end, or diverge."""
-
-    def __init__(self, end_after: int = 1000, diverge_above: float = math.inf) -> None:
-        self.configs: list[RunConfig] = []
-        self.end_after = end_after
-        self.diverge_above = diverge_above
-
-    def __call__(self, config: RunConfig, folder: Path) -> dict[str, Any]:
-        if len(self.configs) == self.end_after:
-            raise KeyboardInterrupt
-        self.configs.append(config)
-        if config.optim.lr > self.diverge_above:
-            (folder / "records").mkdir(parents=True)
-            with RecordWriter(folder / "records/steps.jsonl", 1) as records:
-                records.write(3, loss=math.nan)
-            raise RunError("the loss is not finite")
-        distance = (math.log10(config.optim.lr) + 2.5) ** 2
-        distance += (math.log10(config.optim.proxy_lr or 0.01) + 1) ** 2
-        return {"validation": {"map_at_r": 1 / (1 + distance)}}
-
-
-def search(
-    folder: Path, runs: FakeRuns, method: str = "nca", config: RunConfig | None = None
-) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
-    outcomes: list[Mapping[str, Any]] = []
-    found = search_method(
-        config or comparison(),
-        method,
-        ComparisonFolder(folder),
-        runs,
-        lambda name, number, outcome: outcomes.append(outcome),
-    )
-    return found, outcomes
-
-
-def test_a_search_is_the_same_again_and_when_it_is_continued(tmp_path: Path) -> None:
-    whole, outcomes = search(tmp_path / "whole", FakeRuns())
-    assert outcomes[0]["values"] == {
-        "optim.lr": 0.01,
-        "optim.proxy_lr": 0.1,
-    }  # the method's own
-    assert len({json.dumps(outcome["values"]) for outcome in outcomes}) == 5
-    best = max(outcomes, key=lambda outcome: outcome["map_at_r"])
-    assert whole == best["values"]
-
-    first, second = FakeRuns(end_after=2), FakeRuns()
-    with pytest.raises(KeyboardInterrupt):
-        search(tmp_path / "cut", first)
-    again, others = search(tmp_path / "cut", second)
-    assert again == whole
-    assert others == outcomes
-    assert [len(runs.configs) for runs in (first, second)] == [2, 3]
-    assert search(tmp_path / "cut", third := FakeRuns())[0] == whole
-    assert third.configs == []
-
-
-def test_a_search_is_that_of_optuna(tmp_path: Path) -> None:
-    """An own loop over ask and tell with the same seed draws the same values."""
-    _, outcomes = search(tmp_path, FakeRuns())
-    seed = seed_of(Stream.HYPERPARAMETERS, 0, bits=32)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial({"optim.lr": 0.01, "optim.proxy_lr": 0.1})
-
-    def objective(trial: optuna.Trial) -> float:
-        lr = trial.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
-        proxy_lr = trial.suggest_float("optim.proxy_lr", 1e-3, 1.0, log=True)
-        return 1 / (1 + (math.log10(lr) + 2.5) ** 2 + (math.log10(proxy_lr) + 1) ** 2)
-
-    study.optimize(objective, n_trials=5)
-    assert [trial.params for trial in study.trials] == [one["values"] for one in outcomes]
-    assert [trial.value for trial in study.trials] == pytest.approx(
-        [one["map_at_r"] for one in outcomes]
-    )
-
-
-MIXED = {
-    "optim.lr": floats(1e-4, 1e-1),
-    "optim.proxy_lr": {"type": "float", "low": 0.1, "high": 0.5, "step": 0.2},
-    "model.embedding_size": {"type": "int", "low": 16, "high": 512, "step": 16},
-    "model.pooling": {"type": "categorical", "choices": ["avg", "gem"]},
-    "train.max_grad_norm": {"type": "categorical", "choices": [1.5, None]},
-}
-
-
-def test_values_of_all_kinds_are_those_of_optuna_and_reach_the_runs(tmp_path: Path) -> None:
-    search_section = {"trials": 10, "steps": 7, "space": MIXED}
-    config = comparison(methods={"nca": []}, search=search_section)
-    own = {
-        "optim.lr": 0.01,
-        "optim.proxy_lr": 0.1,
-        "model.embedding_size": 128,
-        "model.pooling": "avg",
-        "train.max_grad_norm": None,
-    }
-    assert own_values(config, "nca") == own
-    runs = FakeRuns()
-    best, outcomes = search(tmp_path, runs, config=config)
-    # The files are enough: the same again without any run.
-    assert search(tmp_path, FakeRuns(end_after=0), config=config) == (best, outcomes)
-
-    seed = seed_of(Stream.HYPERPARAMETERS, 0, bits=32)
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial(own)
-
-    def objective(trial: optuna.Trial) -> float:
-        lr = trial.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
-        proxy_lr = trial.suggest_float("optim.proxy_lr", 0.1, 0.5, step=0.2)
-        trial.suggest_int("model.embedding_size", 16, 512, step=16)
-        trial.suggest_categorical("model.pooling", ["avg", "gem"])
-        trial.suggest_categorical("train.max_grad_norm", [1.5, None])
-        return 1 / (1 + (math.log10(lr) + 2.5) ** 2 + (math.log10(proxy_lr) + 1) ** 2)
-
-    study.optimize(objective, n_trials=10)
-    assert [trial.params for trial in study.trials] == [one["values"] for one in outcomes]
-    found = [{path: value_at(config, path) for path in MIXED} for config in runs.configs]
-    assert found == [one["values"] for one in outcomes]
-    assert len({one["model.pooling"] for one in found}) == 2
-    assert len({one["train.max_grad_norm"] for one in found}) == 2
-    assert run_config(config, "nca", 3, best).model.embedding_size == best["model.embedding_size"]
-
-
-def test_trials_use_validation_classes_and_only_the_paths_of_the_method(tmp_path: Path) -> None:
-    runs = FakeRuns()
-    found, _ = search(tmp_path, runs, "triplet")
-    assert list(found) == ["optim.lr"]
-    assert searched_paths(comparison(), "triplet") == ["optim.lr"]
-    for config in runs.configs:
-        assert config.optim.proxy_lr is None
-        assert config.data.test_split == "validation"
-        assert config.evaluation.evaluate_test_every is None
-        assert config.seed == 0
-
-
-def test_own_values_outside_the_ranges_are_not_tried(tmp_path: Path) -> None:
-    config = comparison("optim.lr=0.5")
-    assert own_values(config, "nca") == {"optim.proxy_lr": 0.1}
-    _, outcomes = search(tmp_path, FakeRuns(), config=config)
-    assert outcomes[0]["values"]["optim.proxy_lr"] == 0.1
-    assert all(1e-4 <= outcome["values"]["optim.lr"] <= 1e-1 for outcome in outcomes)
-
-
-def test_trials_that_diverge_are_counted_and_others_win(tmp_path: Path) -> None:
-    found, outcomes = search(tmp_path / "some", FakeRuns(diverge_above=0.009))
-    assert outcomes[0]["map_at_r"] is None
-    assert outcomes[0]["problem"] == "the loss is not finite"
-    assert found["optim.lr"] <= 0.009
-    # The answer is kept: it is not tried again.
-    assert search(tmp_path / "some", runs := FakeRuns())[0] == found
-    assert runs.configs == []
-    with pytest.raises(RunError, match="none of the 5 trials of nca had a finite loss"):
-        search(tmp_path / "none", FakeRuns(diverge_above=0.0))
-
-
-def test_other_failures_end_the_search(tmp_path: Path) -> None:
-    def fail(config: RunConfig, folder: Path) -> dict[str, Any]:
-        raise RunError("disk full")
-
-    with pytest.raises(RunError, match="disk full"):
-        search_method(comparison(), "nca", ComparisonFolder(tmp_path), fail, lambda *_: None)
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_trials_of_another_configuration_are_refused(tmp_path: Path) -> None:
-    search(tmp_path, FakeRuns())
-    with pytest.raises(ConfigError, match=r"trial 0 of nca in .* is of another configuration"):
-        search(tmp_path, FakeRuns(), config=comparison("optim.eps=0.5"))
