@@ -29,7 +29,7 @@ from dml_dist.config.objective import (
     ScheduleConfig,
 )
 from dml_dist.config.projections import ProjectionsConfig
-from dml_dist.config.study import CompareConfig
+from dml_dist.config.study import CompareConfig, TuneConfig
 
 # ---------------------------------------------------------------- validation
 
@@ -271,6 +271,9 @@ class RunConfig(Section):
     compare: CompareConfig | None = None
     """Methods and seeds for `dml-dist compare`; `dml-dist train` ignores it."""
 
+    tune: TuneConfig | None = None
+    """Search of values for `dml-dist tune`; `dml-dist train` ignores it."""
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         batches = self.data.batches
@@ -286,6 +289,7 @@ class RunConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"loggers must have different names, got {', '.join(names)}")
         self._check_compare()
+        self._check_tune()
         backbone, transform = self.model.backbone, self.data.transform
         # The positional embedding of a Vision Transformer has one size.
         side = backbone.image_size if isinstance(backbone, ViTConfig) else None
@@ -319,4 +323,25 @@ class RunConfig(Section):
         if self.compare.search is not None and isinstance(self.validation, NoValidationConfig):
             raise ValueError(
                 "compare.search needs validation classes to select by, got validation.name: none"
+            )
+
+    def _check_tune(self) -> None:
+        if self.tune is None:
+            return
+        if self.compare is not None:
+            raise ValueError("tune and compare are two studies, so give one of them, got both")
+        if self.tune.folds == 1 and isinstance(self.validation, NoValidationConfig):
+            raise ValueError(
+                "tune needs validation classes to judge by, got validation.name none and "
+                "tune.folds 1"
+            )
+        if self.launch.launcher == "torchrun":
+            raise ValueError(
+                "tune starts the ranks of its trials itself: launch.launcher must be inprocess or "
+                "ray, got torchrun"
+            )
+        if self.evaluation.final == "none":
+            raise ValueError(
+                "tune --final shows results on test classes, so evaluation.final must be full or "
+                "metrics, got none"
             )

@@ -1,190 +1,23 @@
-"""Configuration of studies, many runs as one: search spaces, and comparisons of methods."""
+"""Configuration of studies, many runs as one: comparisons of methods, searches of values."""
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dml_dist.config.base import (
-    RUN_NAME,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    resumable,
-)
-
-MethodName = Annotated[str, Field(pattern=RUN_NAME)]
-
-# ---------------------------------------------------------------- search spaces
-
-
-class FloatDistributionConfig(Section):
-    """A number, as Optuna's FloatDistribution."""
-
-    type: Literal["float"]
-
-    low: float
-    """The smallest value."""
-
-    high: float
-    """The largest value."""
-
-    step: PositiveFloat | None = None
-    """Distance between neighboring values, counted from low; null allows every number."""
-
-    log: bool = False
-    """Whether values are drawn on a logarithmic scale; excludes step and needs low > 0."""
-
-    @model_validator(mode="after")
-    def _check(self) -> FloatDistributionConfig:
-        _check_range(self.low, self.high, self.step)
-        if self.log and self.step is not None:
-            raise ValueError(f"log and step exclude each other, got log true and step {self.step}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"log needs low > 0, got low {self.low}")
-        return self
-
-    def contains(self, value: Any) -> bool:
-        """Whether the distribution can draw a value."""
-        if not _is_number(value) or not self.low <= value <= self.high:
-            return False
-        steps = (value - self.low) / self.step if self.step is not None else 0.0
-        return abs(steps - round(steps)) < 1e-8  # Optuna's tolerance.
-
-    @property
-    def extremes(self) -> tuple[Any, ...]:
-        """The values that a configuration must accept for it to accept all of them."""
-        return self.low, self.high
-
-    def __str__(self) -> str:
-        """Describe the values: 0.0003 to 0.01 (log)."""
-        step = "" if self.step is None else f" in steps of {self.step:g}"
-        return f"{self.low:g} to {self.high:g}{step}{' (log)' if self.log else ''}"
-
-
-class IntDistributionConfig(Section):
-    """An integer, as Optuna's IntDistribution."""
-
-    type: Literal["int"]
-
-    low: int
-    """The smallest value."""
-
-    high: int
-    """The largest value."""
-
-    step: PositiveInt = 1
-    """Distance between neighboring values, counted from low."""
-
-    log: bool = False
-    """Whether values are drawn on a logarithmic scale; needs step 1 and low >= 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> IntDistributionConfig:
-        _check_range(self.low, self.high, self.step)
-        if self.log and self.step != 1:
-            raise ValueError(f"log and step exclude each other, got log true and step {self.step}")
-        if self.log and self.low < 1:
-            raise ValueError(f"log needs low >= 1, got low {self.low}")
-        return self
-
-    def contains(self, value: Any) -> bool:
-        """Whether the distribution can draw a value."""
-        inside = _is_number(value) and self.low <= value <= self.high
-        return inside and (value - self.low) % self.step == 0
-
-    @property
-    def extremes(self) -> tuple[Any, ...]:
-        """The values that a configuration must accept for it to accept all of them."""
-        return self.low, self.high
-
-    def __str__(self) -> str:
-        """Describe the values: 16 to 64 in steps of 16."""
-        step = "" if self.step == 1 else f" in steps of {self.step}"
-        return f"{self.low} to {self.high}{step}{' (log)' if self.log else ''}"
-
-
-class CategoricalDistributionConfig(Section):
-    """One of some values without an order, as Optuna's CategoricalDistribution."""
-
-    type: Literal["categorical"]
-
-    choices: Annotated[tuple[Any, ...], Field(min_length=1)]
-    """The values: numbers, text, booleans or null."""
-
-    @model_validator(mode="after")
-    def _check(self) -> CategoricalDistributionConfig:
-        if nested := [choice for choice in self.choices if isinstance(choice, list | dict)]:
-            raise ValueError(f"choices must be numbers, text, booleans or null, got {nested[0]}")
-        # Optuna compares them with ==, by which 1, 1.0 and true are the same choice.
-        if len(set(self.choices)) < len(self.choices):
-            raise ValueError(f"choices must differ from each other, got {_listed(self.choices)}")
-        return self
-
-    def contains(self, value: Any) -> bool:
-        """Whether the distribution can draw a value."""
-        return any(value == choice for choice in self.choices)
-
-    @property
-    def extremes(self) -> tuple[Any, ...]:
-        """The values that a configuration must accept for it to accept all of them."""
-        return self.choices
-
-    def __str__(self) -> str:
-        """Describe the values: one of gem, avg."""
-        return f"one of {_listed(self.choices)}"
-
-
-DistributionConfig = Annotated[
-    FloatDistributionConfig | IntDistributionConfig | CategoricalDistributionConfig,
-    Field(discriminator="type"),
-]
-SearchSpace = Annotated[dict[str, DistributionConfig], Field(min_length=1)]
-"""Path of a field, such as optim.lr, and the distribution of its values."""
-
-
-def format_value(value: Any) -> str:
-    """Return a value of a search space as tables and messages show it."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return {None: "null", True: "true", False: "false"}[value] if _is_word(value) else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _listed(choices: tuple[Any, ...]) -> str:
-    return ", ".join(map(format_value, choices))
-
-
-def _check_range(low: float, high: float, step: float | None) -> None:
-    if low > high:
-        raise ValueError(f"low must not be above high, got low {low} and high {high}")
-    # Optuna lowers `high` to the last step with a warning. In decimals, since 0.3 % 0.1 is not 0.
-    width = Decimal(str(high)) - Decimal(str(low))
-    if step is not None and width % Decimal(str(step)):
-        raise ValueError(
-            f"high - low must be a multiple of step, got low {low}, high {high} and step {step}"
-        )
-
+from dml_dist.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section, resumable
+from dml_dist.config.search_space import MethodName, SearchSection, format_value
 
 # ---------------------------------------------------------------- comparisons
 
 
-class SearchConfig(Section):
+class SearchConfig(SearchSection):
     """A search of some values of each method: the same space, trials and steps for all.
 
     A trial is a run on one process that sees training classes alone; its value is the highest
     MAP@R on the validation classes. The first trial has the method's own values, where the space
-    contains them; Optuna's TPE sampler draws the others.
+    contains them; the sampler draws the others.
     """
 
     trials: PositiveInt
@@ -192,25 +25,6 @@ class SearchConfig(Section):
 
     steps: PositiveInt
     """Optimiser updates of a trial."""
-
-    space: SearchSpace
-    """Path of a field and its distribution: optim.lr: {type: float, low: 1e-4, high: 1e-1}."""
-
-    without: dict[MethodName, tuple[str, ...]] = {}  # noqa: RUF012 (pydantic copies it)
-    """Method and the paths of `space` that do not apply to it: optim.proxy_lr without proxies."""
-
-    seed: NonNegativeInt = 0
-    """Seed of the sampler, the same for all methods."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SearchConfig:
-        for method, paths in self.without.items():
-            if unknown := [path for path in paths if path not in self.space]:
-                raise ValueError(
-                    f"without.{method} must name paths of space ({', '.join(self.space)}), "
-                    f"got {', '.join(unknown)}"
-                )
-        return self
 
 
 class AxisConfig(Section):
@@ -283,3 +97,163 @@ class CompareConfig(Section):
     def mark(self) -> str | None:
         """The method whose best R@1 is the target, if there is one."""
         return self.reference or ("triplet" if "triplet" in self.methods else None)
+
+
+# ---------------------------------------------------------------- searches of values
+
+
+class ASHAPrunerConfig(Section):
+    """Optuna's asynchronous successive halving: at each rung the best 1 / reduction go on."""
+
+    name: Literal["asha"] = "asha"
+
+    grace_steps: PositiveInt | None = None
+    """The first rung, in steps of a trial; the next ones are at reduction, reduction^2, ... times
+    it. Null: 1 / reduction^2 of a trial.
+    """
+
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """Ratio of neighboring rungs, and of the trials that reach them."""
+
+
+class MedianPrunerConfig(Section):
+    """Optuna's median rule: a trial whose best value is below the median at its step is pruned."""
+
+    name: Literal["median"] = "median"
+
+    grace_steps: PositiveInt | None = None
+    """Steps of a trial before it can be pruned; null: 1 / 9 of a trial."""
+
+    startup_trials: PositiveInt = 5
+    """Finished trials before any is pruned."""
+
+
+class NoPrunerConfig(Section):
+    """Every trial is trained to its end."""
+
+    name: Literal["none"] = "none"
+
+
+PrunerConfig = Annotated[
+    ASHAPrunerConfig | MedianPrunerConfig | NoPrunerConfig, Field(discriminator="name")
+]
+
+
+class ObjectiveConfig(Section):
+    """What a search optimises."""
+
+    metric: str = "map_at_r"
+    """A metric of the validation classes, of the checkpoint with their highest MAP@R: map_at_r,
+    r_precision, recall_at_K, with `nir` also density, spectral_decay, uniformity; or train_seconds.
+    """
+
+    direction: Literal["maximize", "minimize"] = "maximize"
+    """Whether high or low values are good."""
+
+
+class TuneConfig(SearchSection):
+    """A search of values on validation classes, for `dml-dist tune`.
+
+    Each trial is a run of this configuration with other values, executed as `launch` says. The
+    first trials have the configuration's own values and those of `start`.
+    """
+
+    trials: PositiveInt = resumable(32)
+    """Number of trials of the study, those of `start` included."""
+
+    parallel: PositiveInt | None = resumable(None)
+    """Number of trials at a time; null: as many as the cluster has CPUs and GPUs for."""
+
+    hours: PositiveFloat | None = resumable(None)
+    """Time limit of one call of the command; trials that are running are stopped and can go on."""
+
+    methods: dict[MethodName, tuple[str, ...]] = {}  # noqa: RUF012 (pydantic copies it)
+    """Method and its changes to this configuration, as with --set; the search chooses among them.
+
+    Paths of `space` that a method does not have are named in `without`.
+    """
+
+    start: tuple[dict[str, Any], ...] = ()
+    """Values of early trials, such as published ones: path -> value; `method` names the method."""
+
+    pruner: PrunerConfig = ASHAPrunerConfig()
+    """Which trials are stopped early; none with two objectives."""
+
+    objectives: Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1, max_length=2)] = (
+        ObjectiveConfig(),
+    )
+    """One metric, or two for a Pareto front."""
+
+    folds: PositiveInt = 1
+    """1: the classes that `validation` holds out. From 2: so many class-disjoint folds of the
+    training classes; a trial is a run for each of them, its value the mean.
+    """
+
+    storage: Literal["auto", "sqlite", "journal"] = "auto"
+    """Optuna's storage in the study's folder; auto: journal on a shared disk, else sqlite."""
+
+    final_seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = resumable((0, 1, 2))
+    """Seeds of the runs of --final."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TuneConfig:
+        if self.without and (
+            unknown := [name for name in self.without if name not in self.methods]
+        ):
+            raise ValueError(
+                f"without must name methods ({', '.join(self.methods) or 'there are none'}), "
+                f"got {', '.join(unknown)}"
+            )
+        metrics = [objective.metric for objective in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objectives must have different metrics, got {', '.join(metrics)}")
+        if len(metrics) > 1 and self.pruner.name != "none":
+            raise ValueError(
+                f"pruner must be none with two objectives, got {self.pruner.name}: no value says "
+                "which trial is worse"
+            )
+        if len(set(self.final_seeds)) < len(self.final_seeds):
+            raise ValueError(
+                f"final_seeds must differ from each other, got {list(self.final_seeds)}"
+            )
+        for number, point in enumerate(self.start):
+            self._check_start(number, point)
+        self._check_sampler()
+        return self
+
+    def _check_start(self, number: int, point: dict[str, Any]) -> None:
+        method = point.get(METHOD_KEY)
+        if (
+            (method is not None or not self.methods)
+            and METHOD_KEY in point
+            and (method not in self.methods)
+        ):
+            raise ValueError(
+                f"start.{number}.{METHOD_KEY} must be one of the methods "
+                f"{', '.join(self.methods) or '(there are none)'}, got {method}"
+            )
+        for path, value in point.items():
+            if path == METHOD_KEY:
+                continue
+            if path not in self.space or path in self.without.get(str(method), ()):
+                raise ValueError(
+                    f"start.{number} must name paths of space ({', '.join(self.space)}), got {path}"
+                )
+            if not self.space[path].contains(value):
+                raise ValueError(
+                    f"start.{number}.{path} must be {self.space[path]}, as in space, "
+                    f"got {format_value(value)}"
+                )
+
+    def _check_sampler(self) -> None:
+        if self.sampler.name in ("cmaes", "gp") and self.methods:
+            raise ValueError(
+                f"sampler {self.sampler.name} cannot choose among methods, whose spaces differ; "
+                "use tpe, random or grid, or remove methods"
+            )
+        if self.sampler.name == "cmaes" and len(self.objectives) > 1:
+            raise ValueError("sampler cmaes has one objective, got two; use tpe, gp or random")
+
+
+METHOD_KEY = "method"
+"""The key of a trial's method among its values."""

@@ -12,6 +12,7 @@ from dml_dist.config.study import CompareConfig
 from dml_dist.errors import ConfigError
 from dml_dist.runs.study import (
     FREE,
+    METHOD,
     StudyFolder,
     StudyKind,
     check_identity,
@@ -19,14 +20,6 @@ from dml_dist.runs.study import (
     with_changes,
     with_values,
 )
-
-METHOD = (
-    *("model", "loss", "nir", "projections", "optim", "schedule", "checkpoint"),
-    *("data.batches", "data.transform"),
-    *("train.backbone_warmup_epochs", "train.max_grad_norm"),
-    *("train.precision", "train.log_every"),
-)
-"""Fields in which methods may differ: not data, validation, evaluation, batch size or steps."""
 
 COMPARE = StudyKind(
     name="compare",

@@ -63,6 +63,15 @@ FREE = (
 """Fields that say where and how fast any run is made, not what it computes."""
 
 
+METHOD = (
+    *("model", "loss", "nir", "projections", "optim", "schedule", "checkpoint"),
+    *("data.batches", "data.transform"),
+    *("train.backbone_warmup_epochs", "train.max_grad_norm"),
+    *("train.precision", "train.log_every"),
+)
+"""Fields in which methods may differ: not data, validation, evaluation, batch size or steps."""
+
+
 def digest(config: RunConfig, kind: StudyKind) -> str:
     """Return a hash of everything in a run's configuration that is not free."""
     return _hash([pair for pair in _fields(config) if not kind.is_free(pair[0])])

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dml_dist.config.load import with_absolute_paths
 from dml_dist.config.schema import RunConfig
-from dml_dist.config.study import format_value
+from dml_dist.config.search_space import format_value
 from dml_dist.errors import ConfigError, DmlDistError, RunError
 from dml_dist.files import write_bytes_atomic
 from dml_dist.models.backbones import check_weights

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, assert_never
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.config.study import (
+from dml_dist.config.search_space import (
     CategoricalDistributionConfig,
     DistributionConfig,
     FloatDistributionConfig,
     IntDistributionConfig,
-    SearchConfig,
 )
+from dml_dist.config.study import SearchConfig
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.orchestration.ray_tasks import Execute
 from dml_dist.random_streams import Stream, seed_of

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dml_dist.config.load import dump_config, parse_config
 from dml_dist.config.schema import RunConfig
-from dml_dist.config.study import DistributionConfig
+from dml_dist.config.search_space import DistributionConfig
 from dml_dist.errors import ConfigError
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.study import (

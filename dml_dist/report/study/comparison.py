@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dml_dist.config.load import dump_config
-from dml_dist.config.study import SearchConfig, format_value
+from dml_dist.config.search_space import format_value
+from dml_dist.config.study import SearchConfig
 from dml_dist.files import write_text_atomic
 from dml_dist.report.formatting import MISSING, format_metric, format_seconds
 from dml_dist.report.render import write_page
