@@ -224,6 +224,64 @@ def compare(
 
 
 @app.command()
+def tune(
+    config: ConfigArgument,
+    changes: SetOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Folder of the search; default runs/NAME.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Number of trials of the whole search.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", min=1, help="Number of trials at a time.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option("--hours", help="Time limit of this call of the command.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="DIR", help="Search whose best values are tried first."),
+    ] = None,
+    final: Annotated[
+        bool,
+        typer.Option(
+            "--final", help="At the end train the best values again and evaluate test classes."
+        ),
+    ] = False,
+    continue_trial: Annotated[
+        int | None,
+        typer.Option("--continue-trial", min=0, help="Train a pruned trial to its end."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the space and the cost, and exit.")
+    ] = False,
+    launcher: LauncherOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Search hyper-parameters on validation classes; the same command continues a search."""
+    from dml_dist.config.load import load_config
+    from dml_dist.studies.tune import run_tuning
+    from dml_dist.studies.tune_check import dry_run_tuning
+
+    overrides = _overrides(changes, launcher, workers)
+    options = {"trials": trials, "parallel": parallel, "hours": hours}
+    overrides += [f"tune.{key}={value}" for key, value in options.items() if value is not None]
+    resolved = load_config(config, overrides)
+    if dry_run:
+        dry_run_tuning(resolved, console)
+        return
+    run_tuning(
+        resolved,
+        console,
+        run_dir=run_dir,
+        source=source,
+        final=final,
+        continue_trial=continue_trial,
+    )
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or comparison.")],
 ) -> None:

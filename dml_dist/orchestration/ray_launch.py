@@ -157,7 +157,7 @@ def _result_of(
                 sent = True
             silence = drain.silence_seconds
             # A request that came too late for training: the ranks evaluate, or start again.
-            late = stop.reason is not None and not stop.is_training
+            late = stop.reason is not None and not stop.is_training and not stop.only_training
             if (late or silence > _SECONDS_OF_SILENCE) and trainer.controller is not None:
                 if not late:
                     silent.set()

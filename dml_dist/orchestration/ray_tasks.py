@@ -43,7 +43,7 @@ def ray_tasks(execute: Execute, launch: LaunchConfig, parallel: int) -> Iterator
         import ray
 
         resources = {"num_cpus": launch.cpus_per_rank}
-        if gpus := _gpus(launch):
+        if gpus := gpus_of(launch):
             resources["num_gpus"] = min(1.0, gpus / parallel)
         remote = ray.remote(max_retries=0, **resources)(_task)
         mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
@@ -139,8 +139,8 @@ def _task(
         return fatal_event(error, 0)
 
 
-def _gpus(launch: LaunchConfig) -> float:
-    """Return the number of GPUs that tasks share."""
+def gpus_of(launch: LaunchConfig) -> float:
+    """Return the number of GPUs that tasks share; the cluster must be up."""
     if launch.use_gpu == "no":
         return 0.0
     if launch.address is None:

@@ -54,6 +54,7 @@ def run_training(
     resume: bool = False,
     report: bool = True,
     untrained_dir: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Train a run, evaluate it on the test classes, and write its report.
 
@@ -64,14 +65,16 @@ def run_training(
         resume: Continue the run in the folder; without it an existing run is refused.
         report: Whether to write the report page.
         untrained_dir: Where the runs of a study share the untrained network's results.
+        stop: Request of the caller to stop; None: signals make one.
 
     Raises:
-        RunStopped: After SIGTERM or SIGINT; the last line of its message says how to continue.
+        RunStopped: After SIGTERM, SIGINT or the caller's request; the last line of its message
+            says how to continue.
         DmlDistError: If anything is wrong with configuration, data or ranks.
     """
     config = with_absolute_paths(config)
     folder = RunFolder(run_dir or Path("runs") / config.name)
-    with stop_on_signals() as stop:
+    with stop_on_signals() if stop is None else contextlib.nullcontext(stop) as stop:
         try:
             return _run(config, folder, console, stop, untrained_dir, resume=resume, report=report)
         except (KeyboardInterrupt, PeerLostError) as error:

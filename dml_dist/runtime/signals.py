@@ -20,11 +20,13 @@ class StopRequest:
     Attributes:
         reason: Why to stop, or None.
         is_training: Whether the training loop runs, which asks for the reason between steps.
+        only_training: Whether only training is to stop: once it has ended, the run may finish.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.is_training = False
+        self.only_training = False
         self._first = 0.0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -28,6 +28,7 @@ from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import read_records
 from dml_dist.runs.study import StudyFolder, StudyKind, digest, fixed_differences
+from dml_dist.runtime.signals import StopRequest
 
 Value = TypeVar("Value")
 
@@ -62,13 +63,19 @@ def is_diverged(folder: Path) -> bool:
     return bool(records) and not math.isfinite(records[-1].get("loss", math.nan))
 
 
-def execute_run(config: RunConfig, folder: Path, untrained_dir: Path | None = None) -> Metrics:
+def execute_run(
+    config: RunConfig,
+    folder: Path,
+    untrained_dir: Path | None = None,
+    stop: StopRequest | None = None,
+) -> Metrics:
     """Execute a run, or continue it; its output goes to FOLDER.log.
 
     Args:
         config: The run's configuration.
         folder: The run's folder.
         untrained_dir: Where the runs of the study keep what untrained networks reach.
+        stop: Request of the caller to stop; None: signals make one.
     """
     _remove_partial_run(folder)
     started = RunFolder(folder).info_path.is_file()
@@ -82,6 +89,7 @@ def execute_run(config: RunConfig, folder: Path, untrained_dir: Path | None = No
             resume=started,
             report=False,
             untrained_dir=untrained_dir,
+            stop=stop,
         )
 
 
