@@ -189,7 +189,7 @@ class TuneConfig(SearchSection):
     training classes; a trial is a run for each of them, its value the mean.
     """
 
-    storage: Literal["auto", "sqlite", "journal"] = "auto"
+    storage: Literal["auto", "sqlite", "journal"] = resumable("auto")
     """Optuna's storage in the study's folder; auto: journal on a shared disk, else sqlite."""
 
     final_seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = resumable((0, 1, 2))

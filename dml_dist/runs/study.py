@@ -266,19 +266,12 @@ class StudyFolder:
             ConfigError: If the folder is used by something else or another study.
         """
         if not self.config_path.is_file():
-            taken = self.path.exists() and (
-                not self.path.is_dir() or any(one.name != ".lock" for one in self.path.iterdir())
-            )
             if resume:
                 raise ConfigError(
                     f"--resume found no {self.config_path.name} in {self.path}; give the "
                     f"--run-dir of the study, or leave out --resume to begin one"
                 )
-            if taken:
-                raise ConfigError(
-                    f"{self.path} is not empty and holds no {self.config_path.name}; a new study "
-                    "needs a new or empty folder, so give another --run-dir"
-                )
+            self.check_unused()
             return
         if not resume:
             raise ConfigError(
@@ -291,6 +284,20 @@ class StudyFolder:
                 f"--resume cannot change these fields of the study in {self.path} "
                 f"(study -> given): {'; '.join(map(str, differences))}; undo the changes, or give "
                 "another --run-dir or name"
+            )
+
+    def check_unused(self) -> None:
+        """Check that a new study can begin in the folder.
+
+        Raises:
+            ConfigError: If the folder has other content.
+        """
+        if self.path.exists() and (
+            not self.path.is_dir() or any(one.name != ".lock" for one in self.path.iterdir())
+        ):
+            raise ConfigError(
+                f"{self.path} is not empty and holds no {self.config_path.name}; a new study "
+                "needs a new or empty folder, so give another --run-dir"
             )
 
     @contextmanager

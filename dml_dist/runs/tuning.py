@@ -28,10 +28,13 @@ SEARCHABLE = (*METHOD, "train.global_batch_size")
 A value that is found on some ranks holds on any other number: batches and rates are global.
 """
 
+# The storage's file in the folder decides on its kind, not the configuration.
+_FREE_KEYS = ("trials", "parallel", "hours", "storage", "final_seeds")
+
 TUNE = StudyKind(
     name="tune",
     identity=("name", "seed", *SEARCHABLE),
-    free=(*FREE, *(f"tune.{key}" for key in ("trials", "parallel", "hours", "final_seeds"))),
+    free=(*FREE, *(f"tune.{key}" for key in _FREE_KEYS)),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -27,6 +28,7 @@ from dml_dist.config.study import (
     ObjectiveConfig,
     PrunerConfig,
 )
+from dml_dist.errors import ConfigError
 from dml_dist.random_streams import Stream, seed_of
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ def create_study(
         steps: Optimiser updates of a whole trial.
         name: Of the study in the storage.
         storage: Optuna's storage; None keeps trials in memory.
+
+    Raises:
+        ConfigError: If the sampler needs a package that is not installed.
     """
     import optuna
 
@@ -127,6 +132,11 @@ def _sampler(section: SearchSection, seed: int) -> BaseSampler:
             case RandomSamplerConfig() | GridSamplerConfig():
                 return samplers.RandomSampler(seed=seed)  # A grid is enqueued.
             case CMAESSamplerConfig(startup_trials=startup):
+                if find_spec("cmaes") is None:
+                    raise ConfigError(
+                        "sampler cmaes needs the package cmaes, which is not installed; install it "
+                        "with pip install cmaes, or use tpe, gp or random"
+                    )
                 return samplers.CmaEsSampler(
                     seed=seed, n_startup_trials=startup, warn_independent_sampling=False
                 )

@@ -7,8 +7,9 @@ final values; PRUNED with its intermediate values; FAIL with the problem as a us
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, assert_never
 
 from dml_dist.config.search_space import (
@@ -33,6 +34,13 @@ SECONDS = "seconds"
 """User attribute: time of the trial's runs, all attempts together."""
 STEPS = "steps"
 """User attribute: optimiser updates of the trial."""
+PRUNED_AT = "pruned_at"
+"""User attribute: the step whose value made the pruner end the trial."""
+OUTSIDE = "outside"
+"""User attribute: what a trial was, before a change of ranges put its values outside of them."""
+
+_LARGE = 1e5
+"""A bad value to minimise while there is no other: more than most runs take in seconds."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +97,33 @@ class Trials:
         """Return the number of trials that were suggested; continuations are not counted."""
         import optuna
 
+        # Without a label: RUNNING, its suggestion interrupted; FAIL, enqueued values that a change
+        # of ranges has put outside of them.
+        running = optuna.trial.TrialState.RUNNING
         return sum(
-            trial.state != optuna.trial.TrialState.WAITING and CONTINUES not in trial.user_attrs
+            (LABEL in trial.user_attrs or trial.state == running)
+            and CONTINUES not in trial.user_attrs
             for trial in self.all()
         )
 
-    def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Suggest these values before others, those that are missing as the sampler draws them."""
-        for point in points:
-            self.study.enqueue_trial(dict(point), skip_if_exists=True)
+    def waiting(self) -> int:
+        """Return the number of enqueued trials that were not suggested yet."""
+        import optuna
+
+        return sum(trial.state == optuna.trial.TrialState.WAITING for trial in self.all())
+
+    def enqueue(self, points: Iterable[Mapping[str, Any]], limit: int | None = None) -> None:
+        """Suggest these values before others, those that are missing as the sampler draws them.
+
+        Args:
+            points: Path -> value; those that a trial has or had are left out.
+            limit: Maximum number of new trials.
+        """
+        known = {_key(trial.system_attrs.get("fixed_params", trial.params)) for trial in self.all()}
+        new = (point for point in points if _key(point) not in known)
+        for point in islice(new, limit):
+            self.study.enqueue_trial(dict(point))
+            known.add(_key(point))
 
     @property
     def has_interrupted(self) -> bool:
@@ -136,13 +162,25 @@ class Trials:
     def report(self, number: int, step: int, value: float) -> bool:
         """Keep an intermediate value and return whether to prune the trial.
 
-        Steps that are known are ignored: a trial that is continued reports them again.
+        Steps that are known are ignored: a trial that is continued reports them again. With two
+        objectives nothing is kept or pruned.
         """
         trial = self._active[number]
-        if not math.isfinite(value) or step in self.all()[number].intermediate_values:
+        found = self.all()[number]
+        if PRUNED_AT in found.user_attrs:
+            return True  # The command that got the decision has ended before the trial has.
+        if (
+            len(self.study.directions) > 1
+            or not math.isfinite(value)
+            or step in found.intermediate_values
+        ):
             return False
         trial.report(value, step)
-        return trial.should_prune()
+        # In ASHA's rungs the pruned trial stands for the one that continues it.
+        if CONTINUES in found.user_attrs or not trial.should_prune():
+            return False
+        trial.set_user_attr(PRUNED_AT, step)
+        return True
 
     def complete(self, number: int, values: Sequence[float], **facts: Any) -> None:
         """End a trial with its values; those that are not finite become the worst ones.
@@ -221,7 +259,7 @@ class Trials:
             if direction == optuna.study.StudyDirection.MAXIMIZE:
                 result.append(min([0.0, *found]))
             else:
-                result.append(max([1.0, *found]))
+                result.append(max(found, default=_LARGE))
         return result
 
 
@@ -236,17 +274,27 @@ def _label(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get(LABEL, f"trial-{trial.number}"))
 
 
+def _key(point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return a key that is equal for equal values, also if they were computed in other ways."""
+    return tuple(
+        (path, float(f"{value:.12g}") if isinstance(value, float) else value)
+        for path, value in sorted(point.items())
+    )
+
+
 def _suggest(trial: optuna.Trial, path: str, config: DistributionConfig) -> Any:
     match config:
         case FloatDistributionConfig():
-            return trial.suggest_float(
-                path, config.low, config.high, step=config.step, log=config.log
+            # An integer that was enqueued would be a float after it is read from the storage.
+            return float(
+                trial.suggest_float(path, config.low, config.high, step=config.step, log=config.log)
             )
         case IntDistributionConfig():
             return trial.suggest_int(
                 path, config.low, config.high, step=config.step, log=config.log
             )
         case CategoricalDistributionConfig():
-            return trial.suggest_categorical(path, config.choices)
+            value = trial.suggest_categorical(path, config.choices)
+            return config.choices[config.choices.index(value)]  # Likewise 1 for true or 1.0.
         case _:
             assert_never(config)
