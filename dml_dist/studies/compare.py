@@ -42,7 +42,7 @@ from dml_dist.runtime.datasets import ensure_imported
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, Emit, note, phase
 from dml_dist.studies.pool import Pool
-from dml_dist.studies.search import search_method
+from dml_dist.studies.search import check_space, search_method
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.urls import local_path
 
@@ -194,17 +194,14 @@ def _check_search(config: RunConfig, method: str, own: RunConfig, plan: RunPlan)
             f"compare.search.space: {_PROXY_RATE} does nothing for {method}, whose loss "
             f"{own.loss.name} has no proxies; name it in compare.search.without.{method}"
         )
-    for path in paths:
-        assert section.search is not None
-        for value in section.search.space[path].extremes:
-            try:
-                trial_config(config, method, 0, {path: value})
-            except ConfigError as error:
-                raise ConfigError(
-                    f"compare.search.space: {method} cannot take {path} = {format_value(value)} of "
-                    f"{section.search.space[path]}; correct it, or name the path in "
-                    f"compare.search.without.{method}:\n{error}"
-                ) from None
+    if section.search is not None:
+        check_space(
+            section.search.space,
+            paths,
+            partial(trial_config, config, method, 0),
+            f"compare.search.space: {method}",
+            f"correct it, or name the path in compare.search.without.{method}",
+        )
 
 
 def _begin(config: RunConfig, folder: ComparisonFolder) -> None:

@@ -6,7 +6,7 @@ results it suggests the same values, and finished trials are read from their fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
 from dml_dist.config.schema import RunConfig
@@ -15,6 +15,7 @@ from dml_dist.config.search_space import (
     DistributionConfig,
     FloatDistributionConfig,
     IntDistributionConfig,
+    format_value,
 )
 from dml_dist.config.study import SearchConfig
 from dml_dist.errors import ConfigError, RunError
@@ -105,6 +106,36 @@ def distribution(config: DistributionConfig) -> BaseDistribution:
             return distributions.CategoricalDistribution(config.choices)
         case _:
             assert_never(config)
+
+
+def check_space(
+    space: Mapping[str, DistributionConfig],
+    paths: Sequence[str],
+    build: Callable[[Mapping[str, Any]], RunConfig],
+    where: str,
+    hint: str,
+) -> None:
+    """Check that a configuration takes the ends of every range, and every choice.
+
+    Args:
+        space: Path -> distribution.
+        paths: The paths to check.
+        build: Makes the configuration of a trial with one value, the others its own.
+        where: What errors name: section, and method or configuration.
+        hint: What errors recommend besides correcting the space.
+
+    Raises:
+        ConfigError: If it does not take one of them.
+    """
+    for path in paths:
+        for value in space[path].extremes:
+            try:
+                build({path: value})
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{where} cannot take {path} = {format_value(value)} of {space[path]}; "
+                    f"{hint}:\n{error}"
+                ) from None
 
 
 def own_values(config: RunConfig, method: str) -> dict[str, Any]:
