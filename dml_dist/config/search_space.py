@@ -254,6 +254,11 @@ class SearchSection(Section):
     seed: NonNegativeInt = 0
     """Seed of the sampler."""
 
+    def paths_of(self, method: str | None) -> list[str]:
+        """Return the paths that are searched for a method; None if the search has no methods."""
+        without = self.without.get(method, ()) if method is not None else ()
+        return [path for path in self.space if path not in without]
+
     @model_validator(mode="after")
     def _check_search(self) -> SearchSection:
         for method, paths in self.without.items():

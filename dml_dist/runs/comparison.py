@@ -125,9 +125,7 @@ def trial_config(
 def searched_paths(config: RunConfig, method: str) -> list[str]:
     """Return the paths that are searched for a method."""
     search = compare_section(config).search
-    if search is None:
-        return []
-    return [path for path in search.space if path not in search.without.get(method, ())]
+    return search.paths_of(method) if search is not None else []
 
 
 def axis_values(config: RunConfig) -> dict[str, list[tuple[float, str]]]:

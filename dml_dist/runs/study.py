@@ -29,6 +29,7 @@ from dml_dist.config.load import (
     parse_config,
 )
 from dml_dist.config.schema import RunConfig
+from dml_dist.config.search_space import DistributionConfig
 from dml_dist.config.yaml_text import read_yaml
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.files import lock_file, read_json, write_json_atomic, write_text_atomic
@@ -176,6 +177,14 @@ def value_at(config: RunConfig, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part, None)
     return value
+
+
+def own_values_in(
+    space: Mapping[str, DistributionConfig], paths: Sequence[str], config: RunConfig
+) -> dict[str, Any]:
+    """Return a configuration's own values of some paths, where the space contains them."""
+    values = {path: value_at(config, path) for path in paths}
+    return {path: value for path, value in values.items() if space[path].contains(value)}
 
 
 # ---------------------------------------------------------------- the folder

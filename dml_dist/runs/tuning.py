@@ -17,7 +17,7 @@ from dml_dist.runs.study import (
     StudyKind,
     check_identity,
     is_below,
-    value_at,
+    own_values_in,
     with_changes,
     with_values,
 )
@@ -88,9 +88,7 @@ def tune_section(config: RunConfig) -> TuneConfig:
 
 def searched_paths(config: RunConfig, method: str | None) -> list[str]:
     """Return the paths that are searched for a method; None if the search has no methods."""
-    section = tune_section(config)
-    without = section.without.get(method, ()) if method is not None else ()
-    return [path for path in section.space if path not in without]
+    return tune_section(config).paths_of(method)
 
 
 def tuned_config(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -180,8 +178,6 @@ def final_config(
 def own_values(config: RunConfig, method: str | None) -> dict[str, Any]:
     """Return the configuration's own values of the searched paths, where the space has them."""
     chosen = {} if method is None else {METHOD_KEY: method}
-    own = tuned_config(config, chosen)
     space = tune_section(config).space
-    values = {path: value_at(own, path) for path in searched_paths(config, method)}
-    kept = {path: value for path, value in values.items() if space[path].contains(value)}
-    return {**chosen, **kept}
+    paths = searched_paths(config, method)
+    return {**chosen, **own_values_in(space, paths, tuned_config(config, chosen))}

@@ -42,7 +42,8 @@ from dml_dist.runtime.datasets import ensure_imported
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, Emit, note, phase
 from dml_dist.studies.pool import Pool
-from dml_dist.studies.search import check_space, search_method
+from dml_dist.studies.samplers import check_sampler, grid_size
+from dml_dist.studies.search import check_space, num_trials, search_method
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.urls import local_path
 
@@ -128,6 +129,9 @@ def dry_run_comparison(config: RunConfig, console: Console) -> None:
     for method in plans:
         names = [run_name(method, seed) for seed in section.seeds]
         _say(console, f"runs: {', '.join(names)}")
+    if section.search is not None:
+        search = section.search
+        _say(console, f"search: sampler {search.sampler.name}, seed {search.seed}")
     mark = section.mark
     _say(
         console,
@@ -173,6 +177,8 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
             "a comparison starts the ranks of its runs itself, and torchrun would start several "
             "comparisons: launch.launcher must be inprocess or ray, got torchrun"
         )
+    if section.search is not None:
+        check_sampler(section.search.sampler)
     plans = {}
     for method in section.methods:
         own = method_config(config, method)
@@ -194,9 +200,17 @@ def _check_search(config: RunConfig, method: str, own: RunConfig, plan: RunPlan)
             f"compare.search.space: {_PROXY_RATE} does nothing for {method}, whose loss "
             f"{own.loss.name} has no proxies; name it in compare.search.without.{method}"
         )
-    if section.search is not None:
+    search = section.search
+    if search is not None:
+        size = grid_size(search.space, paths) if search.sampler.name == "grid" else 0
+        if size > search.trials:
+            raise ConfigError(
+                f"compare.search.trials is {search.trials}, but the grid of {method} has {size} "
+                "points, and its first ones differ in the last paths alone; allow as many trials, "
+                "make the grid smaller, or use the sampler random"
+            )
         check_space(
-            section.search.space,
+            search.space,
             paths,
             partial(trial_config, config, method, 0),
             f"compare.search.space: {method}",
@@ -230,9 +244,7 @@ def _announce(
 def _trials(config: RunConfig, method: str) -> tuple[int, int]:
     """Return number and steps of a method's trials."""
     search = compare_section(config).search
-    if search is None or not searched_paths(config, method):
-        return 0, 0
-    return search.trials, search.steps
+    return num_trials(config, method), search.steps if search is not None else 0
 
 
 def _searched(config: RunConfig, method: str) -> str:

@@ -1,4 +1,4 @@
-"""The search of a method's values with Optuna's sampler, by ask and tell; files alone are kept.
+"""The search of a method's values; the files of its trials alone are kept.
 
 A search that is continued asks the sampler for all trials again: with the same seed and the same
 results it suggests the same values, and finished trials are read from their files.
@@ -7,20 +7,13 @@ results it suggests the same values, and finished trials are read from their fil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import Any
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.config.search_space import (
-    CategoricalDistributionConfig,
-    DistributionConfig,
-    FloatDistributionConfig,
-    IntDistributionConfig,
-    format_value,
-)
-from dml_dist.config.study import SearchConfig
+from dml_dist.config.search_space import DistributionConfig, GridSamplerConfig, format_value
+from dml_dist.config.study import NoPrunerConfig, ObjectiveConfig
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.orchestration.ray_tasks import Execute
-from dml_dist.random_streams import Stream, seed_of
 from dml_dist.runs.comparison import (
     COMPARE,
     ComparisonFolder,
@@ -29,15 +22,10 @@ from dml_dist.runs.comparison import (
     searched_paths,
     trial_config,
 )
-from dml_dist.runs.study import digest, value_at
+from dml_dist.runs.study import digest, own_values_in
 from dml_dist.studies.pool import is_diverged
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-
-MAX_STARTUP_TRIALS = 10
-"""Upper bound on the trials with random values, before the sampler learns from earlier ones."""
+from dml_dist.studies.samplers import create_study, grid_points, grid_size
+from dml_dist.studies.trials import Trials
 
 TrialCallback = Callable[[str, int, Mapping[str, Any]], None]
 """Takes method, number of the trial and its outcome."""
@@ -62,50 +50,53 @@ def search_method(
     Raises:
         RunError: If no trial of the method had a finite loss.
     """
-    import optuna
-
     section = compare_section(config).search
     paths = searched_paths(config, method)
     if section is None or not paths:
         return {}
-    space = {path: distribution(section.space[path]) for path in paths}
-    study = _study(section)
-    study.enqueue_trial(own_values(config, method))
-    found: list[tuple[float, dict[str, Any]]] = []
-    for number in range(section.trials):
-        trial = study.ask(space)
-        outcome = _outcome(config, method, number, trial.params, folder, execute)
+    study = create_study(section, [ObjectiveConfig()], NoPrunerConfig(), steps=section.steps)
+    trials = Trials(study, section.space, lambda _: paths)
+    trials.enqueue(starting_points(config, method))
+    for _ in range(num_trials(config, method)):
+        suggestion = trials.suggest()
+        number = suggestion.number
+        outcome = _outcome(config, method, number, suggestion.values, folder, execute)
         callback(method, number, outcome)
         if outcome["map_at_r"] is None:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            trials.diverged(number, outcome["problem"])
         else:
-            study.tell(trial, outcome["map_at_r"])
-            found.append((outcome["map_at_r"], dict(trial.params)))
-    if not found:
+            trials.complete(number, [outcome["map_at_r"]])
+    best = trials.best()
+    if best is None:
         raise RunError(
-            f"none of the {section.trials} trials of {method} had a finite loss; see "
+            f"none of the {trials.count()} trials of {method} had a finite loss; see "
             f"{folder.trial(method, 0).parent}, and lower the values in compare.search.space"
         )
-    return max(found, key=lambda one: one[0])[1]  # The first of equals.
+    return best.params
 
 
-def distribution(config: DistributionConfig) -> BaseDistribution:
-    """Return Optuna's distribution of a configured one."""
-    from optuna import distributions
+def num_trials(config: RunConfig, method: str) -> int:
+    """Return the number of a method's trials: of a grid at most the number of its points."""
+    section = compare_section(config).search
+    paths = searched_paths(config, method)
+    if section is None or not paths:
+        return 0
+    if isinstance(section.sampler, GridSamplerConfig):
+        return min(section.trials, grid_size(section.space, paths))
+    return section.trials
 
-    match config:
-        case FloatDistributionConfig():
-            return distributions.FloatDistribution(
-                config.low, config.high, log=config.log, step=config.step
-            )
-        case IntDistributionConfig():
-            return distributions.IntDistribution(
-                config.low, config.high, log=config.log, step=config.step
-            )
-        case CategoricalDistributionConfig():
-            return distributions.CategoricalDistribution(config.choices)
-        case _:
-            assert_never(config)
+
+def starting_points(config: RunConfig, method: str) -> list[dict[str, Any]]:
+    """Return the values of a method's first trials: its own, then the points of a grid."""
+    section = compare_section(config).search
+    assert section is not None
+    paths = searched_paths(config, method)
+    own = own_values_in(section.space, paths, method_config(config, method))
+    if not isinstance(section.sampler, GridSamplerConfig):
+        return [own]
+    points = grid_points(section.space, lambda _: paths)
+    # The rest of incomplete values would be random, and not on the grid.
+    return [*([own] if len(own) == len(paths) else []), *points]
 
 
 def check_space(
@@ -138,26 +129,6 @@ def check_space(
                 ) from None
 
 
-def own_values(config: RunConfig, method: str) -> dict[str, Any]:
-    """Return the method's own values of the searched paths, where the space contains them."""
-    section = compare_section(config).search
-    assert section is not None
-    own = method_config(config, method)
-    values = {path: value_at(own, path) for path in searched_paths(config, method)}
-    return {path: value for path, value in values.items() if section.space[path].contains(value)}
-
-
-def _study(section: SearchConfig) -> Study:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(
-        seed=seed_of(Stream.HYPERPARAMETERS, section.seed, bits=32),
-        n_startup_trials=max(1, min(MAX_STARTUP_TRIALS, section.trials // 2)),
-    )
-    return optuna.create_study(direction="maximize", sampler=sampler)
-
-
 def _outcome(
     config: RunConfig,
     method: str,
@@ -174,8 +145,8 @@ def _outcome(
         if outcome["digest"] != key:
             raise ConfigError(
                 f"trial {number} of {method} in {folder.outcome_path(method, number)} is of "
-                "another configuration, or another version of Optuna suggested its values "
-                f"{outcome['values']}; give another --run-dir"
+                "another configuration, or another version of dml_dist or Optuna suggested its "
+                f"values {outcome['values']}; give another --run-dir"
             )
         return outcome
     outcome = {"digest": key, "values": dict(values), "map_at_r": None, "problem": None}

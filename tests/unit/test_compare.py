@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dml_dist.config.load import differing_paths, parse_config
 from dml_dist.config.schema import RunConfig
@@ -17,7 +20,7 @@ from dml_dist.runs.comparison import (
     trial_config,
 )
 from dml_dist.runs.study import digest, fixed_differences
-from dml_dist.studies.compare import _check_methods
+from dml_dist.studies.compare import _check_methods, dry_run_comparison
 
 
 def floats(low: float, high: float) -> dict[str, Any]:
@@ -215,6 +218,42 @@ def test_spaces_are_checked_for_every_method(space: Any, without: Any, message: 
         return
     with pytest.raises(ConfigError, match=message):
         _check_methods(config)
+
+
+GRID = {
+    "optim.lr": {"type": "float", "low": 0.005, "high": 0.015, "step": 0.005},
+    "model.pooling": {"type": "categorical", "choices": ["avg", "gem"]},
+}
+
+
+def test_a_grid_that_is_larger_than_the_search_is_refused() -> None:
+    search = {"trials": 5, "steps": 2, "space": GRID, "sampler": {"name": "grid"}}
+    search["without"] = {"triplet": ["model.pooling"]}
+    with pytest.raises(ConfigError, match=r"trials is 5, but the grid of nca has 6 points"):
+        _check_methods(comparison(search=search))
+    config = comparison(search={**search, "trials": 6})
+    plain = dry_run(config)
+    assert "search: sampler grid, seed 0" in plain
+    rows = [re.findall(r"(\d+) x [27] steps", line) for line in plain.splitlines()]
+    assert [row[0] for row in rows if row] == ["3", "6", "6"]  # triplet has the rate alone
+
+
+def test_a_sampler_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"trials": 2, "steps": 2, "space": SPACE, "sampler": {"name": "cmaes"}}
+    search["without"] = {"triplet": ["optim.proxy_lr"]}
+    for found in (None, object()):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        if found is not None:
+            _check_methods(comparison(search=search))
+            continue
+        with pytest.raises(ConfigError, match=r"cmaes needs the package cmaes.*pip install cmaes"):
+            _check_methods(comparison(search=search))
+
+
+def dry_run(config: RunConfig) -> str:
+    text = io.StringIO()
+    dry_run_comparison(config, Console(file=text, width=200))
+    return text.getvalue()
 
 
 def test_errors_name_the_method() -> None:

@@ -29,7 +29,7 @@ from dml_dist.runs.study import (
     write_untrained,
 )
 from dml_dist.studies.pool import finished_metrics
-from dml_dist.studies.search import distribution
+from dml_dist.studies.samplers import distribution
 
 # Runs of several sizes: what is otherwise where and how fast is here what tells them apart.
 SCALE = StudyKind("scale", identity=("name", "launch.num_workers"), free=FREE)

@@ -196,11 +196,12 @@ def _search_text(comparison: Comparison) -> str:
     search = compare_section(comparison.config).search
     if search is None:
         return "Nothing was searched: every method has the values of the configuration."
+    at_most = "at most " if search.sampler.name == "grid" else ""
     return (
-        f"{search.trials} trials of {search.steps:,} steps for each method, with the same ranges "
-        f"for all: {_ranges(search)}. The first trial has the method's own values, Optuna's TPE "
-        "sampler draws the others. Trials are ranked by their highest MAP@R on validation "
-        "classes; no test class was read."
+        f"{at_most}{search.trials} trials of {search.steps:,} steps for each method, with the same "
+        f"ranges for all: {_ranges(search)}. The first trial has the method's own values, where "
+        f"the ranges contain them; the sampler {search.sampler.name} gives the others. Trials are "
+        "ranked by their highest MAP@R on validation classes; no test class was read."
     )
 
 
