@@ -42,8 +42,8 @@ from dml_dist.runtime.datasets import ensure_imported
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, Emit, note, phase
 from dml_dist.studies.pool import Pool
-from dml_dist.studies.samplers import check_sampler, grid_size
-from dml_dist.studies.search import check_space, num_trials, search_method
+from dml_dist.studies.samplers import grid_size
+from dml_dist.studies.search import check_space, num_trials, open_study, search_method
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.urls import local_path
 
@@ -178,7 +178,7 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
             "comparisons: launch.launcher must be inprocess or ray, got torchrun"
         )
     if section.search is not None:
-        check_sampler(section.search.sampler)
+        open_study(section.search)  # What its sampler needs is installed.
     plans = {}
     for method in section.methods:
         own = method_config(config, method)

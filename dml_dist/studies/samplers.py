@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from dml_dist.config.search_space import (
     GridSamplerConfig,
     IntDistributionConfig,
     RandomSamplerConfig,
-    SamplerConfig,
     SearchSection,
     TPESamplerConfig,
 )
@@ -119,19 +117,6 @@ def grid_points(
 def grid_size(space: Mapping[str, DistributionConfig], paths: Sequence[str]) -> int:
     """Return the number of combinations of values of some paths."""
     return math.prod(len(space[path].grid or ()) for path in paths)
-
-
-def check_sampler(sampler: SamplerConfig) -> None:
-    """Check that what a sampler needs is installed: Optuna would say so in the middle of a search.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(sampler, CMAESSamplerConfig) and importlib.util.find_spec("cmaes") is None:
-        raise ConfigError(
-            "sampler cmaes needs the package cmaes, which is not installed; run "
-            "`pip install cmaes`, or use the sampler tpe, gp or random"
-        )
 
 
 def _sampler(section: SearchSection, seed: int) -> BaseSampler:

@@ -7,11 +7,11 @@ results it suggests the same values, and finished trials are read from their fil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import DistributionConfig, GridSamplerConfig, format_value
-from dml_dist.config.study import NoPrunerConfig, ObjectiveConfig
+from dml_dist.config.study import NoPrunerConfig, ObjectiveConfig, SearchConfig
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.orchestration.ray_tasks import Execute
 from dml_dist.runs.comparison import (
@@ -26,6 +26,9 @@ from dml_dist.runs.study import digest, own_values_in
 from dml_dist.studies.pool import is_diverged
 from dml_dist.studies.samplers import create_study, grid_points, grid_size
 from dml_dist.studies.trials import Trials
+
+if TYPE_CHECKING:
+    import optuna
 
 TrialCallback = Callable[[str, int, Mapping[str, Any]], None]
 """Takes method, number of the trial and its outcome."""
@@ -54,8 +57,7 @@ def search_method(
     paths = searched_paths(config, method)
     if section is None or not paths:
         return {}
-    study = create_study(section, [ObjectiveConfig()], NoPrunerConfig(), steps=section.steps)
-    trials = Trials(study, section.space, lambda _: paths)
+    trials = Trials(open_study(section), section.space, lambda _: paths)
     trials.enqueue(starting_points(config, method))
     for _ in range(num_trials(config, method)):
         suggestion = trials.suggest()
@@ -73,6 +75,15 @@ def search_method(
             f"{folder.trial(method, 0).parent}, and lower the values in compare.search.space"
         )
     return best.params
+
+
+def open_study(section: SearchConfig) -> optuna.Study:
+    """Return a new study in memory: only the sampler's seed and the results decide on its values.
+
+    Raises:
+        ConfigError: If the sampler needs a package that is not installed.
+    """
+    return create_study(section, [ObjectiveConfig()], NoPrunerConfig(), steps=section.steps)
 
 
 def num_trials(config: RunConfig, method: str) -> int:

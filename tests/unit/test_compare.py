@@ -20,6 +20,7 @@ from dml_dist.runs.comparison import (
     trial_config,
 )
 from dml_dist.runs.study import digest, fixed_differences
+from dml_dist.studies import samplers
 from dml_dist.studies.compare import _check_methods, dry_run_comparison
 
 
@@ -242,7 +243,7 @@ def test_a_sampler_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     search = {"trials": 2, "steps": 2, "space": SPACE, "sampler": {"name": "cmaes"}}
     search["without"] = {"triplet": ["optim.proxy_lr"]}
     for found in (None, object()):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        monkeypatch.setattr(samplers, "find_spec", lambda name, found=found: found)
         if found is not None:
             _check_methods(comparison(search=search))
             continue
