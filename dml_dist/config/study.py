@@ -21,7 +21,7 @@ class SearchConfig(SearchSection):
     """
 
     trials: PositiveInt
-    """Trials of each method."""
+    """Trials of each method; the sampler grid makes one for each point, and no more."""
 
     steps: PositiveInt
     """Optimiser updates of a trial."""
