@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 from scipy.stats import spearmanr
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
@@ -42,7 +41,8 @@ from dml_dist.config.study import METHOD_KEY, NoPrunerConfig, ObjectiveConfig, T
 from dml_dist.report.study.stats import t_interval
 from dml_dist.runs.tuning import TuningFolder, tune_section
 from dml_dist.studies.samplers import create_study
-from dml_dist.studies.trials import PROBLEM, Trials
+from dml_dist.studies.storage import load_study
+from dml_dist.studies.trials import PROBLEM, Trials, completed
 
 FEWEST_TRIALS = 10
 SHOWN = (8, 16, 32, 64)
@@ -68,9 +68,7 @@ def read_trials(path: Path) -> tuple[TuneConfig, np.ndarray, np.ndarray]:
     """Return the search of a study, and values (N, D) and results (N,) of its trials."""
     folder = TuningFolder(path)
     section = tune_section(folder.config())
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder.sqlite_path}")
-    trials = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    trials = completed(load_study(folder))
     if len(trials) < FEWEST_TRIALS:
         raise SystemExit(
             f"a surface needs at least {FEWEST_TRIALS} complete trials, {path} has {len(trials)}"
