@@ -86,7 +86,7 @@ def run_trials(
         launch: The cluster, and the resources of each trial.
         parallel: Number of trials at a time; None: as many as the cluster can hold.
         deadline: Time of `time.monotonic` after which trials stop with a checkpoint.
-        folder: Folder of the study; Tune's own files are in it while it runs.
+        folder: Folder of the study, whose lock is held; Tune's own files are in it for a time.
         stop: Request to stop all trials.
         on_start: Takes the number of trials at a time, once it is known.
 
@@ -105,6 +105,7 @@ def run_trials(
         board = ray.remote(num_cpus=0)(_StopBoard).remote()
         searcher = _searcher(queue, board, stop, deadline)
         scratch = folder / _SCRATCH
+        shutil.rmtree(scratch, ignore_errors=True)  # Of a command that was killed.
         name = f"tune-{uuid.uuid4().hex[:12]}"
         trainable = tune.with_parameters(
             _trial, execute=execute, board=board, command=sys.argv, working_dir=os.getcwd()
@@ -133,9 +134,7 @@ def run_trials(
                 "then repeat the command: the trials go on from their checkpoints"
             ) from error
         finally:
-            shutil.rmtree(scratch / name, ignore_errors=True)
-            with suppress(OSError):  # Another command may use it.
-                scratch.rmdir()
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- in the driver

@@ -24,7 +24,7 @@ from dml_dist.runtime.progress import Display
 from dml_dist.runtime.signals import stop_on_signals
 from dml_dist.studies.final import print_final, run_final, write_best
 from dml_dist.studies.pool import Pool
-from dml_dist.studies.storage import check_tuning, open_trials
+from dml_dist.studies.storage import check_tuning, open_trials, trials_left
 from dml_dist.studies.trials import LABEL, PROBLEM, SECONDS, STEPS, Trials
 from dml_dist.studies.tune_check import SearchPlan, check_search
 from dml_dist.studies.tune_page import write_tuning
@@ -70,15 +70,14 @@ def run_tuning(
     config = with_absolute_paths(config)
     section = tune_section(config)
     folder = TuningFolder((run_dir or Path("runs") / config.name).absolute())
-    check_tuning(config, folder)
+    check_tuning(config, folder, source)
     plan = check_search(config)
     if local_path(config.data.path) is not None:
         ensure_imported(config.data, console)
     with folder.lock():
-        for change in check_tuning(config, folder):  # Again: another command may have been faster.
-            _say(console, f"changed range: {change}")
-        trials, notes = open_trials(config, folder, plan.steps, source)
+        check_tuning(config, folder, source)  # Again: another command may have been faster.
         folder.write_config(config)
+        trials, notes = open_trials(config, folder, plan.steps, source)
         _announce(config, plan, notes, console)
         search = _Search(config, folder, trials, plan, console)
         if continue_trial is not None:
@@ -171,7 +170,7 @@ class _Search:
         found = None
         if not self._is_single or not self._prunable:
             found = self._trials.interrupted()
-        if found is None and not self._is_single and self._trials.count() < self._section.trials:
+        if found is None and not self._is_single and trials_left(self._section, self._trials):
             found = self._trials.suggest()
         if found is None:
             return None
@@ -182,7 +181,8 @@ class _Search:
         assert self._table is not None
         self._table.put(found.number, Row(found.label, found.values))
         metrics = [objective.metric for objective in self._section.objectives]
-        return found.number, trial_payload(configs, folders, metrics, self._plan.run_steps)
+        run_steps = self._plan.steps // self._section.folds
+        return found.number, trial_payload(configs, folders, metrics, run_steps)
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Keep an intermediate value and return whether to prune the trial."""
@@ -191,7 +191,7 @@ class _Search:
         if len(self._section.objectives) > 1:  # Optuna keeps those of one objective alone.
             return False
         is_bad = self._trials.report(number, step, value)
-        return is_bad and self._prunable[number] and step < self._plan.trial_steps
+        return is_bad and self._prunable[number] and step < self._plan.steps
 
     def end(self, number: int, outcome: Outcome | None) -> None:
         """Tell Optuna how a trial ended."""
@@ -228,7 +228,7 @@ class _Search:
         _say(self._console, f"{concurrent} {'trial' if concurrent == 1 else 'trials'} at a time")
 
     def _has_work(self) -> bool:
-        return self._trials.has_interrupted or self._trials.count() < self._section.trials
+        return self._trials.has_interrupted or trials_left(self._section, self._trials) > 0
 
     def _show_earlier(self) -> None:
         """Put the trials of earlier commands into the table."""
@@ -277,7 +277,7 @@ def _announce(config: RunConfig, plan: SearchPlan, notes: Sequence[str], console
     folds = "" if section.folds == 1 else f" on {section.folds} folds"
     _say(
         console,
-        f"{config.name}: {section.trials} trials of {plan.trial_steps:,} steps on {ranks} "
+        f"{config.name}: {section.trials} trials of {plan.steps:,} steps on {ranks} "
         f"{'rank' if ranks == 1 else 'ranks'}, to {goals}{folds}; sampler {section.sampler.name}, "
         f"pruner {section.pruner.name}",
     )
