@@ -166,8 +166,8 @@ def with_values(config: RunConfig, values: Mapping[str, Any], source: str) -> Ru
     Raises:
         ConfigError: If the result is not valid.
     """
-    # JSON is YAML, and its 17 digits read back as the same number.
-    changes = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+    # JSON is YAML, except for pairs of \u escapes; its 17 digits read back as the same number.
+    changes = [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in values.items()]
     return with_changes(config, changes, f"{source} with {', '.join(changes)}")
 
 
@@ -175,7 +175,12 @@ def value_at(config: RunConfig, path: str) -> Any:
     """Return the plain value at a dotted path of a configuration; None where there is none."""
     value: Any = config
     for part in path.split("."):
-        value = getattr(value, part, None)
+        if isinstance(value, dict):  # Options of a custom member.
+            value = value.get(part)
+        elif isinstance(value, tuple):
+            value = dict(enumerate(value)).get(int(part)) if part.isdecimal() else None
+        else:
+            value = getattr(value, part, None)
     return value
 
 

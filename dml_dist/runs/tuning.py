@@ -22,7 +22,10 @@ from dml_dist.runs.study import (
     with_values,
 )
 
-SEARCHABLE = (*METHOD, "train.global_batch_size")
+SEARCHABLE = (
+    *(path for path in METHOD if path not in ("checkpoint", "train.log_every")),
+    "train.global_batch_size",
+)
 """Fields that can be searched: none that says where, how fast or how long, or what is measured.
 
 A value that is found on some ranks holds on any other number: batches and rates are global.
