@@ -83,6 +83,12 @@ def is_metric(key: str) -> bool:
     return known or any(form.fullmatch(key) for form in (_RECALL, _SUPER_RECALL, _DEFINITION))
 
 
+def is_share(key: str) -> bool:
+    """Whether a metric is a share in [0, 1], shown in percent."""
+    forms = (_RECALL, _SUPER_RECALL, _DEFINITION)
+    return key in _SHARES or any(form.fullmatch(key) for form in forms)
+
+
 def metric_label(key: str) -> str:
     """Return a metric's display name: R@1 for recall_at_1."""
     if match := _RECALL.fullmatch(key):
@@ -101,8 +107,7 @@ def format_metric(key: str, value: Any) -> str:
         return MISSING
     if not math.isfinite(amount):
         return "not a number" if math.isnan(amount) else "infinite"
-    forms = (_RECALL, _SUPER_RECALL, _DEFINITION)
-    if key in _SHARES or any(form.fullmatch(key) for form in forms):
+    if is_share(key):
         return f"{100 * amount:.2f} %"
     return f"{amount:.4f}" if key in _NUMBERS else format_count(amount)
 

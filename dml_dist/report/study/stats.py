@@ -55,12 +55,15 @@ def t_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(count), count)
 
 
-def format_interval(interval: Interval, *, signed: bool = False) -> str:
-    """Return a share in percent with half the width of its interval, where there is one."""
+def format_interval(interval: Interval, *, signed: bool = False, share: bool = True) -> str:
+    """Return a mean with half the width of its interval, where there is one; shares in percent."""
     if math.isnan(interval.mean):
         return MISSING
-    text = f"{100 * interval.mean:{'+' if signed else ''}.2f}"
-    return f"{text} %" if math.isnan(interval.half) else f"{text} ± {100 * interval.half:.2f} %"
+    factor, digits, unit = (100, 2, " %") if share else (1, 4, "")
+    text = f"{factor * interval.mean:{'+' if signed else ''}.{digits}f}"
+    if not math.isnan(interval.half):
+        text += f" ± {factor * interval.half:.{digits}f}"
+    return text + unit
 
 
 @dataclass(frozen=True, eq=False)
