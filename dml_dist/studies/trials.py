@@ -51,13 +51,11 @@ class Suggestion:
         number: Its number in the storage.
         label: Name of its run.
         values: Path -> value; `method` names the method, if the search has methods.
-        can_be_pruned: Whether intermediate values may end it.
     """
 
     number: int
     label: str
     values: dict[str, Any]
-    can_be_pruned: bool = True
 
 
 class Trials:
@@ -244,7 +242,7 @@ class Trials:
             trial.set_user_attr(LABEL, f"trial-{trial.number}")
         self._active[trial.number] = trial
         label = attributes.get(LABEL, f"trial-{trial.number}")
-        return Suggestion(trial.number, label, values, CONTINUES not in attributes)
+        return Suggestion(trial.number, label, values)
 
     def _keep(self, number: int, facts: Mapping[str, Any]) -> None:
         for name, value in facts.items():

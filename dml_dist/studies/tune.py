@@ -22,7 +22,7 @@ from dml_dist.runs.tuning import TuningFolder, trial_configs, tune_section
 from dml_dist.runtime.datasets import ensure_imported
 from dml_dist.runtime.progress import Display
 from dml_dist.runtime.signals import stop_on_signals
-from dml_dist.studies.final import print_final, run_final, write_best
+from dml_dist.studies.final import check_final, print_final, run_final, write_best
 from dml_dist.studies.pool import Pool
 from dml_dist.studies.storage import check_tuning, open_trials, trials_left
 from dml_dist.studies.trials import LABEL, PROBLEM, SECONDS, STEPS, Trials
@@ -87,7 +87,7 @@ def run_tuning(
         page = write_tuning(folder.path)
         if final and stopped is None:
             with (
-                Pool(folder, config.launch, section.parallel or 1) as pool,
+                Pool(folder, config.launch, _final_parallel(config)) as pool,
                 Display(console) as emit,
             ):
                 run_final(config, folder, trials, pool, emit)
@@ -118,7 +118,7 @@ class _Search:
         self._console = console
         self._launch = config.launch
         self._is_single = False
-        self._prunable: dict[int, bool] = {}
+        self._begun = 0
         self._table: TrialTable | None = None
 
     def continue_trial(self, number: int) -> None:
@@ -168,13 +168,13 @@ class _Search:
     def next(self) -> tuple[int, Payload] | None:
         """Return the next trial: one that was interrupted, or a new one."""
         found = None
-        if not self._is_single or not self._prunable:
+        if not self._is_single or not self._begun:
             found = self._trials.interrupted()
         if found is None and not self._is_single and trials_left(self._section, self._trials):
             found = self._trials.suggest()
         if found is None:
             return None
-        self._prunable[found.number] = found.can_be_pruned
+        self._begun += 1
         configs = trial_configs(self._config, found.label, found.values)
         configs = [one.model_copy(update={"launch": self._launch}) for one in configs]
         folders = [self._folder.run(one.name) for one in configs]
@@ -188,10 +188,7 @@ class _Search:
         """Keep an intermediate value and return whether to prune the trial."""
         assert self._table is not None
         self._table.progress(number, step, value)
-        if len(self._section.objectives) > 1:  # Optuna keeps those of one objective alone.
-            return False
-        is_bad = self._trials.report(number, step, value)
-        return is_bad and self._prunable[number] and step < self._plan.steps
+        return self._trials.report(number, step, value) and step < self._plan.steps
 
     def end(self, number: int, outcome: Outcome | None) -> None:
         """Tell Optuna how a trial ended."""
@@ -324,6 +321,11 @@ def _conclude(
         )
     _say(console, f"results: {folder.path}")
     return folder.path
+
+
+def _final_parallel(config: RunConfig) -> int:
+    """Return the number of final runs at a time: one where each takes all ranks."""
+    return 1 if config.launch.launcher == "ray" else tune_section(config).parallel or 1
 
 
 def _say(console: Console, line: str) -> None:

@@ -335,7 +335,6 @@ def test_a_continued_trial_is_not_pruned_and_not_counted(tmp_path: Path) -> None
     one = trials.interrupted()
     assert one is not None
     assert (one.number, one.label, one.values) == (3, bad.label, bad.values)
-    assert not one.can_be_pruned
     assert trials.count() == 3
     assert not trials.report(one.number, 4, 0.0)
     # It is no competitor: by the values 0.5 and 0.1 alone 0.2 is not in the better half.

@@ -31,7 +31,7 @@ from dml_dist.runs.tuning import (
 )
 from dml_dist.runtime.context import open_context
 from dml_dist.runtime.datasets import describe
-from dml_dist.runtime.progress import Event, discard
+from dml_dist.runtime.progress import Event, discard, phase
 from dml_dist.studies.final import Final, print_final, read_final, run_final, write_best
 from dml_dist.studies.pool import Pool
 from dml_dist.studies.samplers import create_study
@@ -76,7 +76,6 @@ def test_the_best_configuration_is_one_for_train(tmp_path: Path) -> None:
     run.finish({"validation": {"map_at_r": 0.5}, "checkpoint": {"step": 15}})
     path = write_best(config, folder, trials)
     assert path == folder.path / "best.yaml"
-
     found = load_config(path)
     assert found == tuned_config(config, LOW).model_copy(update={"name": "demo_best"})
     assert (found.tune, found.compare, found.validation) == (None, None, config.validation)
@@ -137,15 +136,13 @@ GAIN = 0.05
 
 
 class FakeRuns:
-    """Finishes runs without training; some fail, are stopped, or end the command."""
+    """Finishes runs without training; one may fail, one may be stopped."""
 
-    def __init__(self, *, fail: str = "", stop: str = "", end_after: int = 1000) -> None:
+    def __init__(self, *, fail: str = "", stop: str = "") -> None:
         self.configs: list[RunConfig] = []
-        self.fail, self.stop, self.end_after = fail, stop, end_after
+        self.fail, self.stop = fail, stop
 
     def __call__(self, config: RunConfig, folder: Path) -> dict[str, Any]:
-        if len(self.configs) == self.end_after:
-            raise KeyboardInterrupt
         self.configs.append(config)
         if config.name == self.fail:
             raise RunError("the loss is not finite")
@@ -165,11 +162,9 @@ class FakeRuns:
         return [config.name for config in self.configs]
 
 
-def final(
-    config: RunConfig, folder: TuningFolder, trials: Trials, runs: FakeRuns, parallel: int = 1
-) -> list[Event]:
+def final(config: RunConfig, folder: TuningFolder, trials: Trials, runs: FakeRuns) -> list[Event]:
     events: list[Event] = []
-    pool = Pool(folder, config.launch, parallel)
+    pool = Pool(folder, config.launch, 1)
     pool._execute = runs
     run_final(config, folder, trials, pool, events.append)
     return events
@@ -207,9 +202,7 @@ def test_both_variants_are_run_with_each_seed(folder: TuningFolder) -> None:
     assert list(seen[0]["seeds"]) == ["3", "0"]
     notes = [event["text"] for event in events if event["kind"] == "note"]
     assert notes[2].startswith("tuned-seed-0: R@1 45.")
-    assert events[-1] == {
-        **{"kind": "phase", "phase": "final runs", "done": 4, "total": 4, "detail": ""},
-    }
+    assert events[-1] == phase("final runs", 4, 4)
 
 
 def test_the_untuned_variant_has_the_method_of_the_best_trial(folder: TuningFolder) -> None:
@@ -262,30 +255,20 @@ def test_a_run_that_fails_does_not_end_the_others(folder: TuningFolder) -> None:
     assert (gain.count, gain.mean) == (1, pair[0] - pair[1])
 
 
-def test_a_stopped_run_ends_the_command(folder: TuningFolder) -> None:
-    config = tuning(final_seeds=[0, 1])
-    with pytest.raises(RunStopped):
-        final(
-            *(config, folder, trials_of(config, (LOW, 0.5))), runs := FakeRuns(stop="tuned-seed-0")
-        )
-    assert len(runs.configs) == 1
-
-
-def test_a_killed_command_continues_and_seeds_can_be_added(folder: TuningFolder) -> None:
+def test_a_stopped_command_continues_and_seeds_can_be_added(folder: TuningFolder) -> None:
     config = tuning(final_seeds=[0, 1])
     trials = trials_of(config, (LOW, 0.5))
-    with pytest.raises(KeyboardInterrupt):
-        final(config, folder, trials, first := FakeRuns(end_after=1))
+    with pytest.raises(RunStopped):
+        final(config, folder, trials, first := FakeRuns(stop="untuned-seed-0"))
     begun = read_json(folder.final_path)
     final(config, folder, trials, second := FakeRuns())
     assert (first.names, second.names) == (
-        ["tuned-seed-0"],
+        ["tuned-seed-0", "untuned-seed-0"],
         ["untuned-seed-0", "tuned-seed-1", "untuned-seed-1"],
     )
     assert read_json(folder.final_path) == begun
     final(config, folder, trials, nothing := FakeRuns())
     assert nothing.names == []
-
     final(tuning(final_seeds=[7, 0]), folder, trials, more := FakeRuns())
     assert more.names == ["tuned-seed-7", "untuned-seed-7"]
     # Seed 1 stays part of the result, though it is no longer asked for.
@@ -338,8 +321,9 @@ def test_the_table(folder: TuningFolder) -> None:
     console = Console(file=out, width=80)
     print_final(folder, console)
     assert out.getvalue() == ""
+    trials = trials_of(config, (LOW, 0.5))
     with pytest.raises(RunError):
-        final(*(config, folder, trials_of(config, (LOW, 0.5))), FakeRuns(fail="untuned-seed-1"))
+        final(config, folder, trials, FakeRuns(fail="untuned-seed-1"))
     print_final(folder, console)
     found = read(folder)
     rows = {line.split()[0]: line for line in out.getvalue().splitlines() if line.strip()}
