@@ -12,6 +12,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -84,7 +86,7 @@ def _run() -> int:
         if end.code == INTERRUPTED:
             error_console.print(
                 "interrupted; repeat the command to continue an import, "
-                "or repeat it with --resume to continue a run or a comparison"
+                "or repeat it (with --resume for a run or a comparison) to continue"
             )
         return int(end.code or 0)
     return 0
@@ -121,6 +123,18 @@ def _overrides(
     if workers is not None:
         result.append(f"launch.num_workers={workers}")
     return result
+
+
+@contextmanager
+def _repeatable(more: list[str]) -> Iterator[None]:
+    """Say how to continue a study that was stopped: with this command line and `more`."""
+    try:
+        yield
+    except RunStopped as stop:
+        what = str(stop).partition("\n")[0]
+        program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
+        again = shlex.join([*sys.argv[1:], *more])
+        raise RunStopped(f"{what}\ncontinue with: {program} {again}") from None
 
 
 @app.command()
@@ -214,13 +228,8 @@ def compare(
     if dry_run:
         dry_run_comparison(resolved, console)
         return
-    try:
+    with _repeatable([] if resume else ["--resume"]):
         run_comparison(resolved, console, run_dir=run_dir, resume=resume)
-    except RunStopped as stop:
-        what = str(stop).partition("\n")[0]
-        program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
-        again = sys.argv[1:] if resume else [*sys.argv[1:], "--resume"]
-        raise RunStopped(f"{what}\ncontinue with: {program} {shlex.join(again)}") from None
 
 
 @app.command()
@@ -271,27 +280,34 @@ def tune(
     if dry_run:
         dry_run_tuning(resolved, console)
         return
-    run_tuning(
-        resolved,
-        console,
-        run_dir=run_dir,
-        source=source,
-        final=final,
-        continue_trial=continue_trial,
-    )
+    with _repeatable([]):
+        run_tuning(
+            resolved,
+            console,
+            run_dir=run_dir,
+            source=source,
+            final=final,
+            continue_trial=continue_trial,
+        )
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or comparison.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, comparison or search.")
+    ],
 ) -> None:
-    """Write the report page of a run or comparison again."""
-    from dml_dist.report import write_report
-    from dml_dist.report.study.comparison import write_comparison
+    """Write the report page of a run, comparison or search again."""
     from dml_dist.runs.comparison import ComparisonFolder
+    from dml_dist.runs.tuning import TuningFolder
 
-    is_comparison = ComparisonFolder(run).config_path.is_file()
-    page = write_comparison(run) if is_comparison else write_report(run)
+    if TuningFolder(run).config_path.is_file():
+        from dml_dist.studies.tune_page import write_tuning as write
+    elif ComparisonFolder(run).config_path.is_file():
+        from dml_dist.report.study.comparison import write_comparison as write
+    else:
+        from dml_dist.report import write_report as write
+    page = write(run)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -68,7 +66,6 @@ def run_tuning(
             failed.
     """
     config = with_absolute_paths(config)
-    section = tune_section(config)
     folder = TuningFolder((run_dir or Path("runs") / config.name).absolute())
     check_tuning(config, folder, source)
     plan = check_search(config)
@@ -86,6 +83,7 @@ def run_tuning(
         write_best(config, folder, trials)
         page = write_tuning(folder.path)
         if final and stopped is None:
+            check_final(folder, trials)  # Before a cluster is started.
             with (
                 Pool(folder, config.launch, _final_parallel(config)) as pool,
                 Display(console) as emit,
@@ -304,12 +302,10 @@ def _conclude(
         _say(console, f"best configuration: {folder.best_path}")
     _say(console, f"trials: {counts}")
     _say(console, f"report:  {page}")
-    program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
-    again = f"continue with: {program} {shlex.join(sys.argv[1:])}"
     if stopped is not None and stopped != TIME_LIMIT:
-        raise RunStopped(f"{config.name} was stopped by {stopped} ({counts})\n{again}")
+        raise RunStopped(f"{config.name} was stopped by {stopped} ({counts})")
     if stopped is not None:
-        _say(console, f"the time limit is reached; {again}")
+        _say(console, "the time limit is reached; the same command continues the search")
     elif best is None:
         problems = [
             trial.user_attrs[PROBLEM] for trial in trials.all() if PROBLEM in trial.user_attrs
