@@ -24,7 +24,7 @@ from dml_dist.studies.ranges import (
 )
 from dml_dist.studies.samplers import create_study, grid_points
 from dml_dist.studies.storage_files import choose_storage, open_storage, read_storage
-from dml_dist.studies.trials import PROBLEM, Trials, completed
+from dml_dist.studies.trials import LABEL, OUTSIDE, PROBLEM, Trials, completed
 
 if TYPE_CHECKING:
     import optuna
@@ -129,9 +129,7 @@ def open_trials(
     elif source is not None:
         notes.append(f"--from {source}: not read, since this study has begun")
     _enqueue_grid(config, trials)
-    if trials.count():
-        notes.append(_progress(trials))
-    return trials, notes
+    return trials, [*notes, *_progress(trials)]
 
 
 def trials_left(section: TuneConfig, trials: Trials) -> int:
@@ -221,18 +219,22 @@ def _enqueue_grid(config: RunConfig, trials: Trials) -> None:
         trials.enqueue(points, limit=max(0, missing))
 
 
-def _progress(trials: Trials) -> str:
-    states: dict[str, int] = {}
-    for trial in trials.all():
-        states[trial.state.name] = states.get(trial.state.name, 0) + 1
+def _progress(trials: Trials) -> list[str]:
+    """Return a line on the trials there are; none for a new study."""
     words = {
         "COMPLETE": "complete",
         "PRUNED": "pruned",
         "FAIL": "failed",
-        "RUNNING": "interrupted, which go on first",
+        "OUTSIDE": "outside the ranges",
+        "RUNNING": "interrupted, to be continued first",
     }
-    parts = [f"{states[state]} {word}" for state, word in words.items() if state in states]
-    return f"{trials.count()} trials so far: {', '.join(parts)}"
+    found = [
+        "OUTSIDE" if OUTSIDE in trial.user_attrs else trial.state.name
+        for trial in trials.all()
+        if LABEL in trial.user_attrs or trial.state.name == "RUNNING"  # Not what is enqueued.
+    ]
+    parts = [f"{found.count(key)} {word}" for key, word in words.items() if key in found]
+    return [f"{len(found)} trials so far: {', '.join(parts)}"] if found else []
 
 
 def _is_range(one: Difference) -> bool:

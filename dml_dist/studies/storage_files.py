@@ -27,6 +27,7 @@ _LOCAL = {
 
 _SQLITE_TIMEOUT_SECONDS = 60.0
 _FIRST_KEY = b'{"op_code":'  # Of each of Optuna's journal lines.
+_FIRST_LINE = b'{"op_code":0,'  # Makes a study.
 
 
 def choose_storage(folder: TuningFolder, kind: StorageKind) -> tuple[Path, str]:
@@ -147,12 +148,13 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_journal(path: Path) -> None:
-    """Check every whole line: Optuna takes a last line that is not JSON for one being written."""
+    """Check every whole line: Optuna ignores a damaged last one, and trials without a study."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n") and not (
-                line.startswith(_FIRST_KEY) and isinstance(json.loads(line), dict)
-            ):
+            if not line.endswith(b"\n"):
+                break  # It is being written.
+            key = _FIRST_KEY if number > 1 else _FIRST_LINE
+            if not (line.startswith(key) and isinstance(json.loads(line), dict)):
                 raise ValueError(f"line {number} is none of Optuna's")
 
 

@@ -123,11 +123,6 @@ class Trials:
             self.study.enqueue_trial(dict(point))
             known.add(_key(point))
 
-    @property
-    def has_interrupted(self) -> bool:
-        """Whether `interrupted` has a trial to give."""
-        return bool(self._interrupted)
-
     def interrupted(self) -> Suggestion | None:
         """Return a trial that an earlier command left, or None; each is given once."""
         import optuna
@@ -155,7 +150,7 @@ class Trials:
                 user_attrs={CONTINUES: number, LABEL: _label(found)},
             )
         )
-        self._interrupted.insert(0, self.all()[-1])
+        self._interrupted.append(self.all()[-1])
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Keep an intermediate value and return whether to prune the trial.
@@ -206,11 +201,6 @@ class Trials:
 
         self._keep(number, facts)
         self.study.tell(self._active.pop(number), state=optuna.trial.TrialState.PRUNED)
-
-    def pause(self, number: int, **facts: Any) -> None:
-        """Leave a trial that was stopped as it is, so that the next command continues it."""
-        self._keep(number, facts)
-        del self._active[number]
 
     def fail(self, number: int, problem: str, **facts: Any) -> None:
         """End a trial that failed; the sampler does not learn from it."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from dml_dist.config.study import ObjectiveConfig, TuneConfig
@@ -48,8 +49,9 @@ def open_trials(tune: TuneConfig, storage: BaseStorage | None = None, steps: int
     return Trials(study, tune.space, paths_of, tuple(tune.methods))
 
 
-def sqlite(folder: Path) -> BaseStorage:
-    return RDBStorage(f"sqlite:///{folder}/optuna.db")
+def stored(folder: Path) -> BaseStorage:
+    """Open a storage as another process does: of the kind that opens fast."""
+    return JournalStorage(JournalFileBackend(f"{folder}/optuna.journal"))
 
 
 def score(values: dict[str, Any]) -> float:
@@ -80,14 +82,14 @@ def test_a_seeded_search_repeats_and_goes_on_with_other_values(
     if sampler == "tpe":
         fields["sampler"]["startup_trials"] = 2
     tune = section(**fields)
-    first = search(open_trials(tune, sqlite(tmp_path)), 8)
+    first = search(open_trials(tune, stored(tmp_path)), 8)
     assert search(open_trials(tune), 8) == first
     assert search(open_trials(section(**fields, seed=1)), 8) != first
     for values in first:
         assert ("loss.scale" in values) == (values["method"] == "flow")
     assert {values["method"] for values in first} == {"plain", "flow"}
 
-    again = open_trials(tune, sqlite(tmp_path))
+    again = open_trials(tune, stored(tmp_path))
     assert again.interrupted() is None
     assert again.count() == 8
     later = search(again, 4)
@@ -107,7 +109,7 @@ def test_tpe_finds_better_values_than_random() -> None:
 
 def test_gp_suggests_values_of_the_space() -> None:
     tune = section(sampler={"name": "gp", "startup_trials": 2})
-    for values in search(open_trials(tune), 4):
+    for values in search(open_trials(tune), 3):
         assert all(tune.space[path].contains(value) for path, value in values.items())
 
 
@@ -124,13 +126,13 @@ def test_enqueued_values_come_first_and_once(tmp_path: Path) -> None:
         "optim.lr": {"type": "float", "low": 0, "high": 2},
         "model.dim": {"type": "categorical", "choices": [1, 2.5, None]},
     }
-    trials = open_trials(section(space=space), sqlite(tmp_path))
+    trials = open_trials(section(space=space), stored(tmp_path))
     point = {"optim.lr": 1, "model.dim": 1.0}
     trials.enqueue([point, {"model.dim": None}, point, {"optim.lr": 1.0, "model.dim": 1}])
     assert trials.waiting() == 2
     one = trials.suggest()
     assert repr(one.values) == "{'optim.lr': 1.0, 'model.dim': 1}"
-    assert repr(open_trials(section(space=space), sqlite(tmp_path)).interrupted().values) == repr(
+    assert repr(open_trials(section(space=space), stored(tmp_path)).interrupted().values) == repr(
         one.values
     )
     assert trials.suggest().values["model.dim"] is None
@@ -165,14 +167,14 @@ def test_grid_has_every_combination_of_a_method_once() -> None:
 
 def test_interrupted_trials_keep_number_and_values(tmp_path: Path) -> None:
     tune = section(**METHODS)
-    trials = open_trials(tune, sqlite(tmp_path))
+    trials = open_trials(tune, stored(tmp_path))
     search(trials, 1)
     left = [trials.suggest(), trials.suggest()]
-    again = open_trials(tune, sqlite(tmp_path))
+    again = open_trials(tune, stored(tmp_path))
     assert [again.interrupted(), again.interrupted(), again.interrupted()] == [*left, None]
     again.complete(left[1].number, [0.5], **{SECONDS: 3.0})
     assert again.suggest().number == 3
-    third = open_trials(tune, sqlite(tmp_path))
+    third = open_trials(tune, stored(tmp_path))
     assert third.interrupted() == left[0]
     assert third.all()[2].values == [0.5]
     assert third.all()[2].user_attrs == {LABEL: "trial-2", SECONDS: 3.0}
@@ -180,18 +182,18 @@ def test_interrupted_trials_keep_number_and_values(tmp_path: Path) -> None:
 
 def test_a_suggestion_that_was_interrupted_is_completed(tmp_path: Path) -> None:
     """Killed after the first value: it stays, the others are drawn."""
-    tune = section()
-    trials = open_trials(tune, sqlite(tmp_path))
-    search(trials, 12)
+    tune = section(sampler={"name": "tpe", "startup_trials": 2})
+    trials = open_trials(tune, stored(tmp_path))
+    search(trials, 3)
     begun = trials.study.ask()
     first = begun.suggest_float("optim.lr", 1e-4, 1.0, log=True)
-    again = open_trials(tune, sqlite(tmp_path))
-    assert again.count() == 13
+    again = open_trials(tune, stored(tmp_path))
+    assert again.count() == 4
     one = again.interrupted()
     assert one is not None
-    assert (one.number, one.label, one.values["optim.lr"]) == (12, "trial-12", first)
+    assert (one.number, one.label, one.values["optim.lr"]) == (3, "trial-3", first)
     assert one.values.keys() == SPACE.keys()
-    assert again.all()[12].params == one.values
+    assert again.all()[3].params == one.values
 
 
 def test_values_that_are_not_finite_are_the_worst() -> None:
@@ -298,14 +300,14 @@ def test_asha_decides_the_same_after_the_study_is_opened_again(tmp_path: Path) -
     """Before every report; trials that are continued report their last step again."""
     tune = section(pruner=ASHA)
     reference = Halving(4, 2)
-    trials = open_trials(tune, sqlite(tmp_path))
+    trials = open_trials(tune, stored(tmp_path))
     for _ in range(6):
         trials.suggest()
     pruned: set[int] = set()
     for number, step, value in reports(5, count=6):
         if number in pruned:
             continue
-        trials = open_trials(tune, sqlite(tmp_path))
+        trials = open_trials(tune, stored(tmp_path))
         while trials.interrupted() is not None:
             pass
         known = trials.all()[number].intermediate_values
@@ -315,7 +317,7 @@ def test_asha_decides_the_same_after_the_study_is_opened_again(tmp_path: Path) -
         if trials.report(number, step, value):
             pruned.add(number)
             # The command ends before the trial does: the next one is told again.
-            trials = open_trials(tune, sqlite(tmp_path))
+            trials = open_trials(tune, stored(tmp_path))
             while trials.interrupted() is not None:
                 pass
             assert trials.report(number, step, value)
@@ -326,7 +328,7 @@ def test_asha_decides_the_same_after_the_study_is_opened_again(tmp_path: Path) -
 
 def test_a_continued_trial_is_not_pruned_and_not_counted(tmp_path: Path) -> None:
     tune = section(pruner=ASHA)
-    trials = open_trials(tune, sqlite(tmp_path))
+    trials = open_trials(tune, stored(tmp_path))
     good, bad, later = (trials.suggest() for _ in range(3))
     assert not trials.report(good.number, 4, 0.5)
     assert trials.report(bad.number, 4, 0.1)
@@ -339,7 +341,7 @@ def test_a_continued_trial_is_not_pruned_and_not_counted(tmp_path: Path) -> None
     assert not trials.report(one.number, 4, 0.0)
     # It is no competitor: by the values 0.5 and 0.1 alone 0.2 is not in the better half.
     assert trials.report(later.number, 4, 0.2)
-    again = open_trials(tune, sqlite(tmp_path))
+    again = open_trials(tune, stored(tmp_path))
     again.interrupted()
     again.interrupted()
     assert again.interrupted() == one
