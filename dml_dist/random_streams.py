@@ -64,6 +64,7 @@ class Stream(IntEnum):
     CONTACT_SHEET = 34
     CHECK_LOSS_NETWORK = 35
     CHECK_LOSS_INPUTS = 36  # size of the batch
+    IMPORTANCES = 37  # number of the objective
 
 
 def generator_of(stream: Stream, seed: int, *indices: int) -> np.random.Generator:
