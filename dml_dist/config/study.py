@@ -101,6 +101,9 @@ class CompareConfig(Section):
 
 # ---------------------------------------------------------------- searches of values
 
+METHOD_KEY = "method"
+"""The key of a trial's method among its values."""
+
 
 class ASHAPrunerConfig(Section):
     """Optuna's asynchronous successive halving: at each rung the best 1 / reduction go on."""
@@ -139,6 +142,10 @@ PrunerConfig = Annotated[
 ]
 
 
+TRAIN_SECONDS = "train_seconds"
+"""The objective that is no metric of validation classes."""
+
+
 class ObjectiveConfig(Section):
     """What a search optimises."""
 
@@ -149,6 +156,12 @@ class ObjectiveConfig(Section):
 
     direction: Literal["maximize", "minimize"] = "maximize"
     """Whether high or low values are good."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.metric == TRAIN_SECONDS and self.direction == "maximize":
+            raise ValueError(f"{TRAIN_SECONDS} needs direction minimize, got maximize")
+        return self
 
 
 class TuneConfig(SearchSection):
@@ -174,7 +187,9 @@ class TuneConfig(SearchSection):
     """
 
     start: tuple[dict[str, Any], ...] = ()
-    """Values of early trials, such as published ones: path -> value; `method` names the method."""
+    """Values of early trials, such as published ones: path -> value; with `methods` each names its
+    `method`. The sampler draws those that are missing.
+    """
 
     pruner: PrunerConfig = ASHAPrunerConfig()
     """Which trials are stopped early; none with two objectives."""
@@ -197,9 +212,7 @@ class TuneConfig(SearchSection):
 
     @model_validator(mode="after")
     def _check(self) -> TuneConfig:
-        if self.without and (
-            unknown := [name for name in self.without if name not in self.methods]
-        ):
+        if unknown := [name for name in self.without if name not in self.methods]:
             raise ValueError(
                 f"without must name methods ({', '.join(self.methods) or 'there are none'}), "
                 f"got {', '.join(unknown)}"
@@ -217,32 +230,28 @@ class TuneConfig(SearchSection):
                 f"final_seeds must differ from each other, got {list(self.final_seeds)}"
             )
         for number, point in enumerate(self.start):
-            self._check_start(number, point)
+            self._check_start(f"start.{number}", dict(point))
         self._check_sampler()
         return self
 
-    def _check_start(self, number: int, point: dict[str, Any]) -> None:
-        method = point.get(METHOD_KEY)
-        if (
-            (method is not None or not self.methods)
-            and METHOD_KEY in point
-            and (method not in self.methods)
-        ):
+    def _check_start(self, place: str, values: dict[str, Any]) -> None:
+        method = values.pop(METHOD_KEY, None) if self.methods else None
+        # Of a list, since the value may have no hash.
+        if self.methods and method not in list(self.methods):
             raise ValueError(
-                f"start.{number}.{METHOD_KEY} must be one of the methods "
-                f"{', '.join(self.methods) or '(there are none)'}, got {method}"
+                f"{place}.{METHOD_KEY} must be one of the methods {', '.join(self.methods)}, "
+                f"got {format_value(method)}"
             )
-        for path, value in point.items():
-            if path == METHOD_KEY:
-                continue
-            if path not in self.space or path in self.without.get(str(method), ()):
+        known = [path for path in self.space if path not in self.without.get(str(method), ())]
+        for path, value in values.items():
+            if path not in known:
+                whose = f" that {method} has" if method else ""
                 raise ValueError(
-                    f"start.{number} must name paths of space ({', '.join(self.space)}), got {path}"
+                    f"{place} must name paths of space{whose} ({', '.join(known)}), got {path}"
                 )
             if not self.space[path].contains(value):
                 raise ValueError(
-                    f"start.{number}.{path} must be {self.space[path]}, as in space, "
-                    f"got {format_value(value)}"
+                    f"{place}.{path} must be {self.space[path]}, as in space, got {value!r}"
                 )
 
     def _check_sampler(self) -> None:
@@ -253,7 +262,3 @@ class TuneConfig(SearchSection):
             )
         if self.sampler.name == "cmaes" and len(self.objectives) > 1:
             raise ValueError("sampler cmaes has one objective, got two; use tpe, gp or random")
-
-
-METHOD_KEY = "method"
-"""The key of a trial's method among its values."""

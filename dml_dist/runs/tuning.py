@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,20 @@ def searched_paths(config: RunConfig, method: str | None) -> list[str]:
     return tune_section(config).paths_of(method)
 
 
+def check_searchable(paths: Sequence[str]) -> None:
+    """Check that trials may differ in some fields.
+
+    Raises:
+        ConfigError: If all trials share one of them.
+    """
+    if refused := [path for path in paths if not is_below(path, SEARCHABLE)]:
+        raise ConfigError(
+            f"tune.space cannot search {', '.join(refused)}: all trials share data, validation, "
+            "evaluation, length and launch, so that their values can be compared and hold on any "
+            f"number of ranks; search fields below {', '.join(SEARCHABLE)}"
+        )
+
+
 def tuned_config(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of a run with searched values, without the section `tune`.
 
@@ -112,12 +126,7 @@ def tuned_config(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         found = with_changes(plain, changes, f"method {method} of {config.name}")
         check_identity(plain, found, SEARCHABLE, f"tune.methods.{method}")
     paths = {path: value for path, value in values.items() if path != METHOD_KEY}
-    if refused := [path for path in paths if not is_below(path, SEARCHABLE)]:
-        raise ConfigError(
-            f"tune.space cannot search {', '.join(refused)}: all trials share data, validation, "
-            "evaluation, length and launch, so that their values can be compared and hold on any "
-            f"number of ranks; search fields below {', '.join(SEARCHABLE)}"
-        )
+    check_searchable(list(paths))
     return with_values(found, paths, f"{config.name}") if paths else found
 
 

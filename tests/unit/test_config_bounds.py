@@ -42,6 +42,13 @@ checkpoint.every_steps  checkpoint.keep
 launch.num_workers  launch.threads_per_rank
 compare.search.trials  compare.search.steps  compare.parallel
 compare.search.space.x:int.step
+compare.search.sampler:tpe.startup_trials  compare.search.sampler:cmaes.startup_trials
+compare.search.sampler:gp.startup_trials
+tune.trials  tune.parallel  tune.folds
+tune.space.x:int.step
+tune.sampler:tpe.startup_trials  tune.sampler:cmaes.startup_trials  tune.sampler:gp.startup_trials
+tune.pruner:asha.grace_steps
+tune.pruner:median.grace_steps  tune.pruner:median.startup_trials
 """
 NON_NEGATIVE_INTEGERS = """
 seed
@@ -51,6 +58,7 @@ nir.warmup_steps  projections.min_steps
 schedule:constant.warmup_steps  schedule:step.warmup_steps  schedule:cosine.warmup_steps
 train.backbone_warmup_epochs  validation:folds.fold  launch.max_failures
 compare.seeds.0  compare.search.seed
+tune.seed  tune.final_seeds.0
 """
 POSITIVE_NUMBERS = """
 data.cache.max_gb  data.cache.timeout_seconds
@@ -77,6 +85,7 @@ optim:custom.lr  optim:custom.head_lr  optim:custom.proxy_lr  optim:custom.loss_
 optim:custom.bias_lr
 train.max_grad_norm  evaluation.memory_mb  launch.cpus_per_rank  launch.timeout_seconds
 compare.search.space.x:float.step
+tune.space.x:float.step  tune.hours
 """
 NON_NEGATIVE_NUMBERS = """
 data.transform:standard.crop_scale.0  data.transform:standard.crop_scale.1
@@ -89,7 +98,9 @@ optim:rmsprop.weight_decay  optim:custom.weight_decay
 UNBOUNDED = ["data.transform:standard.mean.0", "data.transform:standard.mean.1"]
 UNBOUNDED += ["data.transform:standard.mean.2"]
 UNBOUNDED += ["compare.search.space.x:float.low", "compare.search.space.x:float.high"]
+UNBOUNDED += ["tune.space.x:float.low", "tune.space.x:float.high"]
 UNBOUNDED_INTEGERS = ["compare.search.space.x:int.low", "compare.search.space.x:int.high"]
+UNBOUNDED_INTEGERS += ["tune.space.x:int.low", "tune.space.x:int.high"]
 
 OTHERS: dict[str, Limits] = {
     "data.dataset:glyphs.num_classes": (3, 4, MANY, None),
@@ -138,6 +149,7 @@ OTHERS: dict[str, Limits] = {
     "train.global_batch_size": (1, 2, MANY, None),
     "validation:fraction.fraction": (0.0, TINY, 0.999999, 1.0),
     "validation:folds.num_folds": (1, 2, MANY, None),
+    "tune.pruner:asha.reduction": (1, 2, MANY, None),
 }
 LIMITS: dict[str, Limits] = {
     **dict.fromkeys(POSITIVE_INTEGERS.split(), (0, 1, MANY, None)),
@@ -161,6 +173,9 @@ SHORTEST: dict[str, tuple[Any, Any]] = {
     "compare.search.space.x:categorical.choices": ([], [1]),
     "compare.axis.lines": ({}, {"a": ["b", "c"]}),
     "compare.axis.lines.x": (["a"], ["a", "b"]),
+    "tune.space": ({}, {"optim.lr": {"type": "int", "low": 1, "high": 2}}),
+    "tune.objectives": ([], [{}]),
+    "tune.final_seeds": ([], [0]),
 }
 
 # Lists of which one item is changed.
@@ -172,6 +187,7 @@ LISTS: dict[str, list[float]] = {
     "std": [0.5, 0.5, 0.5],
     "recall_at": [1],
     "seeds": [1],
+    "final_seeds": [1],
     "milestones": [1],
 }
 
