@@ -60,16 +60,15 @@ class SearchPlan:
     @property
     def world_size(self) -> int:
         """Ranks of a trial."""
-        return self._first[0].world_size
+        return next(iter(self.plans.values()))[0].world_size
 
     @property
     def images(self) -> int:
-        """Training images of a trial; of the first method, with its own batch size."""
-        return sum(plan.samples_seen(plan.total_steps) for plan in self._first)
-
-    @property
-    def _first(self) -> tuple[RunPlan, ...]:
-        return next(iter(self.plans.values()))
+        """Training images of a trial with its own batch size, of the method that has most."""
+        return max(
+            sum(plan.samples_seen(plan.total_steps) for plan in runs)
+            for runs in self.plans.values()
+        )
 
 
 def check_search(config: RunConfig) -> SearchPlan:
@@ -135,7 +134,7 @@ def _check_method(config: RunConfig, method: str | None) -> tuple[tuple[RunPlan,
     own = tuned_config(config, chosen)
     check_weights(own.model.backbone)
     try:
-        found = [plan_without_data(run) for run in trial_configs(config, "trial-0", chosen)]
+        found = [_plan(config, run) for run in trial_configs(config, "trial-0", chosen)]
     except DmlDistError as error:
         raise error if method is None else type(error)(f"method {method}: {error}") from None
     plans = tuple(plan for plan, _ in found)
@@ -182,12 +181,18 @@ def _check_trial(config: RunConfig, values: Mapping[str, Any], steps: int) -> Ru
     if all(is_below(path, ("optim", METHOD_KEY)) for path in values):
         return run  # A plan does not depend on learning rates.
     try:
-        plan, _ = plan_without_data(run)
+        plan, _ = _plan(config, run)
     except DmlDistError as error:
         raise ConfigError(str(error)) from None
     what = ", ".join(f"{path} = {format_value(value)}" for path, value in values.items())
     _check_steps(plan, steps, what)
     return run
+
+
+def _plan(config: RunConfig, run: RunConfig) -> tuple[RunPlan, str]:
+    # A trial's own test split are validation classes, which counts of a data set do not list.
+    data = run.data.model_copy(update={"test_split": config.data.test_split})
+    return plan_without_data(run.model_copy(update={"data": data}))
 
 
 def _check_steps(plan: RunPlan, steps: int, what: str) -> None:
@@ -332,7 +337,7 @@ def _facts(config: RunConfig, plan: SearchPlan) -> list[tuple[str, str]]:
         ("steps of a trial", f"{plan.steps:,}, {folds}{len(plan.validations):,} validations"),
         ("pruner", "\n".join(_pruning(section, plan))),
         ("steps in all", _total_steps(section, plan)),
-        ("images in all", f"{trials * plan.images:,} if no trial is pruned"),
+        ("images in all", f"at most {trials * plan.images:,}"),
     ]
 
 
@@ -343,12 +348,12 @@ def _pruning(section: TuneConfig, plan: SearchPlan) -> list[str]:
         return ["none: every trial is trained to its end"]
     if not isinstance(pruner, ASHAPrunerConfig):
         return [f"{pruner.name}, from step {first:,} on"]
+    reach = [_reach(section, pruner, place) for place in range(len(plan.rungs) + 1)]
     lines = [f"{pruner.name}, the best 1 / {pruner.reduction} go on"]
     for place, step in enumerate(plan.rungs):
         if step not in plan.rungs[:place]:  # One validation may decide on several rungs.
-            lines.append(f"step {step:,}: reached by about {_reach(section, pruner, place):,} trials")
-    lines.append(f"the end: about {_reach(section, pruner, len(plan.rungs)):,} trials")
-    return lines
+            lines.append(f"step {step:,}: reached by about {reach[place]:,} trials")
+    return [*lines, f"the end: about {reach[-1]:,} trials"]
 
 
 def _reach(section: TuneConfig, pruner: ASHAPrunerConfig, rungs: int) -> int:
