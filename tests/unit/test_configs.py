@@ -20,6 +20,7 @@ from dml_dist.report.study.references import find_published, read_references
 from dml_dist.runs.comparison import method_config
 from dml_dist.runtime.estimate import estimate_plan
 from dml_dist.studies.compare import dry_run_comparison
+from dml_dist.studies.tune_check import dry_run_tuning
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = ROOT / "configs/references.yaml"
@@ -78,6 +79,10 @@ def test_a_configuration_is_a_runnable_claim(
     if config.compare is not None:
         assert "dml-dist compare" in text
         dry_run_comparison(config, Console(quiet=True))
+    if config.tune is not None:
+        assert "dml-dist tune" in text
+        assert "Not measured." in " ".join(text.replace("#", " ").split())
+        dry_run_tuning(config, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,6 +110,30 @@ def compare_losses_with_and_without(config: RunConfig) -> None:
         assert base.projections is None
         assert projected.projections is not None
         assert projected.projections.proximal_weight == 2e-4
+
+
+def test_searches_keep_the_recipe_and_watch_no_test_class() -> None:
+    recipes = {
+        "tune_cub200": "proxy_anchor_nir_cub200",
+        "tune_cars196": "proxy_nca_pp_cars196",
+        "tune_sop": "proxy_anchor_nir_sop",
+    }
+    searched: set[str] = set()
+    for path in (ROOT / "configs").glob("tune_*.yaml"):
+        config = load_config(path)
+        assert config.tune is not None
+        assert config.evaluation.evaluate_test_every is None
+        searched |= set(config.tune.space)
+        if path.stem in recipes:
+            own = load_config(ROOT / f"configs/{recipes[path.stem]}.yaml")
+            assert (config.data, config.model) == (own.data, own.model)
+            assert (config.loss, config.optim) == (own.loss, own.optim)
+            assert config.train.global_batch_size == own.train.global_batch_size
+    assert searched >= {
+        *("loss.margin", "loss.scale", "loss.embedding_scale", "optim.lr"),
+        *("optim.proxy_lr", "optim.loss_lr", "nir.flow_weight", "nir.loss_weight"),
+        *("projections.proximal_weight", "schedule.warmup_steps", "train.backbone_warmup_epochs"),
+    }
 
 
 def test_claims_quote_the_published_rows() -> None:
