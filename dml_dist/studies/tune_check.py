@@ -97,18 +97,19 @@ def check_search(config: RunConfig) -> SearchPlan:
         except ConfigError as error:
             raise ConfigError(f"tune.start.{number} makes no valid trial:\n{error}") from None
     for method in methods:
-        for run in plans[method]:
-            _check_steps(run, runs[0].total_steps, _of(method, "the configuration's own values"))
+        for fold, run in enumerate(plans[method]):
+            what = f"fold {fold} of {_of(method, config.name)}"
+            _check_steps(run, runs[0].total_steps, what)
         _check_objectives(config, method)
-    steps = sum(run.total_steps for run in runs)
+        _check_pruner(config, _validations(config, plans[method]))
     validations = _validations(config, runs)
-    _check_pruner(config, steps, validations)
+    steps = validations[-1]
     return SearchPlan(
         plans=plans,
         source=found[0][1],
         steps=steps,
         validations=validations,
-        rungs=_rungs(section, steps, validations),
+        rungs=_rungs(section, validations),
         grid_size=_grid_size(config, methods),
         num_starts=len(methods) + len(section.start),
     )
@@ -140,7 +141,6 @@ def _check_method(config: RunConfig, method: str | None) -> tuple[tuple[RunPlan,
     section = tune_section(config)
     chosen = {} if method is None else {METHOD_KEY: method}
     own = tuned_config(config, chosen)
-    check_weights(own.model.backbone)
     try:
         found = [_plan(config, run) for run in trial_configs(config, "trial-0", chosen)]
     except DmlDistError as error:
@@ -198,6 +198,7 @@ def _check_trial(config: RunConfig, values: Mapping[str, Any], steps: int) -> Ru
 
 
 def _plan(config: RunConfig, run: RunConfig) -> tuple[RunPlan, str]:
+    check_weights(run.model.backbone)
     # A trial's own test split are validation classes, which counts of a data set do not list.
     data = run.data.model_copy(update={"test_split": config.data.test_split})
     return plan_without_data(run.model_copy(update={"data": data}))
@@ -206,8 +207,8 @@ def _plan(config: RunConfig, run: RunConfig) -> tuple[RunPlan, str]:
 def _check_steps(plan: RunPlan, steps: int, what: str) -> None:
     if plan.total_steps != steps:
         raise ConfigError(
-            f"all runs of a search need the same number of steps, but there are {steps:,} and "
-            f"with {what} {plan.total_steps:,}: the length of an epoch depends on batches and "
+            f"all runs of a search need the same number of steps, but there are runs of {steps:,} "
+            f"and of {plan.total_steps:,} ({what}): the length of an epoch depends on batches and "
             "folds; set train.steps instead of train.epochs"
         )
 
@@ -248,8 +249,8 @@ def _validations(config: RunConfig, runs: tuple[RunPlan, ...]) -> tuple[int, ...
     return tuple(found)
 
 
-def _check_pruner(config: RunConfig, steps: int, validations: tuple[int, ...]) -> None:
-    section = tune_section(config)
+def _check_pruner(config: RunConfig, validations: tuple[int, ...]) -> None:
+    section, steps = tune_section(config), validations[-1]
     first = first_rung(section.pruner, steps)
     if first is None:
         return
@@ -274,9 +275,9 @@ def _check_pruner(config: RunConfig, steps: int, validations: tuple[int, ...]) -
         )
 
 
-def _rungs(section: TuneConfig, steps: int, validations: tuple[int, ...]) -> tuple[int, ...]:
+def _rungs(section: TuneConfig, validations: tuple[int, ...]) -> tuple[int, ...]:
     """Return the validation that decides on each rung: the first one at it or later."""
-    pruner, found = section.pruner, []
+    pruner, steps, found = section.pruner, validations[-1], []
     if not isinstance(pruner, ASHAPrunerConfig):
         return ()
     rung = first_rung(pruner, steps) or 1
@@ -335,12 +336,15 @@ def _facts(config: RunConfig, plan: SearchPlan) -> list[tuple[str, str]]:
     grid = "" if plan.grid_size is None else f", {plan.grid_size:,} points"
     folds = f"in {section.folds} folds, " if section.folds > 1 else ""
     own = f"own values of {len(plan.plans)} methods" if section.methods else "own values"
+    given = " and those of tune.start" if section.start else ""
+    parallel = section.parallel or "as many as the cluster has CPUs and GPUs for"
     return [
         ("data", plan.source),
         *next(iter(plan.plans.values()))[0].describe()[:2],
         ("objective", f"{objectives} on validation classes"),
         ("sampler", f"{section.sampler.name}, seed {section.seed}{grid}"),
-        ("trials", f"{trials:,}, {plan.num_starts:,} of them with {own} and tune.start"),
+        ("trials", f"{trials:,}, the first {plan.num_starts:,} with {own}{given}"),
+        ("trials at a time", str(parallel)),
         ("ranks of a trial", f"{plan.world_size:,}"),
         ("steps of a trial", f"{plan.steps:,}, {folds}{len(plan.validations):,} validations"),
         ("pruner", "\n".join(_pruning(section, plan))),

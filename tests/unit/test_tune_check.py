@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,11 @@ def test_paths_that_cannot_be_searched(path: str, message: str) -> None:
         ("model.embedding_size", floats(8, 16), "must be an integer"),
         ("schedule.warmup_steps", {"type": "categorical", "choices": [5, "ten"]}, "'ten'"),
         # What only the plan knows.
+        (
+            "model.backbone.weights",
+            {"type": "categorical", "choices": ["IMAGENET1K_V1", "IMAGENET1K_V9"]},
+            "but 'IMAGENET1K_V9' is neither a name of resnet18 nor a file",
+        ),
         ("train.global_batch_size", integers(2, 128), "global_batch_size = 128 of 2 to 128"),
         ("train.backbone_warmup_epochs", integers(0, 30), "the backbone would never be trained"),
     ],
@@ -180,7 +186,9 @@ def test_paths_that_cannot_be_searched(path: str, message: str) -> None:
 def test_ranges_that_the_configuration_refuses(
     path: str, values: dict[str, Any], message: str
 ) -> None:
-    assert message in refused(search(space={**LR, path: values}))
+    backbone = "model.backbone={name: resnet18, weights: IMAGENET1K_V1}"
+    changes = [backbone] if path == "model.backbone.weights" else []
+    assert message in refused(search(*changes, space={**LR, path: values}))
 
 
 def test_a_method_that_refuses_a_range_is_named() -> None:
@@ -234,6 +242,9 @@ def test_all_trials_have_the_same_number_of_steps() -> None:
     message = refused(search(EPOCHS, space=space))
     assert "train.global_batch_size = 8" in message
     assert "set train.steps instead of train.epochs" in message
+    folds = "train={global_batch_size: 8, epochs: 3}"  # 6 or 7 steps of 52 or 56 images
+    message = refused(search(folds, "tune.folds=3", **NOT_PRUNED))
+    assert re.search(r"runs of 21 and of 18 \(fold [12] of demo\)", message)
 
 
 # ---------------------------------------------------------------- objectives, pruner, devices
@@ -308,7 +319,7 @@ def test_a_dry_run_says_what_will_be_done_and_writes_nothing(
     assert rows["nir.flow_weight"] == ["0.01 to 1", "1", "nir"]
     assert rows["optim.proxy_lr"] == ["0.001 to 1 (log)", "null (outside)", "nca"]
     assert rows["objective"] == ["maximize map_at_r on validation classes"]
-    assert rows["trials"] == ["27, 3 of them with own values of 3 methods and tune.start"]
+    assert rows["trials"] == ["27, the first 3 with own values of 3 methods"]
     assert rows["steps of a trial"] == ["90, 9 validations"]
     assert "step 10: reached by about 27 trials" in text
     assert "step 30: reached by about 9 trials" in text
@@ -320,14 +331,17 @@ def test_a_dry_run_says_what_will_be_done_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("section", "pruner", "steps"),
+    ("name", "pruner", "steps"),
     [
-        (NOT_PRUNED, "none: every trial is trained to its end", "2,880"),
-        ({"pruner": {"name": "median"}}, "median, from step 10 on", "at most 2,880"),
+        ("none", "none: every trial is trained to its end", "2,880"),
+        ("median", "median, from step 10 on", "at most 2,880"),
     ],
 )
-def test_a_dry_run_of_other_pruners(section: dict[str, Any], pruner: str, steps: str) -> None:
+def test_a_dry_run_of_other_pruners(name: str, pruner: str, steps: str) -> None:
     out = io.StringIO()
-    dry_run_tuning(search(**section), Console(file=out, width=120))
+    config = search(pruner={"name": name}, start=[{"optim.lr": 0.01}], parallel=3)
+    dry_run_tuning(config, Console(file=out, width=120))
     assert f"│ {pruner}" in out.getvalue()
     assert f"│ {steps}" in out.getvalue()
+    assert "│ 32, the first 2 with own values and those of tune.start" in out.getvalue()
+    assert "│ trials at a time │ 3 " in out.getvalue()
