@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +28,9 @@ from dml_dist.runs.tuning import (
     tune_section,
     tuned_config,
 )
-from dml_dist.studies.samplers import first_rung
+from dml_dist.studies.samplers import first_rung, grid_size
 from dml_dist.studies.search import check_space
+from dml_dist.studies.storage import starting_points
 from dml_dist.train.run_plan import RunPlan
 
 _WITHOUT_PLAN = (METHOD_KEY, "optim", "loss")
@@ -49,7 +49,7 @@ class SearchPlan:
         validations: Steps of a trial at which it has a value.
         rungs: Of ASHA: the validation that decides on each rung; empty for other pruners.
         grid_size: Points of the grid; None for other samplers.
-        num_starts: Trials with the configuration's own values and those of `start`.
+        num_starts: First trials, with the configuration's own values and those of `start`.
     """
 
     plans: Mapping[str | None, tuple[RunPlan, ...]]
@@ -111,7 +111,7 @@ def check_search(config: RunConfig) -> SearchPlan:
         validations=validations,
         rungs=_rungs(section, validations),
         grid_size=_grid_size(config, methods),
-        num_starts=len(methods) + len(section.start),
+        num_starts=len(starting_points(config)[0]),
     )
 
 
@@ -291,10 +291,7 @@ def _grid_size(config: RunConfig, methods: tuple[str | None, ...]) -> int | None
     section = tune_section(config)
     if section.sampler.name != "grid":
         return None
-    size = sum(
-        math.prod(len(section.space[path].grid or ()) for path in searched_paths(config, method))
-        for method in methods
-    )
+    size = sum(grid_size(section.space, searched_paths(config, method)) for method in methods)
     if section.trials > size:
         raise ConfigError(
             f"tune.trials is {section.trials:,}, but the grid of tune.space has only {size:,} "
@@ -335,15 +332,15 @@ def _facts(config: RunConfig, plan: SearchPlan) -> list[tuple[str, str]]:
     objectives = " and ".join(f"{one.direction} {one.metric}" for one in section.objectives)
     grid = "" if plan.grid_size is None else f", {plan.grid_size:,} points"
     folds = f"in {section.folds} folds, " if section.folds > 1 else ""
-    own = f"own values of {len(plan.plans)} methods" if section.methods else "own values"
-    given = " and those of tune.start" if section.start else ""
+    given = " or those of tune.start" if section.start else ""
+    first = f", the first {plan.num_starts:,} with own values{given}" if plan.num_starts else ""
     parallel = section.parallel or "as many as the cluster has CPUs and GPUs for"
     return [
         ("data", plan.source),
         *next(iter(plan.plans.values()))[0].describe()[:2],
         ("objective", f"{objectives} on validation classes"),
         ("sampler", f"{section.sampler.name}, seed {section.seed}{grid}"),
-        ("trials", f"{trials:,}, the first {plan.num_starts:,} with {own}{given}"),
+        ("trials", f"{trials:,}{first}"),
         ("trials at a time", str(parallel)),
         ("ranks of a trial", f"{plan.world_size:,}"),
         ("steps of a trial", f"{plan.steps:,}, {folds}{len(plan.validations):,} validations"),

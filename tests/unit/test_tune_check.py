@@ -319,7 +319,7 @@ def test_a_dry_run_says_what_will_be_done_and_writes_nothing(
     assert rows["nir.flow_weight"] == ["0.01 to 1", "1", "nir"]
     assert rows["optim.proxy_lr"] == ["0.001 to 1 (log)", "null (outside)", "nca"]
     assert rows["objective"] == ["maximize map_at_r on validation classes"]
-    assert rows["trials"] == ["27, the first 3 with own values of 3 methods"]
+    assert rows["trials"] == ["27, the first 2 with own values"]  # Method nca has none
     assert rows["steps of a trial"] == ["90, 9 validations"]
     assert "step 10: reached by about 27 trials" in text
     assert "step 30: reached by about 9 trials" in text
@@ -343,5 +343,5 @@ def test_a_dry_run_of_other_pruners(name: str, pruner: str, steps: str) -> None:
     dry_run_tuning(config, Console(file=out, width=120))
     assert f"│ {pruner}" in out.getvalue()
     assert f"│ {steps}" in out.getvalue()
-    assert "│ 32, the first 2 with own values and those of tune.start" in out.getvalue()
+    assert "│ 32, the first 2 with own values or those of tune.start" in out.getvalue()
     assert "│ trials at a time │ 3 " in out.getvalue()

@@ -361,13 +361,13 @@ def test_starting_points_of_methods() -> None:
         "optim.lr=0.001",
         space={"optim.lr": LR, "optim.weight_decay": {"type": "float", "low": 0.5, "high": 0.9}},
         methods={"one": [], "two": ["optim.lr=0.01"], "three": ["optim.lr=7"]},
-        start=[{"optim.lr": 0.02}, {"method": "two", "optim.lr": 0.01}],
+        start=[{"method": "one", "optim.lr": 0.02}, {"method": "two", "optim.lr": 0.01}],
     )
     points, notes = starting_points(config)
     assert points == [
         {"method": "one", "optim.lr": 0.001},
         {"method": "two", "optim.lr": 0.01},
-        {"optim.lr": 0.02},  # The rate 7 of method three is outside: no point.
+        {"method": "one", "optim.lr": 0.02},  # The rate 7 of method three is outside: no point.
     ]
     assert notes == []
 
