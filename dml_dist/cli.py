@@ -270,16 +270,18 @@ def tune(
 ) -> None:
     """Search hyper-parameters on validation classes; the same command continues a search."""
     from dml_dist.config.load import load_config
-    from dml_dist.studies.tune import run_tuning
-    from dml_dist.studies.tune_check import dry_run_tuning
 
     overrides = _overrides(changes, launcher, workers)
     options = {"trials": trials, "parallel": parallel, "hours": hours}
     overrides += [f"tune.{key}={value}" for key, value in options.items() if value is not None]
     resolved = load_config(config, overrides)
     if dry_run:
+        from dml_dist.studies.tune_check import dry_run_tuning
+
         dry_run_tuning(resolved, console)
         return
+    from dml_dist.studies.tune import run_tuning
+
     with _repeatable([]):
         run_tuning(
             resolved,
@@ -293,7 +295,7 @@ def tune(
 
 @app.command()
 def report(
-    run: Annotated[
+    folder: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of a run, comparison or search.")
     ],
 ) -> None:
@@ -301,13 +303,18 @@ def report(
     from dml_dist.runs.comparison import ComparisonFolder
     from dml_dist.runs.tuning import TuningFolder
 
-    if TuningFolder(run).config_path.is_file():
-        from dml_dist.studies.tune_page import write_tuning as write
-    elif ComparisonFolder(run).config_path.is_file():
-        from dml_dist.report.study.comparison import write_comparison as write
+    if TuningFolder(folder).config_path.is_file():
+        from dml_dist.studies.tune_page import write_tuning
+
+        page = write_tuning(folder)
+    elif ComparisonFolder(folder).config_path.is_file():
+        from dml_dist.report.study.comparison import write_comparison
+
+        page = write_comparison(folder)
     else:
-        from dml_dist.report import write_report as write
-    page = write(run)
+        from dml_dist.report import write_report
+
+        page = write_report(folder)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never, get_args
 
 from dml_dist.config.search_space import (
     CategoricalDistributionConfig,
@@ -38,6 +38,12 @@ PRUNED_AT = "pruned_at"
 """User attribute: the step whose value made the pruner end the trial."""
 OUTSIDE = "outside"
 """User attribute: what a trial was, before a change of ranges put its values outside of them."""
+
+State = Literal["complete", "pruned", "failed", "diverged", "outside", "running", "waiting"]
+"""Diverged: Optuna's COMPLETE with made-up values, since the loss was not finite. Outside: a change
+of ranges has put the values outside of them. Waiting: it was enqueued, and not begun.
+"""
+STATES: tuple[State, ...] = get_args(State)
 
 _LARGE = 1e5
 """A bad value to minimise while there is no other: more than most runs take in seconds."""
@@ -123,6 +129,11 @@ class Trials:
             self.study.enqueue_trial(dict(point))
             known.add(_key(point))
 
+    @property
+    def has_interrupted(self) -> bool:
+        """Whether `interrupted` has a trial to give."""
+        return bool(self._interrupted)
+
     def interrupted(self) -> Suggestion | None:
         """Return a trial that an earlier command left, or None; each is given once."""
         import optuna
@@ -150,7 +161,7 @@ class Trials:
                 user_attrs={CONTINUES: number, LABEL: _label(found)},
             )
         )
-        self._interrupted.append(self.all()[-1])
+        self._interrupted.insert(0, self.all()[-1])
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Keep an intermediate value and return whether to prune the trial.
@@ -202,6 +213,11 @@ class Trials:
         self._keep(number, facts)
         self.study.tell(self._active.pop(number), state=optuna.trial.TrialState.PRUNED)
 
+    def pause(self, number: int, **facts: Any) -> None:
+        """Leave a trial that was stopped as it is, so that the next command continues it."""
+        self._keep(number, facts)
+        del self._active[number]
+
     def fail(self, number: int, problem: str, **facts: Any) -> None:
         """End a trial that failed; the sampler does not learn from it."""
         import optuna
@@ -249,6 +265,21 @@ class Trials:
             else:
                 result.append(max(found, default=_LARGE))
         return result
+
+
+def state_of(trial: FrozenTrial) -> State:
+    """Return the state of a trial as tables and figures show it."""
+    match trial.state.name:
+        case "COMPLETE":
+            return "diverged" if PROBLEM in trial.user_attrs else "complete"
+        case "PRUNED":
+            return "pruned"
+        case "FAIL":
+            return "outside" if OUTSIDE in trial.user_attrs else "failed"
+        case "WAITING":
+            return "waiting"
+        case _:
+            return "running"
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:

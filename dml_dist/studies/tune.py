@@ -23,22 +23,16 @@ from dml_dist.runtime.signals import stop_on_signals
 from dml_dist.studies.final import check_final, print_final, run_final, write_best
 from dml_dist.studies.pool import Pool
 from dml_dist.studies.storage import check_tuning, open_trials, trials_left
-from dml_dist.studies.trials import LABEL, PROBLEM, SECONDS, STEPS, Trials
+from dml_dist.studies.trials import LABEL, PROBLEM, SECONDS, STEPS, Trials, state_of
+from dml_dist.studies.tune_axes import label_of, show
 from dml_dist.studies.tune_check import SearchPlan, check_search
 from dml_dist.studies.tune_page import write_tuning
-from dml_dist.studies.tune_table import (
-    Row,
-    State,
-    TrialTable,
-    format_objective,
-    format_values,
-    objective_label,
-)
+from dml_dist.studies.tune_table import Row, Shown, TrialTable, format_values
 from dml_dist.studies.tune_trial import execute_trial, trial_payload
 from dml_dist.urls import local_path
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+    pass
 
 
 def run_tuning(
@@ -195,7 +189,7 @@ class _Search:
             died = f"its process died more than {self._config.launch.max_failures} times"
             outcome = {"state": "failed", "problem": f"{died} (launch.max_failures)", "seconds": 0}
         facts = {SECONDS: before + outcome["seconds"], STEPS: outcome.get("steps", 0)}
-        state: State = outcome["state"]
+        state: Shown = outcome["state"]
         match state:
             case "complete":
                 self._trials.complete(number, outcome["values"], **facts)
@@ -229,14 +223,14 @@ class _Search:
         """Put the trials of earlier commands into the table."""
         assert self._table is not None
         for trial in self._trials.all():
-            state = _state_of(trial)
-            if state is not None:
+            state = state_of(trial)
+            if state != "waiting":
                 self._table.put(
                     trial.number,
                     Row(
                         label=trial.user_attrs.get(LABEL, f"trial-{trial.number}"),
                         values=trial.params,
-                        state=state,
+                        state="stopped" if state == "running" else state,
                         last=max(trial.intermediate_values.items(), default=None),
                         objectives=trial.values or (),
                         seconds=trial.user_attrs.get(SECONDS, 0.0),
@@ -245,30 +239,13 @@ class _Search:
                 )
 
 
-def _state_of(trial: FrozenTrial) -> State | None:
-    """Return the state of an earlier trial; None if it was not executed yet."""
-    from optuna.trial import TrialState
-
-    match trial.state:
-        case TrialState.COMPLETE:
-            return "diverged" if PROBLEM in trial.user_attrs else "complete"
-        case TrialState.PRUNED:
-            return "pruned"
-        case TrialState.FAIL:
-            return "failed"
-        case TrialState.RUNNING:
-            return "stopped"
-        case _:
-            return None
-
-
 # ---------------------------------------------------------------- before and after
 
 
 def _announce(config: RunConfig, plan: SearchPlan, notes: Sequence[str], console: Console) -> None:
     section = tune_section(config)
     ranks = config.launch.num_workers if config.launch.launcher == "ray" else 1
-    goals = " and ".join(f"{one.direction} {objective_label(one)}" for one in section.objectives)
+    goals = " and ".join(f"{one.direction} {label_of(one.metric)}" for one in section.objectives)
     folds = "" if section.folds == 1 else f" on {section.folds} folds"
     _say(
         console,
@@ -289,15 +266,15 @@ def _conclude(
     console: Console,
 ) -> Path:
     """Print the results, and raise an error where there are none."""
-    states = Counter(state for trial in trials.all() if (state := _state_of(trial)) is not None)
+    states = Counter(map(state_of, trials.all()))
     counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
     best = trials.best()
     if best is not None:
         objective = tune_section(config).objectives[0]
         _say(
             console,
-            f"best: {best.user_attrs[LABEL]}, validation {objective_label(objective)} "
-            f"{format_objective(objective, best.values[0])}: {format_values(best.params)}",
+            f"best: {best.user_attrs[LABEL]}, validation {label_of(objective.metric)} "
+            f"{show(objective.metric, best.values[0])}: {format_values(best.params)}",
         )
         _say(console, f"best configuration: {folder.best_path}")
     _say(console, f"trials: {counts}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from dml_dist.config.search_space import format_value
 from dml_dist.report.formatting import format_metric, format_seconds, is_share, metric_label
-from dml_dist.studies.tune_read import Scale, State, Tuning
+from dml_dist.studies.trials import State
+from dml_dist.studies.tune_read import Scale, Tuning
 
 COLORS: Mapping[State, str] = {
     "complete": "recall",
@@ -17,6 +18,7 @@ COLORS: Mapping[State, str] = {
     "diverged": "fourth",
     "outside": "sixth",
     "running": "third",
+    "waiting": "third",
 }
 BEST = "map"
 MARKERS: Mapping[State, str] = {
@@ -26,6 +28,7 @@ MARKERS: Mapping[State, str] = {
     "diverged": "D",
     "outside": "^",
     "running": "s",
+    "waiting": "s",
 }
 _LONGEST_TICK = 16  # characters
 

@@ -27,6 +27,7 @@ from dml_dist.report.figures import (
 from dml_dist.report.formatting import metric_label
 from dml_dist.runs.tuning import tune_section
 from dml_dist.studies.samplers import first_rung
+from dml_dist.studies.trials import STATES
 from dml_dist.studies.tune_axes import (
     BEST,
     COLORS,
@@ -36,7 +37,7 @@ from dml_dist.studies.tune_axes import (
     label_of,
     sentence,
 )
-from dml_dist.studies.tune_read import STATES, TrialResult, Tuning
+from dml_dist.studies.tune_read import TrialResult, Tuning
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,6 +17,7 @@ from dml_dist.report.render import write_page
 from dml_dist.report.study.comparison_tables import csv_text
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.tuning import tune_section
+from dml_dist.studies.trials import STATES
 from dml_dist.studies.tune_axes import chosen_text, label_of
 from dml_dist.studies.tune_figures import (
     draw_cost,
@@ -25,7 +26,7 @@ from dml_dist.studies.tune_figures import (
     draw_learning,
     rungs_of,
 )
-from dml_dist.studies.tune_read import STATES, Tuning, read_tuning
+from dml_dist.studies.tune_read import Tuning, read_tuning
 from dml_dist.studies.tune_tables import (
     best_notes,
     best_table,

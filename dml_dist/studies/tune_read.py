@@ -22,14 +22,20 @@ from dml_dist.runs.records import read_records
 from dml_dist.runs.tuning import TuningFolder, searched_paths, tune_section
 from dml_dist.studies.ranges import CHANGES
 from dml_dist.studies.storage import load_study
-from dml_dist.studies.trials import CONTINUES, LABEL, OUTSIDE, PROBLEM, SECONDS, STEPS, Trials
+from dml_dist.studies.trials import (
+    CONTINUES,
+    LABEL,
+    PROBLEM,
+    SECONDS,
+    STEPS,
+    State,
+    Trials,
+    state_of,
+)
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
-
-State = Literal["complete", "pruned", "failed", "diverged", "outside", "running"]
-STATES: tuple[State, ...] = ("complete", "pruned", "failed", "diverged", "outside", "running")
 
 EDGE = 0.02
 """Part of a range at each end in which a best value suggests that better ones lie outside."""
@@ -240,7 +246,7 @@ def read_tuning(path: Path) -> Tuning:
 def _trial(folder: TuningFolder, trial: FrozenTrial, folds: int) -> TrialResult:
     facts = trial.user_attrs
     label = str(facts.get(LABEL, f"trial-{trial.number}"))
-    state = _state(trial)
+    state = state_of(trial)
     names = [label] if folds == 1 else [f"{label}-fold-{fold}" for fold in range(folds)]
     runs = [folder.run(name) for name in names]
     last = trial.last_step
@@ -259,18 +265,6 @@ def _trial(folder: TuningFolder, trial: FrozenTrial, folds: int) -> TrialResult:
         ended=trial.datetime_complete,
         runs=tuple(run for run in runs if RunFolder(run).info_path.is_file()),
     )
-
-
-def _state(trial: FrozenTrial) -> State:
-    match trial.state.name:
-        case "COMPLETE":
-            return "diverged" if PROBLEM in trial.user_attrs else "complete"
-        case "PRUNED":
-            return "pruned"
-        case "FAIL":
-            return "outside" if OUTSIDE in trial.user_attrs else "failed"
-        case _:
-            return "running"
 
 
 def _front(study: optuna.Study, trials: Mapping[int, TrialResult]) -> tuple[TrialResult, ...]:

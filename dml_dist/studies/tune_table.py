@@ -16,9 +16,12 @@ from rich.table import Table
 
 from dml_dist.config.search_space import format_value
 from dml_dist.config.study import ObjectiveConfig
-from dml_dist.report.formatting import MISSING, format_metric, format_seconds, metric_label
+from dml_dist.report.formatting import MISSING, format_seconds
+from dml_dist.studies.trials import State
+from dml_dist.studies.tune_axes import label_of, show
 
-State = Literal["running", "complete", "pruned", "diverged", "failed", "stopped"]
+Shown = State | Literal["stopped"]
+"""Stopped: a trial that the next command continues."""
 
 _MAX_ROWS = 20
 _REFRESHES_PER_SECOND = 2
@@ -40,7 +43,7 @@ class Row:
 
     label: str
     values: Mapping[str, Any]
-    state: State = "running"
+    state: Shown = "running"
     last: tuple[int, float] | None = None
     objectives: Sequence[float] = ()
     seconds: float | None = None
@@ -50,20 +53,6 @@ class Row:
 def format_values(values: Mapping[str, Any]) -> str:
     """Return values as one line: optim.lr 0.003, loss.margin 0.1."""
     return ", ".join(f"{path} {format_value(value)}" for path, value in values.items())
-
-
-def format_objective(objective: ObjectiveConfig, value: float) -> str:
-    """Return the value of an objective with its unit."""
-    if objective.metric == "train_seconds":
-        return format_seconds(value)
-    return format_metric(objective.metric, value)
-
-
-def objective_label(objective: ObjectiveConfig) -> str:
-    """Return the display name of an objective."""
-    if objective.metric == "train_seconds":
-        return "training time"
-    return metric_label(objective.metric)
 
 
 class TrialTable:
@@ -79,6 +68,7 @@ class TrialTable:
         """
         self._console = console
         self._objectives = objectives
+        self._labels = [label_of(one.metric) for one in objectives]
         self._total = total
         self._rows: dict[int, Row] = {}
         self._concurrent = 1
@@ -111,7 +101,7 @@ class TrialTable:
         """Show an intermediate value."""
         self._rows[number].last = step, value
 
-    def end(self, number: int, state: State, objectives: Sequence[float], seconds: float) -> None:
+    def end(self, number: int, state: Shown, objectives: Sequence[float], seconds: float) -> None:
         """Show that a trial ended; without a terminal print a line."""
         row = self._rows[number]
         row.state, row.objectives, row.seconds = state, tuple(objectives), seconds
@@ -124,15 +114,15 @@ class TrialTable:
 
     def _render(self) -> Table:
         table = Table(title=self._summary(), title_justify="left", expand=False)
-        for text in ("trial", "values", "last", *map(objective_label, self._objectives), "state"):
+        for text in ("trial", "values", "last", *self._labels, "state"):
             table.add_column(text, overflow="fold", justify="left")
         running = [row for row in self._rows.values() if row.state == "running"]
         ended = [row for row in self._rows.values() if row.state != "running"]
         kept = ended[-max(0, _MAX_ROWS - len(running)) :]
         for row in [*kept, *running]:
             finals = [
-                format_objective(*pair)
-                for pair in zip(self._objectives, row.objectives, strict=False)
+                show(one.metric, value)
+                for one, value in zip(self._objectives, row.objectives, strict=False)
             ]
             style = "bold" if row is self._best() else "dim" if row in ended else ""
             table.add_row(
@@ -158,12 +148,12 @@ class TrialTable:
         if row.last is None:
             return MISSING
         step, value = row.last
-        return f"{format_objective(self._objectives[0], value)} at {step:,}"
+        return f"{show(self._objectives[0].metric, value)} at {step:,}"
 
     def _result(self, row: Row) -> str:
         pairs = zip(self._objectives, row.objectives, strict=False)
-        finals = [f"{objective_label(one)} {format_objective(one, value)}" for one, value in pairs]
-        return ", ".join(finals) or f"{objective_label(self._objectives[0])} {self._last(row)}"
+        finals = [f"{label_of(one.metric)} {show(one.metric, value)}" for one, value in pairs]
+        return ", ".join(finals) or f"{self._labels[0]} {self._last(row)}"
 
     def _best(self) -> Row | None:
         done = [row for row in self._rows.values() if row.state == "complete" and row.objectives]
@@ -175,8 +165,8 @@ class TrialTable:
         best = self._best()
         parts = [f"{ended} of {self._total} trials"]
         if best is not None:
-            value = format_objective(self._objectives[0], best.objectives[0])
-            parts.append(f"best {objective_label(self._objectives[0])} {value} ({best.label})")
+            value = show(self._objectives[0].metric, best.objectives[0])
+            parts.append(f"best {self._labels[0]} {value} ({best.label})")
         left = self._seconds_left(ended)
         if left is not None:
             parts.append(f"about {format_seconds(left)} left")

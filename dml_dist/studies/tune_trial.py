@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dml_dist.config.schema import RunConfig
+from dml_dist.config.study import TRAIN_SECONDS
 from dml_dist.errors import DmlDistError, RunError, RunStopped
 from dml_dist.files import lock_file
 from dml_dist.orchestration.ray_tune import Outcome, Payload, Report
@@ -20,9 +21,6 @@ from dml_dist.runs.records import read_records
 from dml_dist.runs.tuning import TUNE
 from dml_dist.runtime.signals import StopRequest
 from dml_dist.studies.pool import execute_run, finished_metrics, is_diverged
-
-TRAIN_SECONDS = "train_seconds"
-"""The objective that is no metric: time of training, in seconds."""
 
 _SECONDS_BETWEEN_READS = 0.5
 # Processes of a driver that was killed end within seconds.
