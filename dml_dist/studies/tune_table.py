@@ -47,7 +47,7 @@ class Row:
     last: tuple[int, float] | None = None
     objectives: Sequence[float] = ()
     seconds: float | None = None
-    start: float | None = field(default_factory=time.monotonic)
+    start: float | None = field(default_factory=lambda: time.monotonic())
 
 
 def format_values(values: Mapping[str, Any]) -> str:
@@ -59,7 +59,7 @@ class TrialTable:
     """Shows trials while they run; call its methods from one thread."""
 
     def __init__(self, console: Console, objectives: Sequence[ObjectiveConfig], total: int) -> None:
-        """Prepare the table; it is shown inside `with`.
+        """Prepare the table; it is shown inside `with`, if the console is a terminal.
 
         Args:
             console: Where it goes.
@@ -116,8 +116,9 @@ class TrialTable:
         table = Table(title=self._summary(), title_justify="left", expand=False)
         for text in ("trial", "values", "last", *self._labels, "state"):
             table.add_column(text, overflow="fold", justify="left")
-        running = [row for row in self._rows.values() if row.state == "running"]
-        ended = [row for row in self._rows.values() if row.state != "running"]
+        rows = self._all()
+        running = [row for row in rows if row.state == "running"]
+        ended = [row for row in rows if row.state != "running"]
         kept = ended[-max(0, _MAX_ROWS - len(running)) :]
         for row in [*kept, *running]:
             finals = [
@@ -136,6 +137,9 @@ class TrialTable:
         if len(ended) > len(kept):
             table.caption = f"{len(ended) - len(kept)} earlier trials are not shown"
         return table
+
+    def _all(self) -> list[Row]:
+        return list(self._rows.values())  # A copy: the display reads it from its own thread.
 
     def _time_of(self, row: Row) -> str:
         if row.seconds is not None:
@@ -156,12 +160,12 @@ class TrialTable:
         return ", ".join(finals) or f"{self._labels[0]} {self._last(row)}"
 
     def _best(self) -> Row | None:
-        done = [row for row in self._rows.values() if row.state == "complete" and row.objectives]
+        done = [row for row in self._all() if row.state == "complete" and row.objectives]
         sign = 1 if self._objectives[0].direction == "maximize" else -1
         return max(done, key=lambda row: sign * row.objectives[0], default=None)
 
     def _summary(self) -> str:
-        ended = sum(row.state not in ("running", "stopped") for row in self._rows.values())
+        ended = sum(row.state not in ("running", "stopped") for row in self._all())
         best = self._best()
         parts = [f"{ended} of {self._total} trials"]
         if best is not None:
@@ -176,15 +180,15 @@ class TrialTable:
         """Estimate from the trials so far; pruned ones are as likely later."""
         times = [
             row.seconds
-            for row in self._rows.values()
+            for row in self._all()
             if row.seconds is not None and row.state not in ("stopped", "failed")
         ]
         if not times or ended >= self._total:
             return None
-        running = sum(row.state == "running" for row in self._rows.values())
+        running = sum(row.state == "running" for row in self._all())
         begun = sum(
             time.monotonic() - row.start
-            for row in self._rows.values()
+            for row in self._all()
             if row.state == "running" and row.start is not None
         )
         mean = statistics.fmean(times)
