@@ -8,6 +8,7 @@ resources, and no checkpoint would be written.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +62,9 @@ class TrialQueue(Protocol):
     def next(self) -> tuple[int, Payload] | None:
         """Return number and task of the next trial, both JSON values; None if there is none."""
 
+    def restarted(self, number: int, starts: int) -> None:
+        """Hear that a trial's process died and was started again, for the `starts`-th time."""
+
     def report(self, number: int, step: int, value: float) -> bool:
         """Take an intermediate value and return whether to prune the trial."""
 
@@ -100,6 +105,8 @@ def run_trials(
         import ray
         from ray import tune
 
+        # Its messages on processes that died are tracebacks; the queue hears of them.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         concurrent = _concurrency(launch, parallel)
         on_start(concurrent)
         board = ray.remote(num_cpus=0)(_StopBoard).remote()
@@ -148,6 +155,7 @@ def _searcher(queue: TrialQueue, board: Any, stop: StopRequest, deadline: float)
         def __init__(self) -> None:
             super().__init__()
             self._numbers: dict[str, int] = {}
+            self._starts: Counter[int] = Counter()
 
         def suggest(self, trial_id: str) -> Any:
             if stop.reason is not None or time.monotonic() > deadline:
@@ -160,9 +168,13 @@ def _searcher(queue: TrialQueue, board: Any, stop: StopRequest, deadline: float)
             return {"number": number, "payload": json.dumps(payload)}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            number = self._numbers[trial_id]
+            if result.get("begun"):
+                self._starts[number] += 1
+                if self._starts[number] > 1:
+                    queue.restarted(number, self._starts[number])
             if "step" not in result:
                 return
-            number = self._numbers[trial_id]
             if queue.report(number, int(result["step"]), float(result["value"])):
                 board.prune.remote(number)
 
@@ -290,6 +302,7 @@ def _trial(
     def report(step: int, value: float) -> None:
         tune.report({"step": step, "value": value})
 
+    tune.report({"begun": True})
     with _requests_from(board, int(config["number"]), stop):
         outcome = execute(json.loads(config["payload"]), report, stop)
     tune.report({"outcome": json.dumps(outcome)})

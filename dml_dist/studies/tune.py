@@ -176,6 +176,15 @@ class _Search:
         run_steps = self._plan.steps // self._section.folds
         return found.number, trial_payload(configs, folders, metrics, run_steps)
 
+    def restarted(self, number: int, starts: int) -> None:
+        """Say that a trial's process died and was started again."""
+        assert self._table is not None
+        self._table.note(
+            number,
+            "its process died and continues from its last checkpoint "
+            f"(restart {starts - 1} of at most {self._config.launch.max_failures})",
+        )
+
     def report(self, number: int, step: int, value: float) -> bool:
         """Keep an intermediate value and return whether to prune the trial."""
         assert self._table is not None

@@ -101,6 +101,11 @@ class TrialTable:
         """Show an intermediate value."""
         self._rows[number].last = step, value
 
+    def note(self, number: int, text: str) -> None:
+        """Print a line about a trial; it stays above the table."""
+        line = f"{self._rows[number].label}: {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def end(self, number: int, state: Shown, objectives: Sequence[float], seconds: float) -> None:
         """Show that a trial ended; without a terminal print a line."""
         row = self._rows[number]

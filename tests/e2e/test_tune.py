@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +21,9 @@ from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.runs.records import read_records
 from dml_dist.runs.tuning import TuningFolder
 from dml_dist.studies.storage import load_study
+from dml_dist.train.checkpoint_files import checkpoint_folders, is_whole
 from tests.e2e.conftest import REPOSITORY
-from tests.faults.runs import act
+from tests.faults.runs import act, attempts, wait_for
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -61,9 +66,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def assert_cluster_is_free() -> None:
     """No actor, placement group or resource is in use."""
     import ray
-    from ray.util.state import list_actors
 
-    del list_actors  # It needs the dashboard.
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} <= {"REMOVED"}
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
@@ -78,15 +81,36 @@ def status_of(run: Path) -> dict[str, object]:
     return status
 
 
+def process_of(run: Path) -> int:
+    """The process that holds the lock of a run."""
+    found = re.search(r"process (\d+) on", (run / ".lock").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def validated(run: Path) -> bool:
+    """Whether a run has a validation and goes on."""
+    path = run / "records/evaluations.jsonl"
+    return path.is_file() and path.stat().st_size > 0 and status_of(run)["state"] == "running"
+
+
+def kill_when_validated(run: Path) -> None:
+    wait_for(lambda: validated(run), seconds=120, what="a validation")
+    os.kill(process_of(run), signal.SIGKILL)
+
+
 @pytest.mark.timeout(400)
 def test_search_and_what_follows(
     config_file: Path, cli: Cli, tmp_path: Path, ray_cluster: None
 ) -> None:
     config = search_file(config_file, tmp_path)
-    code, output = cli("tune", config)
-    assert code == 0, output
-    assert "\x1b" not in output  # Quiet without a terminal: a line for each trial.
     folder = tmp_path / "runs/search"
+    killer = threading.Thread(target=kill_when_validated, args=(folder / "runs/trial-0",))
+    killer.start()
+    code, output = cli("tune", config)
+    killer.join()
+    assert code == 0, output
+    assert "\u250f" not in output  # Quiet without a terminal: no table, a line for each trial.
     trials = trials_of(folder)
     assert [trial.params["optim.lr"] for trial in trials] == [
         TRAINS,
@@ -94,7 +118,12 @@ def test_search_and_what_follows(
         2 * DOES_NOT,
         3 * DOES_NOT,
     ]
+    assert "trial-0: its process died and continues" in output
+    assert "Traceback" not in output
+    # The process of the first trial was killed: it went on from its checkpoint.
     assert trials[0].state == TrialState.COMPLETE
+    starts = [len(attempts(folder / f"runs/trial-{number}")) for number in range(4)]
+    assert starts == [2, 1, 1, 1]
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     assert pruned
     for trial in trials:
@@ -111,9 +140,7 @@ def test_search_and_what_follows(
             status = status_of(run)
             assert status["state"] == "stopped"
             assert max(recorded) <= int(str(status["step"])) < STEPS
-            assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir() or any(
-                (run / "checkpoints").iterdir()
-            )
+            assert any(is_whole(one) for one in checkpoint_folders(run / "checkpoints"))
         else:
             assert trial.value == max(recorded.values())
             assert status_of(run)["state"] == "finished"
@@ -132,7 +159,7 @@ def test_search_and_what_follows(
     assert code == 0, output
     run = folder / "runs" / f"trial-{number}"
     assert status_of(run)["state"] == "finished"
-    assert len(json.loads((run / "run.json").read_text())["attempts"]) == 2
+    assert len(attempts(run)) == 2
     last = trials_of(folder)[-1]
     assert last.state == TrialState.COMPLETE
     assert last.params == pruned[0].params

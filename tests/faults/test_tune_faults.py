@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -19,10 +18,12 @@ from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.tuning import trial_configs
 from tests.e2e.test_tune import (
     assert_cluster_is_free,
+    process_of,
     ray_cluster,
     search_file,
     status_of,
     trials_of,
+    validated,
 )
 from tests.faults.runs import attempts, descendants, running, started, wait_for
 
@@ -42,20 +43,6 @@ def search(config_file: Path, tmp_path: Path) -> Path:
     return search_file(
         config_file, tmp_path, trials=len(RATES), pruner={"name": "none"}, space=space
     )
-
-
-def validated(folder: Path, number: int) -> bool:
-    """Whether a trial is in the middle: it has a validation, and is not finished."""
-    run = folder / "runs" / f"trial-{number}"
-    path = run / "records/evaluations.jsonl"
-    return path.is_file() and path.stat().st_size > 0 and status_of(run)["state"] == "running"
-
-
-def process_of(run: Path) -> int:
-    """The process that holds the lock of a run."""
-    found = re.search(r"process (\d+) on", (run / ".lock").read_text())
-    assert found is not None
-    return int(found[1])
 
 
 def assert_equal_to_plain_training(
@@ -78,7 +65,9 @@ def test_killed_driver_and_killed_trial(search: Path, cli: Cli, tmp_path: Path) 
     """The same command again continues all trials; none is lost, none starts from its beginning."""
     folder = tmp_path / "runs/search"
     with started("tune", search, cwd=tmp_path) as driver:
-        wait_for(lambda: validated(folder, 1), seconds=240, what="a validation of trial 1")
+        wait_for(
+            lambda: validated(folder / "runs/trial-1"), seconds=240, what="a validation of trial 1"
+        )
         killed_with_driver = [
             number
             for number in range(len(RATES))
@@ -91,7 +80,9 @@ def test_killed_driver_and_killed_trial(search: Path, cli: Cli, tmp_path: Path) 
     assert {trial.state for trial in trials_of(folder)} >= {TrialState.RUNNING}
 
     with started("tune", search, cwd=tmp_path, name="second") as driver:
-        wait_for(lambda: validated(folder, 3), seconds=240, what="a validation of trial 3")
+        wait_for(
+            lambda: validated(folder / "runs/trial-3"), seconds=240, what="a validation of trial 3"
+        )
         os.kill(process_of(folder / "runs/trial-3"), signal.SIGKILL)
         assert driver.wait(300) == 0, (tmp_path / "second").read_text()
     trials = trials_of(folder)
@@ -112,7 +103,9 @@ def test_stop_by_signal_continues(search: Path, tmp_path: Path) -> None:
     """SIGTERM: checkpoints, exit code 1, the last line is the command that continues."""
     folder = tmp_path / "runs/search"
     with started("tune", search, cwd=tmp_path) as driver:
-        wait_for(lambda: validated(folder, 1), seconds=240, what="a validation of trial 1")
+        wait_for(
+            lambda: validated(folder / "runs/trial-1"), seconds=240, what="a validation of trial 1"
+        )
         start = time.monotonic()
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(120) == 1

@@ -25,10 +25,14 @@ class Queue:
         self.left = list(range(total))
         self.reports: list[tuple[int, int, float]] = []
         self.ends: list[tuple[int, Outcome | None]] = []
+        self.restarts: list[tuple[int, int]] = []
 
     def next(self) -> tuple[int, Payload] | None:
         number = self.left.pop(0) if self.left else None
         return None if number is None else (number, {"rate": 0.1 * number})
+
+    def restarted(self, number: int, starts: int) -> None:
+        self.restarts.append((number, starts))
 
     def report(self, number: int, step: int, value: float) -> bool:
         self.reports.append((number, step, value))
@@ -82,6 +86,19 @@ def test_a_trial_without_an_outcome_has_died() -> None:
     searcher.on_trial_complete("a", None)
     searcher.on_trial_complete("b", {"step": 4, "value": 1.0})
     assert queue.ends == [(0, None), (1, None)]
+
+
+def test_a_process_that_died_is_told() -> None:
+    queue = Queue(2)
+    searcher = searcher_of(queue)
+    for trial in ("a", "b"):
+        searcher.suggest(trial)
+        searcher.on_trial_result(trial, {"begun": True})
+    searcher.on_trial_result("a", {"step": 1, "value": 1.0})
+    assert queue.restarts == []
+    searcher.on_trial_result("a", {"begun": True})
+    searcher.on_trial_result("a", {"begun": True})
+    assert queue.restarts == [(0, 2), (0, 3)]
 
 
 def test_nothing_begins_after_a_stop_or_the_deadline() -> None:
