@@ -214,9 +214,10 @@ class Trials:
         self.study.tell(self._active.pop(number), state=optuna.trial.TrialState.PRUNED)
 
     def pause(self, number: int, **facts: Any) -> None:
-        """Leave a trial that was stopped as it is, so that the next command continues it."""
+        """Leave a trial that was stopped as it is: `interrupted` gives it again, here or later."""
         self._keep(number, facts)
         del self._active[number]
+        self._interrupted.append(self.all()[number])
 
     def fail(self, number: int, problem: str, **facts: Any) -> None:
         """End a trial that failed; the sampler does not learn from it."""

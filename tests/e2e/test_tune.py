@@ -165,6 +165,16 @@ def test_search_and_what_follows(
     assert last.params == pruned[0].params
     assert trials_of(folder)[number].state == TrialState.PRUNED
 
+    # What is no continuation of this search is refused before anything starts.
+    for arguments, message in (
+        (("--set", "optim.weight_decay=0.5"), "optim.weight_decay"),
+        (("--continue-trial", 0), "--continue-trial 0 is no pruned trial"),
+        (("--set", "tune.objectives=[{metric: density}]"), "do not record density"),
+    ):
+        code, output = cli("tune", config, *arguments)
+        assert code == 2
+        assert message in output
+
     # The same command again finds nothing to do.
     code, output = cli("tune", config)
     assert code == 0, output
