@@ -276,7 +276,8 @@ def _conclude(
 ) -> Path:
     """Print the results, and raise an error where there are none."""
     states = Counter(map(state_of, trials.all()))
-    counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
+    words = {"running": "interrupted"}  # Nothing runs any more.
+    counts = ", ".join(f"{n} {words.get(state, state)}" for state, n in states.items()) or "none"
     best = trials.best()
     if best is not None:
         objective = tune_section(config).objectives[0]

@@ -106,10 +106,18 @@ def test_tpe_finds_better_values_than_random() -> None:
     assert median("tpe") > median("random") + 0.05
 
 
-def test_gp_suggests_values_of_the_space() -> None:
-    tune = section(sampler={"name": "gp", "startup_trials": 2})
-    for values in search(open_trials(tune), 3):
-        assert all(tune.space[path].contains(value) for path, value in values.items())
+@pytest.mark.parametrize("sampler", ["gp", "cmaes"])
+def test_other_samplers_suggest_values_of_the_space(sampler: str) -> None:
+    numbers = {path: one for path, one in SPACE.items() if one["type"] != "categorical"}
+    tune = section(
+        sampler={"name": sampler, "startup_trials": 2}, space=SPACE if sampler == "gp" else numbers
+    )
+    trials = open_trials(tune)
+    for _ in range(4):
+        one = trials.suggest()
+        trials.complete(one.number, [one.values["loss.scale"] / 64])
+        assert one.values.keys() == tune.space.keys()
+        assert all(tune.space[path].contains(value) for path, value in one.values.items())
 
 
 def test_cmaes_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
