@@ -88,7 +88,15 @@ class TrainConfig(Section):
     """Batch size, length and precision of training."""
 
     global_batch_size: Annotated[int, Field(ge=2)] = 64
-    """B, number of images per step over all ranks; the only batch setting."""
+    """B, number of images per step over all ranks; the only batch setting that changes results."""
+
+    micro_batch_size: PositiveInt | None = resumable(None)
+    """Images of a rank whose activations are in memory at a time; null means all of its images.
+
+    The loss still sees the whole global batch, and gradients are equal up to rounding; the network
+    computes each image's embedding twice. Dropout and stochastic depth draw for each micro-batch.
+    Not with batch normalisation by statistics of the batch.
+    """
 
     steps: PositiveInt | None = resumable(None)
     """Number of optimiser updates; give this or `epochs`."""

@@ -56,7 +56,7 @@ class StudyKind:
 
 
 FREE = (
-    *("launch", "loggers"),
+    *("launch", "loggers", "train.micro_batch_size"),
     *("data.path", "data.cache", "data.dataset.source", "data.dataset.on_broken"),
     *("data.loader_workers", "data.prefetch", "data.decoded_cache_mb"),
     *("evaluation.backend", "evaluation.memory_mb"),

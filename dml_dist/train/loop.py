@@ -164,6 +164,7 @@ class _Loop:
             sizes,
             learning_rate_factor=self._factor(step),
             max_grad_norm=config.train.max_grad_norm,
+            micro_batch_size=config.train.micro_batch_size,
             update_backbone=step >= config.train.backbone_warmup_epochs * self.plan.steps_per_epoch,
             is_representative=self._representatives(batch),
             neighbors=projections.neighbors(step) if projections else None,

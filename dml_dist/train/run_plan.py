@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
+from dml_dist.train.micro_batches import check_micro_batches
 from dml_dist.train.state import resolve_precision
 
 
@@ -45,6 +47,7 @@ class RunPlan:
         num_validation_images: Images of the classes held out.
         num_validation_classes: Classes held out; 0 without validation.
         global_batch_size: B, images of a full batch over all ranks.
+        micro_batch_size: Images of a rank in memory with their activations; None means all.
         steps_per_epoch: Updates of one epoch.
         total_steps: Updates of the run.
         proxy_rows: Rows of proxies of each rank; zeros for a loss without proxies.
@@ -66,6 +69,7 @@ class RunPlan:
     num_validation_images: int
     num_validation_classes: int
     global_batch_size: int
+    micro_batch_size: int | None
     steps_per_epoch: int
     total_steps: int
     proxy_rows: tuple[int, ...]
@@ -105,6 +109,7 @@ class RunPlan:
             ("ranks", f"{self.world_size}"),
             ("global batch", f"{self.global_batch_size:,} images"),
             ("images per rank", ", ".join(str(size) for size in self.batch_sizes(0))),
+            *self._micro_batches(),
             ("steps per epoch", f"{self.steps_per_epoch:,}"),
             ("total steps", f"{self.total_steps:,} ({self._num_epochs():g} epochs)"),
             ("backbone parameters", f"{self.num_backbone_parameters:,}"),
@@ -118,6 +123,12 @@ class RunPlan:
                 for source, traffic in self.traffic.items()
             ),
         ]
+
+    def _micro_batches(self) -> list[tuple[str, str]]:
+        if self.micro_batch_size is None:
+            return []
+        number = math.ceil(max(self.batch_sizes(0)) / self.micro_batch_size)
+        return [("images per micro-batch", f"{self.micro_batch_size:,} ({number:,} per rank)")]
 
     def _validation(self) -> str:
         if not self.num_validation_classes:
@@ -175,6 +186,7 @@ def resolve(
     total_steps = config.train.steps or (config.train.epochs or 0) * batches.steps_per_epoch
     _check_course(config, total_steps, batches.steps_per_epoch)
     model = _model_without_memory(config)
+    check_micro_batches(config.train.micro_batch_size, model)
     backbone, head = _count_parameters(model)
     return RunPlan(
         world_size=world_size,
@@ -184,6 +196,7 @@ def resolve(
         num_validation_images=sum(validation_class_sizes),
         num_validation_classes=len(validation_class_sizes),
         global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=total_steps,
         proxy_rows=objective.proxy_rows(),

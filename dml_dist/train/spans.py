@@ -3,12 +3,14 @@
 A step is divided into spans, which follow each other and do not overlap:
 
     data        waiting for the loader, and the copy to the device
-    forward     the network, with DDP's broadcast of running statistics
+    forward     the network, with DDP's broadcast of running statistics; with micro-batches without
+                a graph
     wait        a barrier before the gather: how much later the slowest rank's forward ended
     gather      all-gather of labels and embeddings
     objective   the loss of the gathered batch, with its all-reduces of statistics
     backward    the backward pass, with the reduce-scatter of embedding gradients, DDP's reduction
-                (overlapped with it) and the sum of replicated gradients
+                (overlapped with it) and the sum of replicated gradients; with micro-batches also
+                their second forward passes
     optimizer   clipping, proximal term, update, revival of proxies
 
 Only the skew of data and forward is in `wait`. Ranks that drift apart later wait inside the next

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dml_dist.train.micro_batches import MicroBatches
 from dml_dist.train.optim import clip_gradients, set_learning_rates
 from dml_dist.train.optim_state import forget_rows, only_rows
 from dml_dist.train.proximal import ProximalTerm
@@ -39,6 +40,7 @@ def train_step(
     *,
     learning_rate_factor: float,
     max_grad_norm: float | None = None,
+    micro_batch_size: int | None = None,
     update_backbone: bool = True,
     is_representative: Tensor | None = None,
     neighbors: Tensor | None = None,
@@ -58,6 +60,7 @@ def train_step(
         batch_sizes: Number of images of every rank; `batch_sizes[rank]` is b.
         learning_rate_factor: The schedule's factor for this update.
         max_grad_norm: Bound on the norm of all gradients together, or None.
+        micro_batch_size: Images whose activations are in memory at a time; None means all.
         update_backbone: False leaves the backbone, its running statistics and its optimiser state
             as they are.
         is_representative: Which images are representatives of their classes, (b,) bool; None on
@@ -69,9 +72,12 @@ def train_step(
     """
     spans = spans or Spans.off()
     state.model.freeze_backbone(not update_backbone)
+    micro_batches = None
+    if micro_batch_size is not None and micro_batch_size < max(batch_sizes):
+        micro_batches = MicroBatches(state, images, micro_batch_size)
     with spans("forward"), state.precision.context(images.device.type):
         state.optimizer.zero_grad(set_to_none=True)
-        embeddings = state.network(images)
+        embeddings = micro_batches.embed() if micro_batches else state.network(images)
     spans.wait_for_ranks(state.comm)
     with spans("gather"):
         batch = state.objective.gather(
@@ -87,6 +93,8 @@ def train_step(
     with spans("backward"):
         with state.comm.guard("gradients"):
             output.loss.backward()
+            if micro_batches is not None:
+                micro_batches.backward(embeddings)
         state.objective.sum_replicated_gradients()
     with spans("optimizer"):
         if not update_backbone:

@@ -35,7 +35,7 @@ projections.steps_per_problem  projections.patience  projections.representatives
 projections.pool_per_class  projections.mining.neighbors_per_class
 projections.mining.refresh_every  projections.lead_steps
 schedule:step.milestones.0
-train.steps  train.epochs  train.log_every
+train.micro_batch_size  train.steps  train.epochs  train.log_every
 evaluation.recall_at.0  evaluation.batch_size  evaluation.every_steps
 evaluation.evaluate_test_every
 checkpoint.every_steps  checkpoint.keep
