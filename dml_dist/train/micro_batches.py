@@ -112,8 +112,8 @@ def check_micro_batches(size: int | None, model: EmbeddingModel) -> None:
     if size is None or model.batch_norm == "frozen" or not num_layers:
         return
     raise ConfigError(
-        f"train.micro_batch_size is {size}, but the network has {num_layers} layers of batch "
-        f"normalisation with {model.batch_norm} statistics, which differ between a micro-batch and "
+        f"train.micro_batch_size is {size}, but the network has batch normalisation (layers: "
+        f"{num_layers}) with {model.batch_norm} statistics, which differ between a micro-batch and "
         "the whole batch. Use group normalisation (model.backbone.norm: group), frozen statistics "
         "(model.backbone.batch_norm.statistics: frozen), or remove train.micro_batch_size."
     )
