@@ -74,8 +74,6 @@ class MicroBatches:
                 self._forward(images).backward(gradient)
 
     def _forward(self, images: Tensor) -> Tensor:
-        # A context for each pass: autocast keeps the cast weights of a pass without a graph until
-        # its context ends, and a pass with a graph would give these weights no gradient.
         with self._state.precision.context(images.device.type):
             embeddings: Tensor = self._state.network(images)
         return embeddings
