@@ -13,8 +13,9 @@ from dml_dist.errors import ConfigError
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.study import FREE
 from dml_dist.train.run_plan import resolve
-from dml_dist.train.state import TrainState, build_state
+from dml_dist.train.state import build_state
 from dml_dist.train.step import train_step
+from tests.saved_bytes import SavedBytes
 from tests.training_setup import (
     NUM_CLASSES,
     SmallRun,
@@ -27,40 +28,11 @@ from tests.training_setup import (
 NORMED = "{name: custom, target: 'tests.distributed.test_micro_batches:NormedBackbone'}"
 
 
-class SavedBytes:
-    """Bytes of the tensors that graphs keep for the backward pass, without parameters."""
-
-    def __init__(self, state: TrainState) -> None:
-        tensors = [*state.model.parameters(), *state.owned.values()]
-        self.parameters = {tensor.data_ptr() for tensor in tensors}
-        self.now = 0
-        self.peak = 0
-
-    def pack(self, tensor: Tensor) -> _Saved:
-        size = 0 if tensor.data_ptr() in self.parameters else tensor.numel() * tensor.itemsize
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        return _Saved(self, tensor, size)
-
-
-class _Saved:
-    """A tensor for as long as a graph keeps it."""
-
-    def __init__(self, counter: SavedBytes, tensor: Tensor, size: int) -> None:
-        self.counter = counter
-        self.tensor = tensor
-        self.size = size
-
-    def __del__(self) -> None:
-        self.counter.now -= self.size
-
-
 def peak_bytes(num_images: int, micro_batch_size: int | None) -> int:
     """Return the largest number of saved bytes in a step."""
     state = build_state(small_config(), num_classes=NUM_CLASSES, comm=Comm.single())
     images = torch.randn(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    saved = SavedBytes(state)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+    with SavedBytes([*state.model.parameters(), *state.owned.values()]) as saved:
         train_step(
             state,
             images,
