@@ -1,4 +1,4 @@
-"""Bytes that autograd graphs keep for the backward pass: the memory of activations, on any device."""
+"""Bytes that autograd graphs keep for the backward pass: memory of activations on any device."""
 
 from __future__ import annotations
 
