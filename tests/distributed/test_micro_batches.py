@@ -169,7 +169,7 @@ class DrawingBackbone(nn.Module):
             return maps * self.replayed
         self.passes.add_(1)
         drawn = F.dropout(torch.ones_like(maps), 0.5, self.training)
-        depth = torch.rand(len(images), 1, 1, 1, dtype=maps.dtype)  # as stochastic depth draws
+        depth = maps.new_empty(len(images), 1, 1, 1).uniform_()  # as stochastic depth draws
         self.factors.append(drawn * depth / self.passes)
         return maps * self.factors[-1]
 

@@ -15,6 +15,7 @@ from dml_dist.runs.study import FREE
 from dml_dist.train.run_plan import resolve
 from dml_dist.train.state import build_state
 from dml_dist.train.step import train_step
+from tests.distributed.test_micro_batches import DrawingBackbone
 from tests.saved_bytes import SavedBytes
 from tests.training_setup import (
     NUM_CLASSES,
@@ -25,7 +26,8 @@ from tests.training_setup import (
     snapshot,
 )
 
-NORMED = "{name: custom, target: 'tests.distributed.test_micro_batches:NormedBackbone'}"
+MODULE = "tests.distributed.test_micro_batches"
+NORMED = f"{{name: custom, target: '{MODULE}:NormedBackbone'}}"
 
 
 def peak_bytes(num_images: int, micro_batch_size: int | None) -> int:
@@ -75,6 +77,19 @@ def test_lower_precision_gives_all_weights_their_gradients() -> None:
         assert gradient.dtype == torch.float32
         difference = torch.linalg.vector_norm(gradient - whole[name])
         assert difference <= 0.02 * torch.linalg.vector_norm(whole[name]), name
+
+
+@pytest.mark.gpu
+def test_the_second_pass_on_a_gpu_draws_what_the_first_drew() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    config = small_config(model__backbone=f"{{name: custom, target: '{MODULE}:DrawingBackbone'}}")
+    state = build_state(config, num_classes=NUM_CLASSES, comm=Comm.single("cuda:0"))
+    images, labels = torch.randn(7, 3, 32, 32, device="cuda"), torch.arange(7, device="cuda")
+    DrawingBackbone.factors.clear()
+    train_step(state, images, labels, [7], learning_rate_factor=1.0, micro_batch_size=3)
+    first, second = DrawingBackbone.factors[:3], DrawingBackbone.factors[3:]
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
 def test_a_batch_without_pairs_has_a_gradient_of_zeros() -> None:
