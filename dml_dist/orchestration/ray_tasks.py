@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dml_dist.errors import DmlDistError, RunError, RunStopped
 from dml_dist.orchestration.launch import available_gpus
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.orchestration.ray_mailbox import Mailbox
-from dml_dist.runtime.signals import StopRequest, stop_on_signals
+from dml_dist.runtime.signals import StopRequest, polling, stop_on_signals
 from dml_dist.runtime.tasks import fatal_event, rebuild_error
 
 Metrics = dict[str, Any]
@@ -79,47 +78,29 @@ def ray_tasks(execute: Execute, launch: LaunchConfig, parallel: int) -> Iterator
                     ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_STOP)
 
 
-@contextmanager
-def _forwarding(stop: StopRequest, mailbox: Any) -> Iterator[None]:
-    """Pass a request to stop on to the mailbox, from a thread."""
-    done = threading.Event()
+def _forwarding(stop: StopRequest, mailbox: Any) -> AbstractContextManager[None]:
+    """Pass a request to stop on to the mailbox."""
 
-    def work() -> None:
-        while stop.reason is None:
-            if done.wait(_SECONDS_BETWEEN_POLLS):
-                return
-        mailbox.request_stop.remote(stop.reason)
+    def look() -> bool:
+        if stop.reason is not None:
+            mailbox.request_stop.remote(stop.reason)
+        return stop.reason is not None
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return polling(look, _SECONDS_BETWEEN_POLLS)
 
 
-@contextmanager
-def _signals_from(mailbox: Any) -> Iterator[None]:
+def _signals_from(mailbox: Any) -> AbstractContextManager[None]:
     """Send this process the signal that the driver received."""
     import ray
 
-    done = threading.Event()
+    def look() -> bool:
+        with suppress(ray.exceptions.RayError):
+            if (reason := ray.get(mailbox.stop_reason.remote())) is not None:
+                os.kill(os.getpid(), signal.Signals[reason])
+                return True
+        return False
 
-    def work() -> None:
-        while not done.wait(_SECONDS_BETWEEN_POLLS):
-            with suppress(ray.exceptions.RayError):
-                if (reason := ray.get(mailbox.stop_reason.remote())) is not None:
-                    os.kill(os.getpid(), signal.Signals[reason])
-                    return
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return polling(look, _SECONDS_BETWEEN_POLLS)
 
 
 def _task(

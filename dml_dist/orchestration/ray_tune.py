@@ -13,12 +13,11 @@ import math
 import os
 import shutil
 import sys
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.orchestration.ray_tasks import gpus_of
-from dml_dist.runtime.signals import StopRequest
+from dml_dist.runtime.signals import StopRequest, polling
 
 # Read by Ray Tune when it is imported; values that the user has set are kept.
 _ENVIRONMENT = {
@@ -194,27 +193,18 @@ def _searcher(queue: TrialQueue, board: Any, stop: StopRequest, deadline: float)
     return QueueSearcher()
 
 
-@contextmanager
-def _forwarding(stop: StopRequest, deadline: float, board: Any) -> Iterator[None]:
+def _forwarding(stop: StopRequest, deadline: float, board: Any) -> AbstractContextManager[None]:
     """Ask all trials to stop when this process is asked to, or the time is over."""
-    done = threading.Event()
 
-    def work() -> None:
-        while not done.wait(_SECONDS_BETWEEN_LOOKS):
-            reason = stop.reason
-            if reason is None and time.monotonic() > deadline:
-                reason = TIME_LIMIT
-            if reason is not None:
-                board.stop_all.remote(reason)
-                return
+    def look() -> bool:
+        reason = stop.reason
+        if reason is None and time.monotonic() > deadline:
+            reason = TIME_LIMIT
+        if reason is not None:
+            board.stop_all.remote(reason)
+        return reason is not None
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return polling(look, _SECONDS_BETWEEN_LOOKS)
 
 
 def _cpus_of(launch: LaunchConfig) -> float:
@@ -308,27 +298,18 @@ def _trial(
     tune.report({"outcome": json.dumps(outcome)})
 
 
-@contextmanager
-def _requests_from(board: Any, number: int, stop: StopRequest) -> Iterator[None]:
+def _requests_from(board: Any, number: int, stop: StopRequest) -> AbstractContextManager[None]:
     """Take the requests to stop a trial from the board."""
     import ray
 
-    done = threading.Event()
+    def look() -> bool:
+        # A late answer is a busy machine, a lost board a driver that ends this process soon.
+        with suppress(ray.exceptions.RayError):
+            reason = ray.get(board.reason.remote(number), timeout=_SECONDS_FOR_AN_ANSWER)
+            if reason is not None:
+                # A pruned trial that has trained to its end keeps its value.
+                stop.only_training = reason == PRUNED
+                stop.reason = reason
+        return False  # Another reason may follow.
 
-    def work() -> None:
-        while not done.wait(_SECONDS_BETWEEN_LOOKS):
-            # A late answer is a busy machine, a lost board a driver that ends this process soon.
-            with suppress(ray.exceptions.RayError):
-                reason = ray.get(board.reason.remote(number), timeout=_SECONDS_FOR_AN_ANSWER)
-                if reason is not None:
-                    # A pruned trial that has trained to its end keeps its value.
-                    stop.only_training = reason == PRUNED
-                    stop.reason = reason
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return polling(look, _SECONDS_BETWEEN_LOOKS)

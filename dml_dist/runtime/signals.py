@@ -1,11 +1,14 @@
-"""SIGTERM and SIGINT: training ends with a checkpoint, everything else ends at once."""
+"""SIGTERM and SIGINT: training ends with a checkpoint, everything else ends at once.
+
+Requests to stop that come from elsewhere are polled for from a thread.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -62,3 +65,27 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def polling(look: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Call a function again and again from a thread while the block runs.
+
+    Args:
+        look: Returns whether to stop calling it.
+        seconds: Time between two calls, and before the first one.
+    """
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(seconds):
+            if look():
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

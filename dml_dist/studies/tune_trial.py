@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from dml_dist.orchestration.ray_tune import Outcome, Payload, Report
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import read_records
 from dml_dist.runs.tuning import TUNE
-from dml_dist.runtime.signals import StopRequest
+from dml_dist.runtime.signals import StopRequest, polling
 from dml_dist.studies.pool import execute_run, finished_metrics, is_diverged
 
 _SECONDS_BETWEEN_READS = 0.5
@@ -126,8 +125,8 @@ def _train_seconds(folder: Path, metrics: Mapping[str, Any]) -> float:
 def _validations(folder: Path, take: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
     """Pass the records of a run's validations on, from a thread, each of them once."""
     path = RunFolder(folder).records("evaluations")
-    done = threading.Event()
     seen: set[int] = set()
+    size = -1
 
     def read() -> None:
         for record in read_records(path):
@@ -135,21 +134,18 @@ def _validations(folder: Path, take: Callable[[Mapping[str, Any]], None]) -> Ite
                 seen.add(record["step"])
                 take(record)
 
-    def work() -> None:
-        size = -1
-        while not done.wait(_SECONDS_BETWEEN_READS):
-            now = path.stat().st_size if path.is_file() else -1
-            if now != size:
-                size = now
-                read()
+    def look() -> bool:
+        nonlocal size
+        now = path.stat().st_size if path.is_file() else -1
+        if now != size:
+            size = now
+            read()
+        return False
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
-        yield
+        with polling(look, _SECONDS_BETWEEN_READS):
+            yield
     finally:
-        done.set()
-        thread.join()
         read()
 
 

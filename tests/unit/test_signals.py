@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dml_dist.runtime import signals
-from dml_dist.runtime.signals import stop_on_signals
+from dml_dist.runtime.signals import polling, stop_on_signals
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
@@ -54,3 +54,28 @@ def test_other_threads_get_a_request_without_handlers() -> None:
     thread.start()
     thread.join()
     assert found == [(None, before)]
+
+
+def test_polling_ends_with_its_block_or_when_it_has_found_something() -> None:
+    calls: list[int] = []
+    found = threading.Event()
+
+    def third_time() -> bool:
+        calls.append(threading.get_ident())
+        if len(calls) == 3:
+            found.set()
+        return len(calls) == 3
+
+    before = threading.active_count()
+    with polling(third_time, 0.001):
+        assert found.wait(10)
+    assert len(calls) == 3
+    assert threading.get_ident() not in calls
+    assert threading.active_count() == before
+
+    with pytest.raises(ValueError, match="of the block"), polling(lambda: False, 0.001):
+        raise ValueError("of the block")
+    assert threading.active_count() == before
+    with polling(lambda: calls.append(0) is None, 60.0):
+        pass  # Not called before the first interval is over, and not waited for.
+    assert len(calls) == 3
