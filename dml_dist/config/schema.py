@@ -225,7 +225,7 @@ class LaunchConfig(Section):
     """CPUs that Ray reserves for each rank."""
 
     use_gpu: Literal["auto", "yes", "no"] = resumable("auto")
-    """Auto uses GPUs if there is one for each rank on this machine."""
+    """Auto uses GPUs if there is one for each rank, on this machine or in the cluster `address`."""
 
     address: str | None = resumable(None)
     """Address of a running Ray cluster; null starts one on this machine."""

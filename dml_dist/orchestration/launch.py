@@ -36,19 +36,26 @@ def available_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def uses_gpu(launch: LaunchConfig, ranks_here: int) -> bool:
+def uses_gpu(launch: LaunchConfig, num_ranks: int, cluster_gpus: int | None = None) -> bool:
     """Tell whether ranks compute on GPUs.
 
+    Args:
+        launch: How ranks are started.
+        num_ranks: Number of ranks on this machine, or in the cluster.
+        cluster_gpus: GPUs of the cluster `launch.address`; None counts those of this machine.
+
     Raises:
-        TopologyError: If GPUs are asked for and this machine has too few.
+        TopologyError: If GPUs are asked for and there are too few, as far as is known.
     """
-    available = available_gpus()
-    if launch.use_gpu == "yes" and launch.address is None and available < ranks_here:
+    available = available_gpus() if cluster_gpus is None else cluster_gpus
+    is_known = launch.address is None or cluster_gpus is not None
+    if launch.use_gpu == "yes" and is_known and available < num_ranks:
+        where = f"in the cluster {launch.address}" if launch.address else "on this machine"
         raise TopologyError(
-            f"launch.use_gpu: yes needs {ranks_here} GPUs on this machine, it has {available}; "
+            f"launch.use_gpu: yes needs {num_ranks} GPUs {where}, it has {available}; "
             "lower launch.num_workers or set launch.use_gpu to auto or no"
         )
-    return launch.use_gpu == "yes" or (launch.use_gpu == "auto" and available >= ranks_here > 0)
+    return launch.use_gpu == "yes" or (launch.use_gpu == "auto" and available >= num_ranks > 0)
 
 
 @contextmanager
@@ -88,11 +95,13 @@ def launch(assignment: Assignment, comm: Comm, emit: Emit, stop: StopRequest) ->
     """Execute an assignment on all ranks and return what `run_rank` gives."""
     settings = assignment.config.launch
     if settings.launcher == "ray":
-        from dml_dist.orchestration.ray_launch import announce, run_under_ray
+        from dml_dist.orchestration.ray_launch import announce, cluster, cluster_gpus, run_under_ray
 
+        uses_gpu(settings, settings.num_workers)  # Too few on this machine: before Ray starts.
         announce(settings, emit)
-        use_gpu = uses_gpu(settings, settings.num_workers)
-        return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit, stop=stop)
+        with cluster(settings):
+            use_gpu = uses_gpu(settings, settings.num_workers, cluster_gpus(settings))
+            return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit, stop=stop)
     # Imported here: a driver under Ray needs neither data nor models.
     from dml_dist.runtime.rank import run_rank
 

@@ -23,7 +23,7 @@ from typing import Any
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, fatal_of
-from dml_dist.orchestration.ray_private import dead_daemons, trainer_class
+from dml_dist.orchestration.ray_private import dead_daemons, torch_config_class, trainer_class
 from dml_dist.orchestration.ray_worker import ray_rank
 from dml_dist.runtime.progress import Emit, note
 from dml_dist.runtime.signals import StopRequest
@@ -60,23 +60,19 @@ def run_under_ray(
 ) -> dict[str, Any]:
     """Run one assignment on `launch.num_workers` ranks of Ray Train and return rank 0's result.
 
+    The cluster must be up.
+
     Raises:
-        TopologyError: If the cluster cannot hold the ranks.
-        RunError: If no cluster answers, or a rank failed more often than `max_failures`.
+        RunError: If a rank failed more often than `max_failures`.
         DmlDistError: The error of the rank that gave up, whatever its class.
     """
-    with cluster(launch):
-        return _fit(assignment, launch, use_gpu=use_gpu, emit=emit, stop=stop)
-
-
-def _fit(
-    assignment: Assignment, launch: LaunchConfig, *, use_gpu: bool, emit: Emit, stop: StopRequest
-) -> dict[str, Any]:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    # On the driver's node: the loss of another node must not take the mailbox with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     recovery_hint = _recovery_hint(assignment)
     # A new name each time: Ray must not find its own state of an earlier attempt.
     name = f"{assignment.kind}-{uuid.uuid4().hex[:12]}"
@@ -84,7 +80,7 @@ def _fit(
     trainer = trainer_class()(
         ray_rank,
         train_loop_config={"assignment": assignment.to_json(), "mailbox": mailbox},
-        torch_config=TorchConfig(
+        torch_config=torch_config_class()(
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo",
             timeout_s=math.ceil(launch.timeout_seconds),
         ),
@@ -220,6 +216,8 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
     """Connect to the named cluster, or start one on this machine for as long as it is used.
 
     Raises:
+        RunError: If no cluster answers.
+        TopologyError: If the cluster cannot hold the ranks.
         KeyboardInterrupt: At SIGTERM while Ray starts, as at SIGINT.
     """
     for name, value in (_ENVIRONMENT | ({} if launch.address else _LOCAL_ENVIRONMENT)).items():
@@ -300,14 +298,27 @@ def _require_answer(address: str) -> None:
 def _require_resources(launch: LaunchConfig) -> None:
     import ray
 
-    have = ray.cluster_resources().get("CPU", 0.0)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = [resources["CPU"] for resources in alive if "CPU" in resources]
     needed = launch.num_workers * launch.cpus_per_rank
-    if have < needed:
+    # A rank cannot use the rests of two nodes. Ray would wait for a larger node without end.
+    if sum(math.floor(cpus / launch.cpus_per_rank + 1e-9) for cpus in have) < launch.num_workers:
+        nodes = f" on {len(have)} nodes ({', '.join(f'{cpus:g}' for cpus in have)})"
         raise TopologyError(
             f"launch.num_workers {launch.num_workers} x cpus_per_rank {launch.cpus_per_rank} = "
-            f"{needed:g} CPUs are needed, but the cluster {launch.address or 'here'} has {have:g}; "
-            "lower launch.num_workers or launch.cpus_per_rank, or add nodes"
+            f"{needed:g} CPUs are needed, but the cluster {launch.address or 'here'} has "
+            f"{sum(have):g}{nodes if len(have) > 1 else ''}; lower launch.num_workers or "
+            "launch.cpus_per_rank, or add nodes"
         )
+
+
+def cluster_gpus(launch: LaunchConfig) -> int | None:
+    """Return the number of GPUs of the cluster `launch.address`; None for one on this machine."""
+    if launch.address is None:
+        return None
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0.0))
 
 
 def announce(launch: LaunchConfig, emit: Emit) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,48 @@ def trainer_class() -> Any:
             self.controller = controller
 
     return Trainer
+
+
+def torch_config_class() -> Any:
+    """Return Ray's TorchConfig, whose ranks on several nodes meet at the nodes' Ray addresses.
+
+    Gloo binds to the address of the host's name, which is 127.0.0.1 in many /etc/hosts, and NCCL
+    to the first interface. Without the hook they still do.
+    """
+    import ray
+    from ray.train.torch import TorchConfig
+
+    with _private("ranks on several nodes may not reach each other"):
+        base: Any = TorchConfig().backend_cls
+        _ = base.on_start
+
+        class Backend(base):
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                nodes = worker_group.execute(ray.util.get_node_ip_address)
+                if len(set(nodes)) > 1:
+                    worker_group.execute(bind_to_node)
+                super().on_start(worker_group, backend_config)
+
+        class Config(TorchConfig):
+            @property
+            def backend_cls(self) -> Any:
+                return Backend
+
+        return Config
+    return TorchConfig
+
+
+def bind_to_node() -> None:
+    """Make gloo and NCCL use the interface of this node's Ray address, unless they are told."""
+    import psutil  # Ray brings it.
+    import ray
+
+    own = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if own in (address.address for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            # The exact name: NCCL takes names for prefixes.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def dead_daemons() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.errors import DmlDistError, RunError, RunStopped
 from dml_dist.orchestration.launch import available_gpus
-from dml_dist.orchestration.ray_launch import cluster
+from dml_dist.orchestration.ray_launch import cluster, cluster_gpus
 from dml_dist.orchestration.ray_mailbox import Mailbox
 from dml_dist.runtime.signals import StopRequest, polling, stop_on_signals
 from dml_dist.runtime.tasks import fatal_event, rebuild_error
@@ -124,8 +124,5 @@ def gpus_of(launch: LaunchConfig) -> float:
     """Return the number of GPUs that tasks share; the cluster must be up."""
     if launch.use_gpu == "no":
         return 0.0
-    if launch.address is None:
-        return float(available_gpus())
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0.0))
+    found = cluster_gpus(launch)
+    return float(available_gpus() if found is None else found)

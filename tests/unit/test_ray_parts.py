@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from dml_dist.orchestration import ray_mailbox, ray_private
+from dml_dist.config.schema import LaunchConfig
+from dml_dist.errors import TopologyError
+from dml_dist.orchestration import launch, ray_launch, ray_mailbox, ray_private
 from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, heartbeat
 from dml_dist.runtime.progress import Event, warnings_as_notes
 from dml_dist.runtime.signals import StopRequest
@@ -92,6 +95,118 @@ def test_without_the_context_reports_are_not_silenced(
     ray_private.silence_reports()
     (record,) = caplog.records
     assert "Ray Train may log more than asked for" in record.getMessage()
+
+
+class Workers:
+    """Ranks on nodes of some addresses: each call is made once for each of them."""
+
+    def __init__(self, *nodes: str) -> None:
+        self._nodes = nodes
+        self.calls: list[Any] = []
+
+    def execute(self, function: Any) -> list[str]:
+        self.calls.append(function)
+        return list(self._nodes)
+
+
+def test_ranks_on_several_nodes_bind_to_the_nodes_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+    from ray.train.torch import TorchConfig
+
+    base = TorchConfig().backend_cls
+    monkeypatch.setattr(base, "on_start", lambda self, workers, config: workers.execute("join"))
+    config = ray_private.torch_config_class()(backend="gloo", timeout_s=9)
+    assert isinstance(config, TorchConfig)
+    assert (config.backend, config.timeout_s) == ("gloo", 9)
+    where = ray.util.get_node_ip_address
+    for nodes, calls in (
+        (("10.0.0.1", "10.0.0.1"), [where, "join"]),
+        (("10.0.0.1", "10.0.0.2"), [where, ray_private.bind_to_node, "join"]),
+    ):
+        workers = Workers(*nodes)
+        config.backend_cls().on_start(workers, config)
+        assert workers.calls == calls
+    # Without the hook ranks start as Ray starts them.
+    monkeypatch.delattr(base, "on_start")
+    monkeypatch.delattr(base.__base__, "on_start")
+    assert ray_private.torch_config_class() is TorchConfig
+
+
+def test_the_interface_of_the_nodes_address_is_taken_unless_the_user_chose_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    ray_private.bind_to_node()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    ray_private.bind_to_node()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    # An address that no interface has, as behind a translation of addresses.
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.77")
+    ray_private.bind_to_node()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "address", "cluster_gpus", "expected"),
+    [
+        ("auto", None, None, False),  # One GPU here, and two ranks.
+        ("auto", "head:1", 1, False),
+        ("auto", "head:1", 2, True),  # As many as ranks, although not on this machine.
+        ("auto", "head:1", 0, False),
+        ("no", "head:1", 2, False),
+        ("yes", "head:1", 2, True),
+        ("yes", None, None, "needs 2 GPUs on this machine, it has 1"),
+        ("yes", "head:1", 1, "needs 2 GPUs in the cluster head:1, it has 1"),
+    ],
+)
+def test_gpus_are_counted_where_the_ranks_run(
+    use_gpu: Any,
+    address: str | None,
+    cluster_gpus: int | None,
+    expected: bool | str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "available_gpus", lambda: 1)
+    config = LaunchConfig(launcher="ray", num_workers=2, use_gpu=use_gpu, address=address)
+    if isinstance(expected, bool):
+        assert launch.uses_gpu(config, 2, cluster_gpus) is expected
+    else:
+        with pytest.raises(TopologyError, match=expected):
+            launch.uses_gpu(config, 2, cluster_gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([5.0], None),
+        ([3.0, 1.0], None),  # Both on the first.
+        ([1.0, 1.0, 1.0, 1.0, 1.0], "has 5 on 5 nodes (1, 1, 1, 1, 1); lower"),
+        ([2.0], "the cluster head:1 has 2; lower"),
+        ([], "the cluster head:1 has 0; lower"),
+    ],
+)
+def test_ranks_must_fit_on_single_nodes(
+    nodes: list[float], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes]
+    found += [{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {}}]
+    monkeypatch.setattr("ray.nodes", lambda: found)
+    config = LaunchConfig(launcher="ray", num_workers=2, cpus_per_rank=1.5, address="head:1")
+    if message is None:
+        ray_launch._require_resources(config)
+    else:
+        with pytest.raises(TopologyError) as caught:
+            ray_launch._require_resources(config)
+        assert message in str(caught.value)
 
 
 class Remote:
