@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 
 from dml_dist.errors import TopologyError
 from dml_dist.partition import part_bounds
@@ -17,12 +18,14 @@ class Topology:
         world_size: Number of ranks (training processes).
         local_rank: This rank's number on its machine.
         device: torch device string, "cpu" or "cuda:N".
+        node: Name of its machine, for messages.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: str = "cpu"
+    node: str = field(default_factory=socket.gethostname)
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from typing import Any
 
@@ -44,6 +45,7 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         device=str(device),
+        node=f"{socket.gethostname()} ({ray.util.get_node_ip_address()})",
     )
 
     def emit(event: Event) -> None:

@@ -32,10 +32,11 @@ from dml_dist.runs.artifacts import ClassTable, PerClass, write_class_table
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter, read_records
 from dml_dist.runs.study import read_untrained, untrained_digest, write_untrained
-from dml_dist.runtime.context import RunContext, open_context
+from dml_dist.runtime.context import RunContext
 from dml_dist.runtime.fetch import fetch_before_training
 from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
 from dml_dist.runtime.loggers import open_loggers
+from dml_dist.runtime.nodes import open_on_nodes
 from dml_dist.runtime.progress import Emit, discard, note, phase, warnings_as_notes
 from dml_dist.runtime.proxy_facts import keep_proxy_facts
 from dml_dist.runtime.signals import StopRequest
@@ -71,7 +72,7 @@ def run_rank(
     """
     _share_cores(assignment.config.launch, topology)
     with warnings_as_notes(emit if topology.is_main else discard):
-        context = open_context(assignment.config, topology, comm, emit)
+        context = open_on_nodes(assignment, topology, comm, emit)
         match assignment.kind:
             case "train":
                 return _train(assignment, context, stop)
