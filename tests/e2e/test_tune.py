@@ -169,7 +169,10 @@ def test_search_and_what_follows(
     for arguments, message in (
         (("--set", "optim.weight_decay=0.5"), "optim.weight_decay"),
         (("--continue-trial", 0), "--continue-trial 0 is no pruned trial"),
-        (("--set", "tune.objectives=[{metric: density}]"), "do not record density"),
+        (
+            ("--run-dir", "other", "--set", "tune.objectives=[{metric: density}]"),
+            "do not record density",
+        ),
     ):
         code, output = cli("tune", config, *arguments)
         assert code == 2

@@ -26,6 +26,7 @@ from tests.e2e.test_tune import (
     validated,
 )
 from tests.faults.runs import attempts, descendants, running, started, wait_for
+from tests.nodes import ray_nodes
 
 __all__ = ["ray_cluster"]
 
@@ -156,3 +157,25 @@ def test_two_drivers(search: Path, cli: Cli, tmp_path: Path) -> None:
         code, output = cli("tune", search)
         assert code == 2
         assert "another command works on" in output
+
+
+def test_killed_node(search: Path, tmp_path: Path) -> None:
+    """The trial of a node that is killed continues from its checkpoint on another node."""
+    folder = tmp_path / "runs/search"
+    with ray_nodes(2) as nodes:
+        address = f"launch.address={nodes.address}"
+        with nodes.command("tune", search, "--set", address, cwd=tmp_path) as driver:
+            try:
+                wait_for(
+                    lambda: all(validated(folder / f"runs/trial-{number}") for number in (0, 1)),
+                    seconds=300,
+                    what="a validation on both nodes",
+                )
+                nodes.nodes[1].kill()
+                assert driver.wait(400) == 0, (tmp_path / "output").read_text()
+            finally:
+                driver.kill()
+    assert {trial.state for trial in trials_of(folder)} == {TrialState.COMPLETE}
+    starts = [len(attempts(folder / "runs" / f"trial-{number}")) for number in range(len(RATES))]
+    assert sorted(starts[:2]) == [1, 2]
+    assert starts[2:] == [1] * (len(RATES) - 2)
