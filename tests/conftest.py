@@ -12,6 +12,8 @@ import torch
 from tests import forkserver
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray reads it when it is imported, which some unit test may do before a cluster is started.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @pytest.fixture(autouse=True)
