@@ -247,7 +247,7 @@ def _draw_contour(
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.grid(visible=False)
     bar = figure.colorbar(filled, ax=axes, format="%.4g")
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
     bar.ax.tick_params(colors=colors["muted"], length=0)
     bar.set_label(label, color=colors["muted"])
     return figure
