@@ -19,6 +19,7 @@ from dml_dist.train.proximal import ProximalTerm, pulled_parameters
 from dml_dist.train.state import TrainState, build_state
 from dml_dist.train.step import train_step
 from tests.distributed.test_projections import ProjectedRun, projected_config
+from tests.distributed.test_training import custom
 from tests.ranks import run_ranks
 from tests.training_setup import (
     IMAGES_PER_CLASS,
@@ -35,35 +36,6 @@ SIZES = {1: [10], 2: [7, 3], 3: [6, 1, 3]}
 
 ROWS = np.array([0, 1, 7, 20, 30, 2, 8, 21, 22, 12])
 """Classes 0, 0, 1, 4, 6, 0, 1, 4, 4, 2."""
-
-
-class HalfUsedBackbone(nn.Module):
-    """A custom backbone with a layer that its output does not depend on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_features = 8
-        self.used = nn.Conv2d(3, 8, 3, 2)
-        self.unused = nn.Conv2d(3, 8, 3, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.used(images).relu()
-
-
-class NormedBackbone(nn.Module):
-    """A custom backbone with batch normalisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_features = 8
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-
-def custom(name: str, more: str = "options: {}") -> str:
-    return f"{{name: custom, target: '{HERE}:{name}', {more}}}"
 
 
 NIR = "{flow: {num_blocks: 2, depth: 2, width: 8}, flow_weight: 0.5, noise: 0.1}"
@@ -179,7 +151,7 @@ STEPS = 2
 
 def draw(topology: Topology, size: int) -> dict[str, Any]:
     """Return the factors of each step and gradients of the last one."""
-    state = state_of(topology, model__backbone=custom("DrawingBackbone"))
+    state = state_of(topology, model__backbone=custom("DrawingBackbone", module=HERE))
     reduced: list[int] = []
     if topology.world_size > 1:
         state.network.register_comm_hook(
@@ -223,7 +195,7 @@ def test_the_second_pass_draws_what_the_first_drew(
         before = -(-SIZES[world_size][0] // 3) * (STEPS - 1)
         assert found["passes"] == before + number
         assert found["reduced"] == ([0] * STEPS if world_size > 1 else [])
-    state = state_of(Topology(), model__backbone=custom("DrawingBackbone"))
+    state = state_of(Topology(), model__backbone=custom("DrawingBackbone", module=HERE))
     for of_step in seen:
         monkeypatch.setattr(DrawingBackbone, "replayed", torch.cat(of_step))
         if world_size > 1:

@@ -63,8 +63,8 @@ class NormedBackbone(nn.Module):
         return self.layers(images)
 
 
-def custom(name: str, more: str = "options: {}") -> str:
-    return f"{{name: custom, target: '{HERE}:{name}', {more}}}"
+def custom(name: str, more: str = "options: {}", module: str = HERE) -> str:
+    return f"{{name: custom, target: '{module}:{name}', {more}}}"
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
