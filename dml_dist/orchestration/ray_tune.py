@@ -233,12 +233,12 @@ def _concurrency(launch: LaunchConfig, parallel: int | None) -> int:
     elif parallel is None and (gpus := gpus_of(launch)):
         fitting = min(fitting, int(gpus))
     if fitting < (parallel or 1):
+        one = f"{_cpus_of(launch):g} CPUs{' and a GPU for each rank' if gpus_of(launch) else ''}"
+        what = f"{parallel} trials at a time of {one} each" if parallel else f"a trial of {one}"
         raise TopologyError(
-            f"{parallel or 1} trials at a time, each of {_cpus_of(launch):g} CPUs"
-            f"{' and a GPU for each rank' if gpus_of(launch) else ''}, need more than the cluster "
-            f"{launch.address or 'here'} has: {have.get('CPU', 0.0):g} CPUs and "
-            f"{have.get('GPU', 0.0):g} GPUs hold {fitting}; lower --parallel, launch.num_workers "
-            "or launch.cpus_per_rank, or add nodes"
+            f"{what} cannot be placed in the cluster {launch.address or 'here'}: "
+            f"{have.get('CPU', 0.0):g} CPUs and {have.get('GPU', 0.0):g} GPUs hold {fitting}; lower "
+            "--parallel, launch.num_workers or launch.cpus_per_rank, or add nodes"
         )
     return parallel or fitting
 

@@ -157,8 +157,8 @@ def test_as_many_trials_as_the_cluster_holds(
 @pytest.mark.parametrize(
     ("launch", "parallel", "message"),
     [
-        ({"launcher": "ray", "num_workers": 4}, None, "1 trials at a time, each of 4.01 CPUs"),
-        ({}, 5, "5 trials at a time, each of 1 CPUs"),
+        ({"launcher": "ray", "num_workers": 4}, None, "a trial of 4.01 CPUs cannot be placed"),
+        ({}, 5, "5 trials at a time of 1 CPUs each cannot be placed"),
     ],
 )
 def test_trials_that_the_cluster_cannot_hold(
