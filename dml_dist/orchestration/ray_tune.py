@@ -237,8 +237,8 @@ def _concurrency(launch: LaunchConfig, parallel: int | None) -> int:
         what = f"{parallel} trials at a time of {one} each" if parallel else f"a trial of {one}"
         raise TopologyError(
             f"{what} cannot be placed in the cluster {launch.address or 'here'}: "
-            f"{have.get('CPU', 0.0):g} CPUs and {have.get('GPU', 0.0):g} GPUs hold {fitting}; lower "
-            "--parallel, launch.num_workers or launch.cpus_per_rank, or add nodes"
+            f"{have.get('CPU', 0.0):g} CPUs and {have.get('GPU', 0.0):g} GPUs hold {fitting}; "
+            "lower --parallel, launch.num_workers or launch.cpus_per_rank, or add nodes"
         )
     return parallel or fitting
 
