@@ -26,8 +26,8 @@ from tests.training_setup import (
     snapshot,
 )
 
-MODULE = "tests.distributed.test_micro_batches"
-NORMED = f"{{name: custom, target: '{MODULE}:NormedBackbone'}}"
+NORMED = "{name: custom, target: 'tests.distributed.test_training:NormedBackbone'}"
+DRAWING = f"{{name: custom, target: '{DrawingBackbone.__module__}:DrawingBackbone'}}"
 
 
 def peak_bytes(num_images: int, micro_batch_size: int | None) -> int:
@@ -83,7 +83,7 @@ def test_lower_precision_gives_all_weights_their_gradients() -> None:
 def test_the_second_pass_on_a_gpu_draws_what_the_first_drew() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    config = small_config(model__backbone=f"{{name: custom, target: '{MODULE}:DrawingBackbone'}}")
+    config = small_config(model__backbone=DRAWING)
     state = build_state(config, num_classes=NUM_CLASSES, comm=Comm.single("cuda:0"))
     images, labels = torch.randn(7, 3, 32, 32, device="cuda"), torch.arange(7, device="cuda")
     DrawingBackbone.factors.clear()
