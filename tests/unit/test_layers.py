@@ -24,9 +24,9 @@ LAYERS: dict[int, set[str]] = {
     3: {"train", "evaluation", "report"},
     4: {"runtime"},
     5: {"orchestration"},
-    6: {"studies", "export"},
+    6: {"studies", "export", "jobs"},
     # "": dml_dist/__init__.py, the names for other programs.
-    7: {"cli", "cli_data", "__main__", ""},
+    7: {"cli", "cli_data", "cli_jobs", "__main__", ""},
 }
 
 # Importer -> what it may import of its own layer.
@@ -34,15 +34,15 @@ ALLOWED_SIDEWAYS: dict[str, set[str]] = {
     **{name: LAYERS[0] - {name} for name in LAYERS[0]},  # values and small functions
     "data": {"parallel.comm"},  # the type through which ranks talk
     "search": {"parallel.comm"},
-    "cli": {"cli_data"},
+    "cli": {"cli_data", "cli_jobs"},
     "__main__": {"cli"},
 }
 
 # Libraries that only some packages import, and where at the top of a module.
 ONLY_IN: dict[str, set[str]] = {
-    "ray": {"orchestration"},
+    "ray": {"orchestration", "jobs"},
     "optuna": {"studies"},
-    "typer": {"cli", "cli_data"},
+    "typer": {"cli", "cli_data", "cli_jobs"},
 }
 NEVER_AT_TOP = {"onnx", "onnxruntime", "onnxscript", "faiss", "webdataset", "zuko", "matplotlib"}
 NO_TORCH = LAYERS[0] | {"runs"}

@@ -1,0 +1,1 @@
+"""Jobs on clusters: Ray Jobs, SLURM and KubeRay behind one interface."""
