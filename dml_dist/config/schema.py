@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -205,6 +205,9 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt | None = resumable(None)
     """Steps between checkpoints; null means at each validation, or at the end of each epoch."""
 
+    every_minutes: PositiveFloat | None = resumable(None)
+    """Minutes between checkpoints, beside those by steps; null means by steps alone."""
+
     keep: PositiveInt = resumable(2)
     """Number of newest checkpoints that are kept, in addition to the best one."""
 
@@ -216,7 +219,15 @@ class LaunchConfig(Section):
     """Ray: Ray Train starts and restarts ranks. Torchrun: run by torchrun. Inprocess: one rank."""
 
     num_workers: PositiveInt = resumable(1)
-    """W, the number of ranks under Ray."""
+    """W, the number of ranks under Ray; `{min: M, max: N}` is short for N with min_workers M."""
+
+    min_workers: PositiveInt | None = resumable(None)
+    """Fewest ranks to go on with when nodes are lost; null means num_workers.
+
+    Below num_workers the run is elastic: it starts with as many ranks as there is room for, saves a
+    checkpoint and grows when there is room for more, and goes on with fewer from its last
+    checkpoint when a node is lost. Global batches stay the same.
+    """
 
     threads_per_rank: PositiveInt | None = resumable(None)
     """CPU threads of each rank; null divides the cores among the ranks."""
@@ -235,6 +246,29 @@ class LaunchConfig(Section):
 
     timeout_seconds: PositiveFloat = resumable(600.0)
     """Timeout of a collective, after which the run fails."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Number of ranks that the run needs at least, under Ray."""
+        return self.min_workers or self.num_workers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, values: Any) -> Any:
+        given = values.get("num_workers") if isinstance(values, dict) else None
+        if not isinstance(given, dict) or sorted(given) != ["max", "min"]:
+            return values
+        if "min_workers" in values:
+            raise ValueError("give either min_workers or num_workers: {min: M, max: N}, not both")
+        return {**values, "num_workers": given["max"], "min_workers": given["min"]}
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchConfig:
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} must be at most num_workers {self.num_workers}"
+            )
+        return self
 
 
 class RunConfig(Section):

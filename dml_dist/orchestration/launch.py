@@ -95,12 +95,14 @@ def launch(assignment: Assignment, comm: Comm, emit: Emit, stop: StopRequest) ->
     """Execute an assignment on all ranks and return what `run_rank` gives."""
     settings = assignment.config.launch
     if settings.launcher == "ray":
-        from dml_dist.orchestration.ray_launch import announce, cluster, cluster_gpus, run_under_ray
+        from dml_dist.orchestration.ray_launch import announce, cluster, cluster_gpus
+        from dml_dist.orchestration.ray_train import run_under_ray
 
-        uses_gpu(settings, settings.num_workers)  # Too few on this machine: before Ray starts.
+        # Too few GPUs on this machine: before Ray starts.
+        uses_gpu(settings, settings.fewest_workers)
         announce(settings, emit)
         with cluster(settings):
-            use_gpu = uses_gpu(settings, settings.num_workers, cluster_gpus(settings))
+            use_gpu = uses_gpu(settings, settings.fewest_workers, cluster_gpus(settings))
             return run_under_ray(assignment, settings, use_gpu=use_gpu, emit=emit, stop=stop)
     # Imported here: a driver under Ray needs neither data nor models.
     from dml_dist.runtime.rank import run_rank

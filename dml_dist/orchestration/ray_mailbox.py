@@ -40,9 +40,9 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
-    def heartbeat(self, rank: int, is_training: bool) -> str | None:
-        """Take a heartbeat of a rank and return why to stop, or None."""
-        self.push({"kind": _HEARTBEAT, "rank": rank, "is_training": is_training})
+    def heartbeat(self, rank: int, is_training: bool, node: str) -> str | None:
+        """Take a heartbeat of a rank on a node and return why to stop, or None."""
+        self.push({"kind": _HEARTBEAT, "rank": rank, "is_training": is_training, "node": node})
         return self._stop_reason
 
     def stop_reason(self) -> str | None:
@@ -75,13 +75,14 @@ def heartbeat(mailbox: Any, rank: int, stop: StopRequest) -> Iterator[None]:
     import ray
 
     done = threading.Event()
+    node = ray.get_runtime_context().get_node_id()
 
     def work() -> None:
         while True:
-            answer = mailbox.heartbeat.remote(rank, stop.is_training)
+            answer = mailbox.heartbeat.remote(rank, stop.is_training, node)
             # A late answer is a busy machine, a lost mailbox a driver that ends this rank soon.
             with suppress(ray.exceptions.RayError):
-                stop.reason = ray.get(answer, timeout=_SECONDS_FOR_AN_ANSWER)
+                stop.reason = ray.get(answer, timeout=_SECONDS_FOR_AN_ANSWER) or stop.reason
             if done.wait(_SECONDS_BETWEEN_HEARTBEATS):
                 return
 
@@ -93,12 +94,17 @@ def heartbeat(mailbox: Any, rank: int, stop: StopRequest) -> Iterator[None]:
 
 
 class Drain:
-    """Passes the mailbox's events on from a thread, and knows when the last one came."""
+    """Passes the mailbox's events on from a thread, and knows when the last one came.
+
+    Attributes:
+        nodes: Rank -> id of the node of its last heartbeat.
+    """
 
     def __init__(self, mailbox: Any, emit: Emit, stop: StopRequest) -> None:
         self._mailbox = mailbox
         self._emit = emit
         self._stop = stop
+        self.nodes: dict[int, str] = {}
         self._last_event = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -133,5 +139,7 @@ class Drain:
             for event in events:
                 if event["kind"] != _HEARTBEAT:
                     self._emit(event)
-                elif event["rank"] == 0:
+                    continue
+                self.nodes = {**self.nodes, event["rank"]: event["node"]}
+                if event["rank"] == 0:
                     self._stop.is_training = event["is_training"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 import time
 from typing import Any
 
@@ -13,9 +14,11 @@ from dml_dist.orchestration.ray_private import silence_reports
 from dml_dist.runtime.progress import Event, note
 from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment, fatal_event
+from dml_dist.topology import Topology
 
 # How long a rank that lost its peers waits for the error that one of them ended with.
 _SECONDS_FOR_A_REASON = 5.0
+_SECONDS_BETWEEN_QUESTIONS = 1.0
 # What a restart cannot fix: the disk is full, or may not be written to.
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -32,7 +35,6 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
 
     from dml_dist.parallel.process_group import init, shutdown
     from dml_dist.runtime.rank import run_rank
-    from dml_dist.topology import Topology
 
     silence_reports()
     context = train.get_context()
@@ -56,6 +58,8 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         timeout = assignment.config.launch.timeout_seconds
         comm = init(topology, timeout_seconds=timeout)
         stop = StopRequest()
+        if assignment.config.launch.address is not None:
+            _stop_when_preempted(topology, stop)
         with heartbeat(mailbox, topology.rank, stop):
             return run_rank(assignment, topology, comm, emit, stop)
     except PeerLostError as error:
@@ -78,6 +82,23 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         ray.get(mailbox.push.remote(fatal_event(error, topology.rank)))
         shutdown()  # The other ranks' collectives end now instead of at their timeout.
         return None
+
+
+def _stop_when_preempted(topology: Topology, stop: StopRequest) -> None:
+    """Ask to stop, from a thread, when Ray is told that this rank's node ends soon.
+
+    Each question waits for all ranks, so every rank asks equally often. Those that still wait when
+    others have ended end with their process.
+    """
+    from ray import train
+
+    def work() -> None:
+        while (info := train.get_preemption_info()) is None:
+            time.sleep(_SECONDS_BETWEEN_QUESTIONS)
+        if topology.rank in info.preempted_ranks:
+            stop.reason = f"the node {topology.node} is preempted"
+
+    threading.Thread(target=work, daemon=True).start()
 
 
 def _disk_error(error: OSError) -> RunError:

@@ -23,7 +23,7 @@ from dml_dist.data.index import INDEX_NAME
 from dml_dist.errors import DmlDistError, PeerLostError, RunStopped
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
-from dml_dist.orchestration.ray_launch import delete_scratch
+from dml_dist.orchestration.ray_train import delete_scratch
 from dml_dist.orchestration.tables import print_results
 from dml_dist.parallel.comm import Comm
 from dml_dist.report import write_report
@@ -179,7 +179,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
     check_weights(config.model.backbone)
     check_loggers(config.loggers)
     if launch_config.launcher == "ray" and launch_config.address is None:
-        uses_gpu(launch_config, launch_config.num_workers)
+        uses_gpu(launch_config, launch_config.fewest_workers)
     world_size = world_size_of(launch_config)
     is_local = local_path(config.data.path) is not None
     if is_local and launch_config.launcher == "torchrun" and world_size > 1:
@@ -199,6 +199,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
         run_dir=str(folder.path),
         command=shlex.join(sys.argv),
         changes=changes,
+        reason="continued by --resume" if resume else "",
     )
 
 

@@ -30,7 +30,8 @@ from dml_dist.report.render import write_page
 from dml_dist.report.space import draw_space, read_space
 from dml_dist.report.summary import RunSummary, read_summary
 from dml_dist.report.tiles import TileMaker
-from dml_dist.runs.folder import Attempt, RunFolder
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.info import Attempt
 
 _Value = TypeVar("_Value")
 

@@ -15,7 +15,8 @@ from dml_dist.config.yaml_text import read_text
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.report.formatting import ResultRow, group, is_metric, number, result_table
 from dml_dist.runs.artifacts import read_metrics
-from dml_dist.runs.folder import RunFolder, RunInfo
+from dml_dist.runs.folder import RunFolder
+from dml_dist.runs.info import RunInfo
 from dml_dist.runs.records import read_records
 
 

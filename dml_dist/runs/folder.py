@@ -4,6 +4,7 @@
     run.json                     name, seed, status, facts, and each attempt with its environment
     records/steps.jsonl          training records, one JSON line each
     records/evaluations.jsonl    validation and test records
+    records/checkpoints.jsonl    when each checkpoint was saved, and how long it took
     checkpoints/                 written and read by training alone
     metrics.json                 final evaluation, or best validation if `evaluation.final` is none
     embeddings.npz               embeddings of the final evaluation (runs/artifacts.py)
@@ -22,97 +23,22 @@ from __future__ import annotations
 import platform
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dml_dist.errors import ConfigError, DataError, RunError
-from dml_dist.files import lock_file, read_json, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.errors import ConfigError, RunError
+from dml_dist.files import lock_file, sync_folder, write_json_atomic, write_text_atomic
 from dml_dist.runs.artifacts import write_metrics
-from dml_dist.runs.provenance import GitState, git_revision, installed_versions
+from dml_dist.runs.info import Attempt, Ended, RunInfo, RunStatus, now, read_run_info
+from dml_dist.runs.provenance import git_revision, installed_versions
 from dml_dist.urls import is_url
 
-_Ended = Literal["stopped", "failed"]
 # Ranks of a killed command end within seconds, when they detect missing peers or Ray's processes
 # detect that their owner is dead.
 _SECONDS_FOR_AN_EARLIER_RANK = 60.0
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of the training processes.
-
-    Attributes:
-        attempt: Its number, from 1.
-        started: UTC time, ISO 8601.
-        world_size: Number of ranks.
-        launcher: "ray", "torchrun" or "inprocess".
-        device: Device of the ranks, as text.
-        command: The command line.
-        changes: Differences from the previous configuration, "path: old -> new" each.
-        git: The source checkout.
-        versions: Package or "python" -> version.
-        platform: Operating system and processor.
-        host: Name of rank 0's machine.
-    """
-
-    attempt: int
-    started: str
-    world_size: int
-    launcher: str
-    device: str
-    command: str
-    changes: tuple[str, ...]
-    git: GitState
-    versions: Mapping[str, str]
-    platform: str
-    host: str
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """Status of a run. Any run that is not finished can be continued.
-
-    Attributes:
-        state: "running" also holds for a run whose processes were killed.
-        time: Time of entering this state, UTC, ISO 8601.
-        reason: Why it stopped or failed.
-        step: The step after which it stopped, if there is a checkpoint.
-    """
-
-    state: Literal["running", "finished"] | _Ended
-    time: str
-    reason: str | None = None
-    step: int | None = None
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """Contents of run.json.
-
-    Attributes:
-        name: Name of the run.
-        created: UTC time, ISO 8601.
-        seed: Seed of all random streams.
-        status: Status of the run.
-        facts: Label -> value, about the data and the plan.
-        attempts: In order; empty before training starts.
-    """
-
-    name: str
-    created: str
-    seed: int
-    status: RunStatus
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    attempts: tuple[Attempt, ...] = ()
-
-    @property
-    def finished(self) -> str | None:
-        """UTC time of the end, ISO 8601; None for a run that is not finished."""
-        return self.status.time if self.status.state == "finished" else None
 
 
 class RunFolder:
@@ -176,7 +102,7 @@ class RunFolder:
         """The folder of the page and its figures."""
         return self.path / "report"
 
-    def records(self, kind: Literal["steps", "evaluations"]) -> Path:
+    def records(self, kind: Literal["steps", "evaluations", "checkpoints"]) -> Path:
         """The file of records of a kind."""
         return self.path / "records" / f"{kind}.jsonl"
 
@@ -205,7 +131,7 @@ class RunFolder:
         run.checkpoints.mkdir()
         run.write_config(config)
         # From here on it is a run.
-        run._write(RunInfo(name, _now(), seed, RunStatus("running", _now())))
+        run._write(RunInfo(name, now(), seed, RunStatus("running", now())))
         sync_folder(run.path.parent)
         return run
 
@@ -307,68 +233,37 @@ class RunFolder:
         Raises:
             DataError: If it is damaged.
         """
-        values = read_json(self.info_path)
-        try:
-            attempts = tuple(
-                Attempt(
-                    **{
-                        **attempt,
-                        "changes": tuple(attempt["changes"]),
-                        "git": GitState(**attempt["git"]),
-                    }
-                )
-                for attempt in values["attempts"]
-            )
-            if "finished" in values:  # Written by a version without `status`.
-                ended = values.pop("finished")
-                state = "finished" if ended else "running"
-                values["status"] = {"state": state, "time": ended or values["created"]}
-            status = RunStatus(**values["status"])
-            return RunInfo(**{**values, "attempts": attempts, "status": status})
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.info_path} is damaged, or of another version of dml-dist ({error!r}); "
-                "restore it from a copy, or use that version"
-            ) from None
+        return read_run_info(self.info_path)
 
-    def begin_attempt(
-        self,
-        *,
-        world_size: int,
-        launcher: str,
-        device: str,
-        command: str,
-        changes: Sequence[str] = (),
-    ) -> int:
+    def begin_attempt(self, **facts: Any) -> int:
         """Record the start of the training processes; return the attempt's number, from 1.
 
         Only rank 0 calls this. The status becomes running, even for a finished run, whose
         metrics.json is kept until the next `finish`.
 
         Args:
-            world_size: Number of ranks.
-            launcher: "ray", "torchrun" or "inprocess".
-            device: Device of the ranks, such as "2 x cpu".
-            command: The command line.
-            changes: Differences from the previous configuration, "path: old -> new" each.
+            facts: What the caller knows of the `Attempt`: world_size, launcher, device, command,
+                and what else is not its default.
         """
         info = self.info()
         attempt = Attempt(
             attempt=len(info.attempts) + 1,
-            started=_now(),
-            world_size=world_size,
-            launcher=launcher,
-            device=device,
-            command=command,
-            changes=tuple(changes),
+            started=now(),
             git=git_revision(Path(__file__).parent),
             versions=installed_versions(),
             platform=platform.platform(),
             host=socket.gethostname(),
+            **facts,
         )
         running = RunStatus("running", attempt.started)
         self._write(replace(info, attempts=(*info.attempts, attempt), status=running))
         return attempt.attempt
+
+    def begin_training(self, step: int) -> None:
+        """Record that the last attempt makes its first step now, after `step` updates."""
+        info = self.info()
+        last = replace(info.attempts[-1], first_step=step, began=now("milliseconds"))
+        self._write(replace(info, attempts=(*info.attempts[:-1], last)))
 
     def add_facts(self, facts: Mapping[str, Any]) -> None:
         """Keep facts about the data and the plan, label -> value, for the report."""
@@ -378,11 +273,11 @@ class RunFolder:
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json and mark the run finished, in this order."""
         write_metrics(self.metrics_path, metrics)
-        self._write(replace(self.info(), status=RunStatus("finished", _now())))
+        self._write(replace(self.info(), status=RunStatus("finished", now())))
 
-    def end(self, state: _Ended, reason: str, step: int | None = None) -> None:
+    def end(self, state: Ended, reason: str, step: int | None = None) -> None:
         """Mark the run stopped after a step, or failed."""
-        self._write(replace(self.info(), status=RunStatus(state, _now(), reason, step)))
+        self._write(replace(self.info(), status=RunStatus(state, now(), reason, step)))
 
     def last_checkpoint_step(self) -> int | None:
         """The highest step in a folder name of checkpoints/, complete or not."""
@@ -393,7 +288,3 @@ class RunFolder:
 
     def _write(self, info: RunInfo) -> None:
         write_json_atomic(self.info_path, asdict(info))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

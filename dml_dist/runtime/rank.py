@@ -32,6 +32,7 @@ from dml_dist.runs.artifacts import ClassTable, PerClass, write_class_table
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter, read_records
 from dml_dist.runs.study import read_untrained, untrained_digest, write_untrained
+from dml_dist.runtime.attempts import begin_attempt
 from dml_dist.runtime.context import RunContext
 from dml_dist.runtime.fetch import fetch_before_training
 from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
@@ -94,11 +95,11 @@ def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> di
     start = time.monotonic()
     folder = RunFolder(Path(assignment.run_dir))
     plan = context.resolve()
-    steps = evaluations = None
+    steps = evaluations = saves = None
     with ExitStack() as held:
         if context.topology.is_main:
             held.enter_context(folder.writing())
-        attempt = _begin_attempt(assignment, folder, plan, context)
+        attempt = begin_attempt(assignment, folder, plan, context)
         fetch_before_training(context.index, context.batch_plan(), context.comm, context.emit)
         if context.topology.is_main:
             loggers = held.enter_context(open_loggers(context.config, folder, attempt))
@@ -108,8 +109,14 @@ def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> di
             evaluations = held.enter_context(
                 RecordWriter(folder.records("evaluations"), attempt, loggers.of("evaluations"))
             )
-        hooks = _hooks(folder, plan, context, attempt, steps, evaluations)
-        hooks = replace(hooks, stop_reason=first_reason(lambda step, metrics: stop.reason))
+            saves = held.enter_context(RecordWriter(folder.records("checkpoints"), attempt))
+        hooks = replace(
+            _hooks(folder, plan, context, attempt),
+            stop_reason=first_reason(lambda step, metrics: stop.reason),
+            step_records=steps,
+            evaluation_records=evaluations,
+            checkpoint_records=saves,
+        )
         stop.is_training = True
         result = train(context.config, plan, context.comm, hooks, resume=True)
         if result.stopped is not None:
@@ -120,42 +127,7 @@ def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> di
         return {**measured, "seconds": {"train": result.seconds, "evaluate": seconds}}
 
 
-def _begin_attempt(
-    assignment: Assignment, folder: RunFolder, plan: RunPlan, context: RunContext
-) -> int:
-    """Record the attempt on rank 0; return its number on every rank."""
-    attempt = 0
-    topology = context.topology
-    if topology.is_main:
-        attempt = folder.begin_attempt(
-            world_size=topology.world_size,
-            launcher=context.config.launch.launcher,
-            device=f"{topology.world_size} x {_device_name(topology)}",
-            command=assignment.command,
-            changes=assignment.changes,
-        )
-        coverage = context.batch_plan().coverage(0)
-        facts = [*plan.describe(), ("images seen in an epoch", f"{coverage:.2%}")]
-        folder.add_facts(dict(facts))
-        if attempt > 1:
-            context.emit(note(f"attempt {attempt} of this run"))
-    return int(context.comm.broadcast_object(attempt, what="number of the attempt"))
-
-
-def _device_name(topology: Topology) -> str:
-    if topology.device_type == "cuda":
-        return torch.cuda.get_device_name(topology.device)
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _hooks(
-    folder: RunFolder,
-    plan: RunPlan,
-    context: RunContext,
-    attempt: int,
-    steps: RecordWriter | None,
-    evaluations: RecordWriter | None,
-) -> TrainHooks:
+def _hooks(folder: RunFolder, plan: RunPlan, context: RunContext, attempt: int) -> TrainHooks:
     """Return the batches, evaluation and display of the training loop."""
 
     def show(event: ProgressEvent) -> None:
@@ -179,8 +151,7 @@ def _hooks(
         class_ids=context.split.class_ids,
         evaluate=measure,
         report=show,
-        step_records=steps,
-        evaluation_records=evaluations,
+        begin=folder.begin_training,
         projections=inputs,
         name_of_row=context.name_of_row,
     )

@@ -22,6 +22,7 @@ class Assignment:
         run_dir: The run folder, absolute.
         command: The command line, for run.json.
         changes: Resumable fields that differ from the run's own, `path: old -> new`.
+        reason: Why the ranks are started again; empty for a first start.
         split: Evaluate: the split to embed.
         checkpoint: Evaluate: `best`, `last` or the folder of a checkpoint.
         untrained_dir: Train: folder in which the runs of a study share the metrics of untrained
@@ -33,6 +34,7 @@ class Assignment:
     run_dir: str
     command: str = ""
     changes: tuple[str, ...] = ()
+    reason: str = ""
     split: str = "test"
     checkpoint: str = "best"
     untrained_dir: str | None = None

@@ -49,8 +49,10 @@ class TrainHooks:
         report: Takes progress events; called on rank 0 only.
         stop_reason: Gives why to stop, or None. Asked on every rank about once a second of training
             and after each validation; if any rank has a reason, all stop with a checkpoint.
+        begin: Takes the updates made, right before the first step; called on rank 0 only.
         step_records: Writes training records; None on other ranks than 0.
         evaluation_records: Writes validation records; None on other ranks than 0.
+        checkpoint_records: Writes a record of each checkpoint; None on other ranks than 0.
         projections: What alternating projections need; None without them.
         name_of_row: From an index row to the sample's name in messages.
     """
@@ -62,8 +64,10 @@ class TrainHooks:
     evaluate: Callable[[EmbeddingModel, Literal["validation", "test"], int], dict[str, float]]
     report: Callable[[ProgressEvent], None]
     stop_reason: StopReason = lambda step, metrics: None
+    begin: Callable[[int], None] = lambda step: None
     step_records: RecordWriter | None = None
     evaluation_records: RecordWriter | None = None
+    checkpoint_records: RecordWriter | None = None
     projections: ProjectionInputs | None = None
     name_of_row: Callable[[int], str] = "row {}".format
 

@@ -99,7 +99,9 @@ class _Loop:
         self.hooks = hooks
         self.best: Best | None = None
         self.last: Path | None = None
-        self.stop_checks = StopChecks(hooks.stop_reason, state.comm)
+        self.stop_checks = StopChecks(
+            hooks.stop_reason, state.comm, every_minutes=config.checkpoint.every_minutes
+        )
         self.meter = Meter()
         self.norms = EmbeddingNorms()
         record = config.train.record_spans
@@ -118,6 +120,8 @@ class _Loop:
         """Make the remaining steps; return why the run stopped early, if it did."""
         state, plan = self.state, self.plan
         self._report(None, 0.0)
+        if self.state.comm.topology.is_main and state.step < plan.total_steps:
+            self.hooks.begin(state.step)
         self.meter.restart()
         self.stop_checks.restart(state.step)
         batches = iter(self._batches())
@@ -213,8 +217,10 @@ class _Loop:
     def _after_step(self) -> str | None:
         """Log, validate and save where due; return why to stop, if so. All ranks decide alike."""
         step = self.state.step
-        reason = self.stop_checks.check(step) if self.stop_checks.is_due(step) else None
-        validates, saves = self._validates(step), self._saves(step)
+        checks = self.stop_checks.is_due(step)
+        reason = self.stop_checks.check(step) if checks else None
+        validates = self._validates(step)
+        saves = self._saves(step) or (checks and self.stop_checks.save_is_due)
         projections = self.state.projections
         prepares = projections is not None and projections.prepares_after(step)
         pauses = saves or validates or self._tests(step) or prepares or reason is not None
@@ -326,12 +332,17 @@ class _Loop:
             self.hooks.evaluation_records.write(step, split=split, protocol=protocol, **metrics)
 
     def _save(self) -> None:
+        start = time.monotonic()
         self.last = save_checkpoint(
             self.hooks.checkpoints,
             self.state,
             self._manifest(),
             keep=self.config.checkpoint.keep,
         )
+        self.stop_checks.saved()
+        if self.hooks.checkpoint_records is not None:
+            seconds = time.monotonic() - start
+            self.hooks.checkpoint_records.write(self.state.step, seconds=seconds)
 
     def _manifest(self) -> Manifest:
         step, plan = self.state.step, self.plan

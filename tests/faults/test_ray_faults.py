@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dml_dist.orchestration import ray_launch
+from dml_dist.orchestration import ray_train
 from dml_dist.runs.records import read_records
 from dml_dist.train.checkpoint_files import checkpoint_folders, is_whole
 from tests.faults.forked import command, forked
@@ -307,8 +307,8 @@ def test_missing_heartbeats_end_the_command(
     config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train waits for its processes without a limit; the command does not."""
-    monkeypatch.setattr(ray_launch, "_SECONDS_BEFORE_A_NOTE", 0.2)
-    monkeypatch.setattr(ray_launch, "_SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(ray_train, "_SECONDS_BEFORE_A_NOTE", 0.2)
+    monkeypatch.setattr(ray_train, "_SECONDS_OF_SILENCE", 0.5)
     start = time.monotonic()
     code, output = cli("train", config_file, *ON_RAY, "--run-dir", "run")
     assert code == 1, output
@@ -318,7 +318,7 @@ def test_missing_heartbeats_end_the_command(
     monkeypatch.undo()
     continued(config_file, tmp_path)
     assert_nothing_left(tmp_path / "run")
-    monkeypatch.setattr(ray_launch, "_SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(ray_train, "_SECONDS_OF_SILENCE", 0.5)
     code, output = cli("evaluate", tmp_path / "run", *ON_RAY)
     assert code == 1, output
     # There is nothing to resume.
