@@ -101,6 +101,7 @@ class SmallRun:
     events: list[ProgressEvent] = field(default_factory=list)
     evaluated: list[tuple[str, int]] = field(default_factory=list)
     seen: list[np.ndarray] = field(default_factory=list)
+    begun: list[int] = field(default_factory=list)
 
     @property
     def plan(self) -> RunPlan:
@@ -147,12 +148,17 @@ class SmallRun:
             evaluation_records=(
                 RecordWriter(self.folder / "evaluations.jsonl", self.attempt) if main else None
             ),
+            checkpoint_records=(
+                RecordWriter(self.folder / "checkpoints.jsonl", self.attempt) if main else None
+            ),
+            begin=self.begun.append,
             projections=self.means(),
         )
         try:
             return train(self.config, self.plan, self.comm, hooks, resume=resume)
         finally:
-            for writer in (hooks.step_records, hooks.evaluation_records):
+            writers = (hooks.step_records, hooks.evaluation_records, hooks.checkpoint_records)
+            for writer in writers:
                 if writer is not None:
                     writer.close()
 

@@ -70,12 +70,11 @@ def fatal_of(mailbox: Any) -> Event | None:
 
 
 @contextmanager
-def heartbeat(mailbox: Any, rank: int, stop: StopRequest) -> Iterator[None]:
+def heartbeat(mailbox: Any, rank: int, node: str, stop: StopRequest) -> Iterator[None]:
     """Send heartbeats from a thread, and take requests to stop from their answers."""
     import ray
 
     done = threading.Event()
-    node = ray.get_runtime_context().get_node_id()
 
     def work() -> None:
         while True:

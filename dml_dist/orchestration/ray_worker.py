@@ -60,7 +60,8 @@ def ray_rank(settings: dict[str, Any]) -> dict[str, Any] | None:
         stop = StopRequest()
         if assignment.config.launch.address is not None:
             _stop_when_preempted(topology, stop)
-        with heartbeat(mailbox, topology.rank, stop):
+        node = ray.get_runtime_context().get_node_id()
+        with heartbeat(mailbox, topology.rank, node, stop):
             return run_rank(assignment, topology, comm, emit, stop)
     except PeerLostError as error:
         if ray.get(mailbox.fatal.remote()) is None:

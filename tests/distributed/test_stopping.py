@@ -45,6 +45,31 @@ def test_all_ranks_ask_at_the_pace_of_the_slowest_and_agree() -> None:
     assert run_ranks(agree, 3) == [expected] * 3
 
 
+def agree_to_save(topology: Topology) -> list[int]:
+    """Steps of 1 s, by the clock of rank 1 of 4 s; a checkpoint is due every minute."""
+    now = 0.0
+
+    def never(step: int, metrics: Mapping[str, float] | None) -> None:
+        return None
+
+    comm = Comm.from_default_group()
+    checks = StopChecks(never, comm, every_minutes=1.0, clock=lambda: now)
+    checks.restart(0)
+    found = []
+    for step in range(1, 50):
+        now += 4.0 if topology.rank == 1 else 1.0
+        if checks.is_due(step):
+            checks.check(step)
+            if checks.save_is_due:
+                found.append(step)
+                checks.saved()
+    return found
+
+
+def test_all_ranks_save_when_one_clock_says_so() -> None:
+    assert run_ranks(agree_to_save, 3) == [[15, 30, 45]] * 3
+
+
 class StoppedRun(SmallRun):
     """A small run in which this rank asks to stop from a step on, or at a validation."""
 

@@ -39,7 +39,7 @@ train.micro_batch_size  train.steps  train.epochs  train.log_every
 evaluation.recall_at.0  evaluation.batch_size  evaluation.every_steps
 evaluation.evaluate_test_every
 checkpoint.every_steps  checkpoint.keep
-launch.num_workers  launch.threads_per_rank
+launch.num_workers  launch.min_workers  launch.threads_per_rank
 compare.search.trials  compare.search.steps  compare.parallel
 compare.search.space.x:int.step
 compare.search.sampler:tpe.startup_trials  compare.search.sampler:cmaes.startup_trials
@@ -83,7 +83,8 @@ optim:rmsprop.lr  optim:rmsprop.head_lr  optim:rmsprop.proxy_lr  optim:rmsprop.l
 optim:rmsprop.bias_lr  optim:rmsprop.eps
 optim:custom.lr  optim:custom.head_lr  optim:custom.proxy_lr  optim:custom.loss_lr
 optim:custom.bias_lr
-train.max_grad_norm  evaluation.memory_mb  launch.cpus_per_rank  launch.timeout_seconds
+train.max_grad_norm  evaluation.memory_mb  checkpoint.every_minutes
+launch.cpus_per_rank  launch.timeout_seconds
 compare.search.space.x:float.step
 tune.space.x:float.step  tune.hours
 """

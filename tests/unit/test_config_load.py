@@ -323,3 +323,23 @@ def test_the_configuration_must_be_a_mapping() -> None:
     for value in ([1], deep, 10**5000, "text", None, object(), [10**5000] * 3):
         with pytest.raises(ConfigError, match="a mapping of sections in here"):
             parse_config(value, source="here")  # type: ignore[arg-type]
+
+
+def test_a_range_of_workers() -> None:
+    """`num_workers: {min: M, max: N}` is short for two fields."""
+
+    def ray(**values: Any) -> dict[str, Any]:
+        return {"launcher": "ray", **values}
+
+    short = config_of(launch=ray(num_workers={"min": 1, "max": 3}))
+    assert short == config_of(launch=ray(num_workers=3, min_workers=1))
+    assert short.launch.fewest_workers == 1
+    assert config_of(launch=ray(num_workers=3)).launch.fewest_workers == 3
+    assert config_of("launch.num_workers={min: 2, max: 3}").launch.min_workers == 2
+    for values, text in (
+        ({"num_workers": {"min": 4, "max": 3}}, "min_workers 4 must be at most num_workers 3"),
+        ({"num_workers": {"min": 1, "mx": 3}}, "num_workers: must be an integer"),
+        ({"num_workers": {"min": 0, "max": 3}}, "min_workers: must be an integer >= 1"),
+        ({"num_workers": {"min": 1, "max": 3}, "min_workers": 2}, "not both"),
+    ):
+        assert text in message(launch=ray(**values))

@@ -236,9 +236,9 @@ def test_a_request_reaches_the_ranks_and_the_driver_knows_who_trains(
     mailbox, events = Remote(Mailbox()), []
     driver, ranks = StopRequest(), [StopRequest(), StopRequest()]
     with (
-        Drain(mailbox, events.append, driver),
-        heartbeat(mailbox, 0, ranks[0]),
-        heartbeat(mailbox, 1, ranks[1]),
+        Drain(mailbox, events.append, driver) as drain,
+        heartbeat(mailbox, 0, "a", ranks[0]),
+        heartbeat(mailbox, 1, "b", ranks[1]),
     ):
         mailbox.push.remote({"kind": "note", "text": "hello"})
         ranks[1].is_training = True  # Rank 0 alone counts.
@@ -247,8 +247,13 @@ def test_a_request_reaches_the_ranks_and_the_driver_knows_who_trains(
         ranks[0].is_training = True
         wait_until(lambda: driver.is_training)
         assert [rank.reason for rank in ranks] == [None, None]
+        ranks[1].reason = "its node is preempted"  # No answer without a reason takes it back.
+        mailbox.push.remote({"kind": "note", "text": "again"})
+        wait_until(lambda: len(events) == 2)
+        assert ranks[1].reason == "its node is preempted"
         mailbox.request_stop.remote("SIGTERM")
         wait_until(lambda: all(rank.reason == "SIGTERM" for rank in ranks))
         ranks[0].is_training = False
         wait_until(lambda: not driver.is_training)
-    assert events == [{"kind": "note", "text": "hello"}]
+        assert drain.nodes == {0: "a", 1: "b"}
+    assert [event["text"] for event in events] == ["hello", "again"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
+import torch
 
 from dml_dist.parallel.comm import Comm
+from dml_dist.runs.records import read_records
+from dml_dist.train.checkpoint_files import checkpoint_folders, read_manifest
 from dml_dist.train.stopping import StopChecks, StopReason, first_reason
+from tests.training_setup import small_config, small_run, snapshot
 
 
 def never(step: int, metrics: Mapping[str, float] | None) -> str | None:
@@ -71,6 +76,42 @@ def test_the_first_reason_counts_and_metrics_are_passed_on() -> None:
     checks = StopChecks(ask, Comm.single())
     checks.restart(6)
     assert checks.check(6, {"map_at_r": 0.25}) == "MAP@R 0.25 at step 6"
+
+
+def test_checkpoints_by_time() -> None:
+    """Every two minutes with steps of 15 s, counted from the last checkpoint, however it came."""
+    now, due = 0.0, []
+    checks = StopChecks(never, Comm.single(), every_minutes=2.0, clock=lambda: now)
+    checks.restart(0)
+    for step in range(1, 41):
+        now += 15.0
+        assert checks.is_due(step)
+        checks.check(step)
+        if checks.save_is_due:
+            due.append(step)
+        if checks.save_is_due or step == 20:
+            checks.saved()
+    assert due == [8, 16, 28, 36]
+
+
+def test_a_run_saves_by_time_beside_by_steps(tmp_path: Path) -> None:
+    plain = small_run(tmp_path / "plain", small_config(train__steps=8))
+    by_time = {"checkpoint__every_minutes": 1e-9, "checkpoint__keep": 20}
+    timed = small_run(tmp_path / "timed", small_config(train__steps=8, **by_time))
+    one, two = snapshot(plain.train().state), snapshot(timed.train().state)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    steps = [
+        [record["step"] for record in read_records(run.folder / "checkpoints.jsonl")]
+        for run in (plain, timed)
+    ]
+    # The first check comes after step 1; each finds that the time has come.
+    assert {*steps[0], 1} <= set(steps[1])
+    assert 1 not in steps[0]
+    folders = checkpoint_folders(timed.folder / "checkpoints")
+    assert sorted(read_manifest(folder).step for folder in folders) == sorted(steps[1])
+    records = read_records(timed.folder / "checkpoints.jsonl")
+    assert all(0 < record["seconds"] < 60 for record in records)
+    assert timed.begun == [0]
 
 
 @pytest.mark.parametrize("step", [0, 4])
