@@ -90,7 +90,8 @@ elif verb == "get" and words[1] == "rayjob":
     if name in state["rayjobs"]:
         status = step(state["rayjobs"][name])
         save()
-        print(json.dumps({{"metadata": {{"name": name}}}} | ({{"status": status}} if status else {{}})))
+        given = {{"status": status}} if status else {{}}
+        print(json.dumps({{"metadata": {{"name": name}}, **given}}))
 elif verb == "get" and words[1] == "pods":
     selector = arguments[arguments.index("--selector") + 1].split(",")
     items = [p for p in state["pods"] if all(s in p["metadata"]["labels"] for s in selector)]
