@@ -28,7 +28,7 @@ def settings(**changes: Any) -> KubeRayTargetConfig:
 def request(**changes: Any) -> JobRequest:
     values = {
         "id": "demo-1",
-        "arguments": ("train", "/shared/configs/demo.yaml"),
+        "arguments": ("train", "/shared/configs/demo.yaml", "--run-dir", str(RUN_DIR)),
         "run_dir": RUN_DIR,
         "min_workers": 4,
         "max_workers": 8,

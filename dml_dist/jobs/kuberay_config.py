@@ -113,7 +113,7 @@ class WorkerSettings(PodSettings):
     """Size and placement of a pod that holds ranks."""
 
     gpus: NonNegativeInt = 1
-    """GPUs of a pod (nvidia.com/gpu), one rank each; 0 places as many ranks as CPUs allow."""
+    """GPUs of a pod (nvidia.com/gpu), one rank each; with 0 its CPUs say how many ranks it holds."""
 
 
 class KubeRayTargetConfig(Section):

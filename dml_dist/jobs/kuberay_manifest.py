@@ -7,11 +7,11 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dml_dist.config.yaml_text import dump_yaml
+from dml_dist.config.yaml_text import dump_yaml, read_text
 from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.jobs.kuberay_check import DRAIN_VARIABLE, MAX_NAME
 from dml_dist.jobs.kuberay_config import (
@@ -28,7 +28,8 @@ HEAD_CONTAINER = "ray-head"
 WORKER_CONTAINER = "ray-worker"
 
 _GIB = 2**30
-_WITH_RUN_DIR = ("train", "compare", "tune", "scale")
+_CONFIG_DIR, _CONFIG = "/etc/dml-dist", "config.yaml"
+_ANNOTATION = "dml-dist/config"
 _STORAGE = "storage"
 _SHARED_MEMORY = "shared-memory"
 # Time that Kubernetes leaves a pod beyond Ray's own: Ray ends its processes after the drain.
@@ -62,6 +63,7 @@ def manifest(config: KubeRayTargetConfig, request: JobRequest) -> dict[str, Any]
         TopologyError: If a pod cannot hold a rank.
     """
     _require_shared(config, request)
+    command = _command(config, request)
     ranks = ranks_per_pod(config.workers, request)
     fewest, most = (math.ceil(n / ranks) for n in (request.min_workers, request.max_workers))
     elastic = {"enableInTreeAutoscaling": True} if fewest < most else {}
@@ -71,7 +73,7 @@ def manifest(config: KubeRayTargetConfig, request: JobRequest) -> dict[str, Any]
         "kind": "RayJob",
         "metadata": {"name": rayjob_name(request.id), "namespace": config.namespace},
         "spec": {
-            "entrypoint": entrypoint(request),
+            "entrypoint": command.entrypoint,
             # Ray kills a command that it was asked to stop after 3 s unless this says otherwise.
             "runtimeEnvYAML": json.dumps(
                 {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(config.checkpoint_seconds)}}
@@ -88,7 +90,9 @@ def manifest(config: KubeRayTargetConfig, request: JobRequest) -> dict[str, Any]
                 "headGroupSpec": {
                     # Ranks are placed on the workers, whose CPUs and GPUs are sized for them.
                     "rayStartParams": {"num-cpus": "0", **_start_params(config.head)},
-                    "template": _pod(config, config.head, HEAD_CONTAINER, gpus=0),
+                    "template": _with_config(
+                        _pod(config, config.head, HEAD_CONTAINER, gpus=0), command.config
+                    ),
                 },
                 "workerGroupSpecs": [
                     {
@@ -98,10 +102,7 @@ def manifest(config: KubeRayTargetConfig, request: JobRequest) -> dict[str, Any]
                         "maxReplicas": most,
                         "rayStartParams": _start_params(config.workers),
                         "template": _pod(
-                            config,
-                            config.workers,
-                            WORKER_CONTAINER,
-                            gpus=config.workers.gpus if request.uses_gpu else 0,
+                            config, config.workers, WORKER_CONTAINER, gpus=config.workers.gpus
                         ),
                     }
                 ],
@@ -116,48 +117,52 @@ def ranks_per_pod(workers: WorkerSettings, request: JobRequest) -> int:
     Raises:
         TopologyError: If it holds none, or has too few CPUs for the ranks of its GPUs.
     """
-    fitting = math.floor(workers.cpus / request.cpus_per_rank + 1e-9)
-    if not request.uses_gpu:
-        if fitting == 0:
-            raise TopologyError(
-                f"a rank needs launch.cpus_per_rank = {request.cpus_per_rank:g} CPUs, but a worker "
-                f"pod has workers.cpus = {workers.cpus}; raise workers.cpus of the target"
-            )
-        return fitting
-    if workers.gpus == 0:
+    if request.uses_gpu and workers.gpus == 0:
         raise TopologyError(
-            "the ranks use GPUs, but worker pods have workers.gpus = 0; raise it, or set "
-            "launch.use_gpu to no"
+            "launch.use_gpu is yes, but worker pods have workers.gpus = 0; raise it in the settings "
+            "of the target, or set launch.use_gpu to no"
         )
-    if fitting < workers.gpus:
+    ranks = workers.gpus or math.floor(workers.cpus / request.cpus_per_rank + 1e-9)
+    needed = max(1, ranks) * request.cpus_per_rank
+    if workers.cpus < needed:
+        what = "a rank needs" if ranks <= 1 else f"{ranks} ranks, one per GPU, need"
         raise TopologyError(
-            f"a worker pod holds one rank per GPU, {workers.gpus} ranks of launch.cpus_per_rank = "
-            f"{request.cpus_per_rank:g} CPUs, but has workers.cpus = {workers.cpus}; raise "
-            "workers.cpus of the target or lower launch.cpus_per_rank"
+            f"{what} {needed:g} CPUs (launch.cpus_per_rank = {request.cpus_per_rank:g}), but a "
+            f"worker pod has workers.cpus = {workers.cpus}; raise workers.cpus in the target's "
+            "settings or lower launch.cpus_per_rank"
         )
-    return workers.gpus
+    return ranks
 
 
-def entrypoint(request: JobRequest) -> str:
-    """Return the command that runs on the head pod.
+@dataclass(frozen=True)
+class _Command:
+    """What runs on the head pod.
 
-    Every retry repeats it, so that it resumes what an earlier try left. It is one simple command:
-    the operator puts it into a shell command of the submitter pod, which does not mount the
-    storage, so that a shell test in it would look at the wrong disk.
+    Attributes:
+        entrypoint: The command line.
+        config: Text of the configuration file that is sent along; None sends none.
     """
-    arguments = list(request.arguments)
-    if arguments[0] in _WITH_RUN_DIR and not _has(arguments, "--run-dir"):
-        arguments += ["--run-dir", str(request.run_dir)]
-    if arguments[0] in ("train", "evaluate") and not _has(arguments, "--launcher"):
-        arguments += ["--launcher", "ray"]
-    if not _has(arguments, "launch.address="):
-        arguments += ["--set", "launch.address=auto"]
-    module = "dml_dist.jobs.start_or_resume"
-    return shlex.join(["python", "-m", module, str(request.run_dir), *arguments])
+
+    entrypoint: str
+    config: str | None
 
 
-def _has(arguments: Sequence[str], option: str) -> bool:
-    return any(argument.startswith(option) for argument in arguments)
+def _command(config: KubeRayTargetConfig, request: JobRequest) -> _Command:
+    """Return the command line, and the configuration that it reads if only this machine has it.
+
+    Every retry repeats the command, so that it resumes what an earlier try left. It is one simple
+    command: the operator puts it into a shell command of the submitter pod, which does not mount
+    the storage, so that a shell test in it would look at the wrong disk.
+    """
+    arguments, text = list(request.arguments), None
+    for position, word in enumerate(arguments):
+        path = Path(word)
+        is_shared = path.is_relative_to(config.storage.mount_path)
+        if path.suffix in (".yaml", ".yml") and not is_shared and path.is_file():
+            arguments[position], text = f"{_CONFIG_DIR}/{_CONFIG}", read_text(path)
+            break
+    words = ["python", "-m", "dml_dist.jobs.start_or_resume", str(request.run_dir), *arguments]
+    return _Command(shlex.join(words), text)
 
 
 def _require_shared(config: KubeRayTargetConfig, request: JobRequest) -> None:
@@ -222,6 +227,23 @@ def _pod(config: KubeRayTargetConfig, pod: PodSettings, name: str, *, gpus: int)
             ],
         }
     }
+
+
+def _with_config(pod: dict[str, Any], text: str | None) -> dict[str, Any]:
+    """Add a file with the configuration to the head's pod, through an annotation.
+
+    Unlike a ConfigMap, it needs no other object, which would be left behind.
+    """
+    if text is None:
+        return pod
+    pod = {"metadata": {"annotations": {_ANNOTATION: text}}, **pod}
+    field = {"fieldPath": f"metadata.annotations['{_ANNOTATION}']"}
+    spec = pod["spec"]
+    spec["volumes"].append(
+        {"name": "config", "downwardAPI": {"items": [{"path": _CONFIG, "fieldRef": field}]}}
+    )
+    spec["containers"][0]["volumeMounts"].append({"name": "config", "mountPath": _CONFIG_DIR})
+    return pod
 
 
 def _volume(storage: ClaimStorage | NfsStorage | HostPathStorage) -> dict[str, Any]:

@@ -141,21 +141,38 @@ def test_pods_follow_from_ranks(
     assert cluster.get("enableInTreeAutoscaling", False) == (replicas[0] < replicas[1])
 
 
-def test_a_command_is_one_simple_shell_command_with_all_it_needs() -> None:
+def test_a_command_is_one_simple_shell_command() -> None:
     odd = ("train", "/shared/my runs/$x.yaml", "--set", "name=it's; ok")
     spec = manifest(settings(), request(arguments=odd))["spec"]
     words = shlex.split(spec["entrypoint"])
     assert words[:4] == ["python", "-m", "dml_dist.jobs.start_or_resume", str(RUN_DIR)]
-    assert tuple(words[4:8]) == odd
-    assert words[8:] == [
-        *("--run-dir", str(RUN_DIR), "--launcher", "ray", "--set", "launch.address=auto")
+    assert tuple(words[4:]) == odd
+
+
+def test_a_configuration_of_this_machine_is_sent_along(tmp_path: Path, schema_file: Path) -> None:
+    text = "# Mine.\nname: demo\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    wanted = request(arguments=("train", str(tmp_path / "mine.yaml"), "--workers", "4"))
+    target = KubeRayTarget(settings(schema_file=str(schema_file)))
+    spec = yaml.safe_load(target.render(wanted))["spec"]
+    cluster = spec["rayClusterSpec"]
+    pod = cluster["headGroupSpec"]["template"]
+    (volume,) = [each for each in pod["spec"]["volumes"] if "downwardAPI" in each]
+    (mount,) = [
+        each
+        for each in pod["spec"]["containers"][0]["volumeMounts"]
+        if each["name"] == volume["name"]
     ]
-
-
-def test_given_options_are_not_repeated_and_studies_keep_their_launcher() -> None:
-    given = ("tune", "a.yaml", "--run-dir=/shared/runs/demo", "--set", "launch.address=auto")
-    words = shlex.split(manifest(settings(), request(arguments=given))["spec"]["entrypoint"])
-    assert tuple(words[4:]) == given
+    (item,) = volume["downwardAPI"]["items"]
+    ((key, value),) = pod["metadata"]["annotations"].items()
+    assert value == text
+    assert item["fieldRef"]["fieldPath"] == f"metadata.annotations['{key}']"
+    words = shlex.split(spec["entrypoint"])
+    assert words[4:] == ["train", f"{mount['mountPath']}/{item['path']}", "--workers", "4"]
+    # One on the storage is read there, where it may be changed between retries.
+    on_storage = settings(storage={"name": "claim", "claim": "c", "mount_path": str(tmp_path)})
+    spec = manifest(on_storage, request(arguments=wanted.arguments, run_dir=tmp_path))["spec"]
+    assert shlex.split(spec["entrypoint"])[5] == str(tmp_path / "mine.yaml")
 
 
 def test_a_repeated_command_resumes_what_the_first_one_left(tmp_path: Path) -> None:
@@ -344,8 +361,12 @@ def test_a_file_that_is_no_definition_of_rayjob_is_refused(tmp_path: Path) -> No
         ({}, {"run_dir": Path("/home/me/runs/demo")}, r"/home/me/runs/demo is not on .* /shared"),
         ({}, {"run_dir": Path("/shared2/demo")}, "is not on"),
         ({"workers": {"gpus": 0, "cpus": 8, "memory_gib": 8}}, {}, r"workers\.gpus = 0"),
-        ({}, {"cpus_per_rank": 9.0}, r"2 ranks of launch\.cpus_per_rank = 9 CPUs"),
-        ({}, {"cpus_per_rank": 17.0, "uses_gpu": False}, r"workers\.cpus = 16"),
+        ({}, {"cpus_per_rank": 9.0}, r"2 ranks, one per GPU, need 18 CPUs"),
+        (
+            {"workers": {"gpus": 0, "cpus": 8, "memory_gib": 8}},
+            {"cpus_per_rank": 9.0, "uses_gpu": False},
+            r"a rank needs 9 CPUs .* workers\.cpus = 8",
+        ),
     ],
 )
 def test_requests_that_no_pod_can_hold_are_refused(
