@@ -113,7 +113,7 @@ class WorkerSettings(PodSettings):
     """Size and placement of a pod that holds ranks."""
 
     gpus: NonNegativeInt = 1
-    """GPUs of a pod (nvidia.com/gpu), one rank each; with 0 its CPUs say how many ranks it holds."""
+    """GPUs of a pod (nvidia.com/gpu), one rank each; with 0 the CPUs say how many."""
 
 
 class KubeRayTargetConfig(Section):

@@ -119,8 +119,8 @@ def ranks_per_pod(workers: WorkerSettings, request: JobRequest) -> int:
     """
     if request.uses_gpu and workers.gpus == 0:
         raise TopologyError(
-            "launch.use_gpu is yes, but worker pods have workers.gpus = 0; raise it in the settings "
-            "of the target, or set launch.use_gpu to no"
+            "launch.use_gpu is yes, but worker pods have workers.gpus = 0; raise this "
+            "setting of the target, or set launch.use_gpu to no"
         )
     ranks = workers.gpus or math.floor(workers.cpus / request.cpus_per_rank + 1e-9)
     needed = max(1, ranks) * request.cpus_per_rank
