@@ -129,20 +129,20 @@ class KubeRayTarget:
         if rayjob is None:
             raise ConfigError(self._lost(job))
         if (now := _status_of(rayjob)).state in FINISHED:
-            return f"{job} has ended already: {now.detail}"
+            return f"has ended already: {now.detail}"
         status = rayjob["status"]
         if (status.get("jobDeploymentStatus"), status.get("jobStatus")) != ("Running", "RUNNING"):
             patch = json.dumps({"spec": {"suspend": True}})
             self._kubectl.call("patch", "rayjob", job, "--type=merge", "--patch", patch)
             return (
-                f"{job} was not running and is suspended now: its pods are removed; start it "
+                "was not running and is suspended now: its pods are removed; start it "
                 f"after all with `kubectl --namespace {self._config.namespace} patch rayjob {job} "
                 """--type=merge --patch '{"spec":{"suspend":false}}'`"""
             )
         stop = ("ray", "job", "stop", "--no-wait", "--address", _DASHBOARD, status["jobId"])
         self._kubectl.call("exec", self._head(status["rayClusterName"]), *_IN_HEAD, *stop)
         return (
-            f"{job} was asked to stop, with {self._config.checkpoint_seconds} s for a checkpoint; "
+            f"was asked to stop, with {self._config.checkpoint_seconds} s for a checkpoint; "
             f"its Ray cluster is removed {self._config.ttl_seconds_after_finished} s later, the "
             "RayJob stays"
         )

@@ -106,6 +106,7 @@ _ADVICE = {
     "strict decoding error": (
         "The cluster's version of KubeRay does not know these fields: install a later one."
     ),
+    "AlreadyExists": "Give the job another name with --id.",
     "namespaces": "Create the namespace, or give another as `namespace` of the target.",
     "(Forbidden)": "Ask the cluster's administrator for these rights, or give another `namespace`.",
     "Unauthorized": "Log in again with the tool that wrote kubectl's configuration.",

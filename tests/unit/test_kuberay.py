@@ -42,7 +42,7 @@ def test_check_creates_nothing_and_submit_creates_what_render_shows(kubectl: Fak
 
 def test_submit_never_changes_an_existing_job(kubectl: FakeKubectl) -> None:
     kubectl.set(rayjobs={"demo-1": RUNNING})
-    with pytest.raises(RunError, match="already exists"):
+    with pytest.raises(RunError, match=r"already exists\n.* --id"):
         KubeRayTarget(settings()).submit(request())
 
 
