@@ -20,7 +20,7 @@ MAX_NAME = 47
 """Longest name of a RayJob: the operator appends to it for pods, whose names have 63 at most."""
 
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-"""How many seconds a pod of Ray goes on after SIGTERM, while Ray Train tells the ranks."""
+"""How many seconds a node of Ray goes on after SIGTERM."""
 
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")

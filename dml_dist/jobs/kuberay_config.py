@@ -155,7 +155,7 @@ class KubeRayTargetConfig(Section):
     """Time limit of the job, with its waiting and all retries; null sets none."""
 
     checkpoint_seconds: PositiveInt = 60
-    """Time for a checkpoint after the job is asked to stop, or a node is taken away."""
+    """Seconds that the command has after it was asked to stop, and a pod after SIGTERM."""
 
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}  # noqa: RUF012
     """Environment variables of all pods; they stand readable in the manifest: no secrets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +91,9 @@ def _missing() -> ConfigError:
 
 def _failure(arguments: tuple[str, ...], output: str) -> str:
     """Return what kubectl said, and what to do about it."""
-    said = output.strip() or "without a message"
+    # kubectl also logs each of its tries: a letter and the date begin such a line.
+    lines = [line for line in output.splitlines() if not re.match(r"[EIW]\d{4} ", line)]
+    said = "\n".join(lines).strip() or "without a message"
     what = f"`kubectl {arguments[0]}` failed: {said}"
     for sign, advice in _ADVICE.items():
         if sign in output:

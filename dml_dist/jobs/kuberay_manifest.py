@@ -192,7 +192,7 @@ def _pod(config: KubeRayTargetConfig, pod: PodSettings, name: str, *, gpus: int)
     }
     environment = {
         **config.environment,
-        # After SIGTERM Ray Train tells the ranks, which have this time for a checkpoint.
+        # After SIGTERM a node of Ray goes on for this long.
         DRAIN_VARIABLE: str(config.checkpoint_seconds),
     }
     container = {
