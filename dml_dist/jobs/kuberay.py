@@ -190,6 +190,8 @@ def _status_of(rayjob: Mapping[str, Any]) -> JobStatus:
     message = status.get("message", "")
     words = [word for word in (deployment or "New", job, status.get("reason", "")) if word]
     detail = " ".join(words) + (f": {message.splitlines()[0]}" if message else "")
+    if deployment == "Initializing":
+        detail += _pods_ready(status.get("rayClusterStatus", {}))
     state: State
     exit_code = None
     if deployment == "Complete":
@@ -204,3 +206,13 @@ def _status_of(rayjob: Mapping[str, Any]) -> JobStatus:
         if state == "failed" and (code := re.search(r"failed with exit code (\d+)", message)):
             exit_code = int(code[1])
     return JobStatus(state, detail, exit_code)
+
+
+def _pods_ready(cluster: Mapping[str, Any]) -> str:
+    """Return what a job waits for: the pods of its Ray cluster."""
+    ready, wanted = (cluster.get(f"{key}WorkerReplicas", 0) for key in ("ready", "desired"))
+    text = f": {ready} of {wanted} worker pods ready"
+    for condition in cluster.get("conditions", []):
+        if condition["type"] == "HeadPodReady" and condition["status"] != "True":
+            text += f", head pod not ready ({condition['reason']}: {condition['message']})"
+    return text

@@ -83,6 +83,18 @@ def test_status_has_our_words(
     assert status.get("reason", "") in found.detail
 
 
+def test_a_queued_job_says_what_it_waits_for(kubectl: FakeKubectl) -> None:
+    head = {"type": "HeadPodReady", "status": "False"}
+    head |= {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+    cluster = {"readyWorkerReplicas": 1, "desiredWorkerReplicas": 4, "conditions": [head]}
+    status = {"jobDeploymentStatus": "Initializing", "rayClusterStatus": cluster}
+    kubectl.set(rayjobs={"demo-1": status})
+    assert KubeRayTarget(settings()).status("demo-1").detail == (
+        "Initializing: 1 of 4 worker pods ready, head pod not ready "
+        "(ImagePullBackOff: Back-off pulling image)"
+    )
+
+
 def test_an_unknown_job_is_lost(kubectl: FakeKubectl) -> None:
     target = KubeRayTarget(settings())
     assert target.status("gone").state == "lost"
