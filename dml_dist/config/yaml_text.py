@@ -92,9 +92,15 @@ def _syntax_hint(what: str) -> str:
     return ""
 
 
-def dump_yaml(value: Any) -> str:
-    """Write plain values as YAML that this module and any YAML 1.1 reader read back equal."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+def dump_yaml(value: Any, *, blocks: bool = False) -> str:
+    """Write plain values as YAML that this module and any YAML 1.1 reader read back equal.
+
+    Args:
+        value: Dicts, lists, strings, numbers, booleans, None.
+        blocks: Whether text of several lines is written as such, where YAML allows it.
+    """
+    dumper = _BlockDumper if blocks else _Dumper
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,8 +143,20 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
+class _BlockDumper(_Dumper):
+    """Writes text of several lines as a literal block."""
+
+
+def _represent_lines(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    lines = text.split("\n")
+    if len(lines) == 1 or not all(line.isprintable() for line in lines):
+        return _represent_str(dumper, text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+
+
 _Dumper.add_representer(list, _represent_list)
 _Dumper.add_representer(str, _represent_str)
+_BlockDumper.add_representer(str, _represent_lines)
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)

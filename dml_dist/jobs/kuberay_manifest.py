@@ -52,7 +52,7 @@ def rayjob_name(identifier: str) -> str:
 
 def manifest_text(config: KubeRayTargetConfig, request: JobRequest) -> str:
     """Return the RayJob as YAML."""
-    return dump_yaml(manifest(config, request))
+    return dump_yaml(manifest(config, request), blocks=True)
 
 
 def manifest(config: KubeRayTargetConfig, request: JobRequest) -> dict[str, Any]:

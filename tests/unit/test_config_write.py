@@ -16,6 +16,7 @@ from dml_dist.config.load import (
     parse_config,
 )
 from dml_dist.config.schema import RunConfig
+from dml_dist.config.yaml_text import dump_yaml, read_yaml
 from dml_dist.errors import ConfigError
 from tests.unit.test_config_load import (
     config_of,
@@ -106,3 +107,17 @@ def test_a_section_that_was_null() -> None:
 def test_an_integer_is_no_boolean_in_options() -> None:
     custom = "loss={name: custom, target: 'a:b', options: {x: %s}}"
     assert len(differing_paths(config_of(custom % "1"), config_of(custom % "true"))) == 1
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_text_in_blocks_reads_back_equal(end: str) -> None:
+    value = {
+        "plain": f"name: demo\n  # Comment.\n\ndata: 'x'{end}",
+        "odd": [f" a \n b\x85\u2028\t😀{end}", "1e5", {"deep": f"{end}a\n b"}],
+        "list": [1, "yes", None],
+    }
+    text = dump_yaml(value, blocks=True)
+    assert yaml.safe_load(text) == value
+    assert read_yaml(text, "here").value == value
+    assert "plain: |" in text
+    assert "list: [1, 'yes', null]\n" in text

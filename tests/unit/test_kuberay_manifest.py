@@ -166,6 +166,7 @@ def test_a_configuration_of_this_machine_is_sent_along(tmp_path: Path, schema_fi
     (item,) = volume["downwardAPI"]["items"]
     ((key, value),) = pod["metadata"]["annotations"].items()
     assert value == text
+    assert "dml-dist/config: |\n" in target.render(wanted)
     assert item["fieldRef"]["fieldPath"] == f"metadata.annotations['{key}']"
     words = shlex.split(spec["entrypoint"])
     assert words[4:] == ["train", f"{mount['mountPath']}/{item['path']}", "--workers", "4"]
