@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,8 @@ def test_leaving_the_log_ends_kubectl(kubectl: FakeKubectl, tmp_path: Path) -> N
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "print('line', flush=True)\ntime.sleep(60)\n"
     )
+    start = time.monotonic()
     with kuberay_kubectl.Kubectl("research").lines("logs", "pod", "--follow") as lines:
         assert next(lines) == "line\n"
+    assert time.monotonic() - start < 30  # It would go on for 60 s.
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
