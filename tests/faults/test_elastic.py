@@ -56,9 +56,8 @@ def test_nodes_are_lost_added_and_preempted_and_the_driver_is_killed(
             start = time.monotonic()
             assert driver.wait(60) == 2
             assert time.monotonic() - start < 30
-        assert (
-            "launch.min_workers 4 x cpus_per_rank 1.0 = 4 CPUs" in (tmp_path / "many").read_text()
-        )
+        text = (tmp_path / "many").read_text()
+        assert "launch.min_workers 4 x cpus_per_rank 1.0 = 4 CPUs" in text
 
         elastic = ("--set", "launch.num_workers={min: 1, max: 3}")
         arguments = ("train", config, "--run-dir", run, *options, *ray, *elastic)
@@ -86,7 +85,6 @@ def test_nodes_are_lost_added_and_preempted_and_the_driver_is_killed(
 
     print("\nseconds until training goes on:", {k: round(v, 1) for k, v in seconds.items()})
     found = attempts(run)
-    print("steps repeated:", [len(lines_of(run, n)) for n in range(1, 6)])
     assert [attempt["world_size"] for attempt in found] == [3, 2, 3, 2, 2]
     assert [attempt["reason"] for attempt in found] == [
         "",
@@ -98,14 +96,15 @@ def test_nodes_are_lost_added_and_preempted_and_the_driver_is_killed(
     assert sorted(found[1]["nodes"]) == sorted(names[:2])
     assert sorted(found[3]["nodes"]) == sorted([names[0], names[3]])
     # A lost node and a killed driver cost the steps since the last checkpoint, others none.
+    repeated = [
+        lines_of(run, after - 1)[-1]["step"] - found[after - 1]["first_step"]
+        for after in range(2, 6)
+    ]
+    print("steps repeated:", repeated)
     assert found[1]["first_step"] == 50
-    for before, after in ((2, 3), (3, 4)):
-        assert found[after - 1]["first_step"] == lines_of(run, before)[-1]["step"]
-    assert (
-        found[4]["first_step"] == found[4 - 1]["first_step"] // 50 * 50
-        or found[4]["first_step"] == found[3]["first_step"]
-    )
-    assert max(seconds.values()) < 120
+    assert 0 < repeated[0] < 50
+    assert repeated[1:3] == [0, 0]
+    assert 0 < repeated[3] <= 50
     assert_nothing_left(run)
 
     # No image is lost or seen twice: the same batches as those of one process.
