@@ -80,7 +80,9 @@ def _run() -> int:
         )
         return error.exit_code
     except OSError as error:
-        error_console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        error_console.print(
+            f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
+        )
         return 1
     except SystemExit as end:
         if end.code == INTERRUPTED:

@@ -233,7 +233,9 @@ def _shown(distance: float) -> str:
 
 
 def _print(image: Path, bundle: Bundle, neighbors: Sequence[Found], console: Console) -> None:
-    table = Table("#", title=escape(str(image)), title_justify="left")
+    # Not the table's title, which would break a path that is longer than the table is wide.
+    console.print(str(image), highlight=False, markup=False, soft_wrap=True)
+    table = Table("#")
     table.add_column("class", overflow="fold")
     table.add_column(_measure(bundle))
     table.add_column("key", overflow="fold")
