@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from dml_dist.cli import main
 from dml_dist.config.data import GlyphsConfig
 from dml_dist.data.datasets import build_importer
 from dml_dist.data.write_shards import import_dataset
 from dml_dist.runtime.datasets import describe
+from tests.blank_figures import save_blank
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -76,6 +78,12 @@ def cli(
         return code, captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of this process's pages blank."""
+    monkeypatch.setattr(Figure, "savefig", save_blank)
 
 
 def torchrun(num_ranks: int, *arguments: object, cwd: Path, timeout: float = 120) -> str:

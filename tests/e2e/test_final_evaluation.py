@@ -12,6 +12,7 @@ import pytest
 from dml_dist.runs.records import read_records
 from dml_dist.runtime import rank
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
 Cli = Callable[..., tuple[int, str]]
 EXTRAS = ("embeddings.npz", "per_class.parquet", "report/retrieval.json", "report/proxies.npz")
 

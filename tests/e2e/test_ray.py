@@ -21,6 +21,7 @@ Cli = Callable[..., tuple[int, str]]
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("blank_figures")
 def test_killed_worker_and_final_error(
     config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import forkserver
+from tests.blank_figures import save_blank
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -106,9 +107,12 @@ def forked(
 
 
 def command(*arguments: str) -> None:
-    """Run the command line; a `work` of `forked`."""
+    """Run the command line, with blank figures; a `work` of `forked`."""
+    from matplotlib.figure import Figure
+
     from dml_dist.cli import main
 
+    Figure.savefig = save_blank
     sys.argv = ["dml-dist", *arguments]
     main()
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from tests.e2e.conftest import write_config
 from tests.faults.forked import command, forked
 from tests.faults.runs import (
     ENVIRONMENT,
@@ -74,12 +75,14 @@ def assert_equal_end(run: Path, whole: Path) -> None:
     assert evaluations(run) == evaluations(whole)
 
 
-@pytest.fixture
-def whole(config_file: Path, tmp_path: Path) -> Path:
-    arguments = ("train", str(config_file), "--run-dir", "whole")
-    done = forked(command, *arguments, folder=tmp_path)
+@pytest.fixture(scope="module")
+def whole(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `config_file`, uninterrupted; to be read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = ("train", str(write_config(glyphs, folder)), "--run-dir", "whole")
+    done = forked(command, *arguments, folder=folder)
     assert done.codes == [0], done.output
-    return tmp_path / "whole"
+    return folder / "whole"
 
 
 def test_one_process(config_file: Path, whole: Path, tmp_path: Path) -> None:
