@@ -22,7 +22,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 _PROCESSES = 2
 # Files that start Ray here go to one process: two clusters at a time would need the memory and the
 # cores of four to ten ranks.
-_RAY = {"tests/e2e/test_ray.py", "tests/e2e/test_tune.py"}
+_RAY = {
+    *("tests/e2e/test_elastic.py", "tests/e2e/test_jobs.py", "tests/e2e/test_ray.py"),
+    *("tests/e2e/test_tune.py", "tests/faults/test_nodes.py"),
+}
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

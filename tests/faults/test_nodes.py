@@ -41,7 +41,6 @@ def ended(
     return code, (folder / "output").read_text(), time.monotonic() - start
 
 
-@pytest.mark.slow
 def test_two_nodes_train_as_one_machine(
     two_nodes: Nodes, config_file: Path, whole_on_two: Path, tmp_path: Path
 ) -> None:
