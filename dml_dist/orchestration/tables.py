@@ -14,7 +14,7 @@ from dml_dist.runs.folder import RunFolder
 
 
 def print_results(folder: RunFolder, console: Console) -> None:
-    """Print a finished run: untrained and trained metrics, speed and times."""
+    """Print a finished run: metrics, speed, times, restarts and the cost of checkpoints."""
     summary = read_summary(folder.path)
     table = Table("test classes", "untrained", "trained", "best validation")
     for row in summary.table():
@@ -27,6 +27,9 @@ def print_results(folder: RunFolder, console: Console) -> None:
         if name in seconds:
             table.add_row(f"time, {label}", "", format_seconds(seconds[name]), "")
     console.print(table)
+    for line in (summary.history.restarts_text, summary.history.checkpoints_text):
+        if line is not None:
+            console.print(line, highlight=False)
 
 
 def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:

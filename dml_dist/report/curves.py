@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dml_dist.report.attempts import Mark
 from dml_dist.report.figures import (
     Colors,
     Picture,
@@ -27,6 +29,7 @@ _SMALL = (3.5, 2.1)  # inches
 _MARKS_UP_TO = 30  # evaluations of a line that get a marker each
 _SMOOTH_FROM = 40  # records from which a running mean is drawn as well
 _MOST_POINTS = 1500  # of a line: more than a screen has columns
+_MOST_LABELS = 10  # of marks, side by side: each as wide as "128 → 120"
 
 
 def draw_curves(summary: RunSummary) -> list[Picture]:
@@ -35,14 +38,16 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
     The loss, the scores of evaluations, the learning rate, the speed, and the gradient norm.
     """
     curves = []
+    marks = summary.history.marks
     loss = summary.training("loss")
     if len(loss):
-        draw = partial(_draw_series, loss, "training loss", smooth=True, size=None)
-        curves.append(draw_picture("loss", _loss_caption(loss), draw))
+        draw = partial(_draw_series, loss, "training loss", marks, smooth=True, size=None)
+        curves.append(draw_picture("loss", _loss_caption(loss) + _marks_caption(marks), draw))
     lines = _retrieval_lines(summary)
     if lines:
-        draw = partial(_draw_retrieval, lines)
-        curves.append(draw_picture("retrieval", _retrieval_caption(summary), draw))
+        draw = partial(_draw_retrieval, lines, marks)
+        caption = _retrieval_caption(summary) + _marks_caption(marks)
+        curves.append(draw_picture("retrieval", caption, draw))
     for key, label, caption, smooth in (
         ("lr", "learning rate", "Learning rate of the backbone against the step.", False),
         ("gradient_norm", "gradient norm", "Norm of all gradients before clipping.", True),
@@ -54,7 +59,7 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
         if len(series) > 1 and np.isfinite(series.values).any():
             smoothed = smooth and len(series) >= _SMOOTH_FROM
             text = f"{caption[:-1]}{_smoothed(series)}." if smoothed else caption
-            draw = partial(_draw_series, series, label, smooth=smooth, size=_SMALL)
+            draw = partial(_draw_series, series, label, marks, smooth=smooth, size=_SMALL)
             curves.append(draw_picture(key.replace("_", "-"), text, draw, small=True))
     return curves
 
@@ -92,6 +97,12 @@ def _loss_caption(loss: Series) -> str:
     return text + "."
 
 
+def _marks_caption(marks: Sequence[Mark]) -> str:
+    if not marks:
+        return ""
+    return " Vertical lines: restarts, with the number of ranks where it changed."
+
+
 def _smoothed(series: Series) -> str:
     return f"; the heavy line is the mean over {_window(len(series)):,} records"
 
@@ -117,6 +128,7 @@ def _step_axes(
 def _draw_series(
     series: Series,
     label: str,
+    marks: Sequence[Mark],
     colors: Colors,
     *,
     smooth: bool,
@@ -142,10 +154,11 @@ def _draw_series(
     if label != "training loss":  # the others are compared with zero
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    _draw_marks(axes, marks, colors, labels=size is None)
     return figure
 
 
-def _draw_retrieval(lines: list[_Line], colors: Colors) -> Figure:
+def _draw_retrieval(lines: list[_Line], marks: Sequence[Mark], colors: Colors) -> Figure:
     figure, axes = _step_axes(colors, "score (%)")
     crowded = max(len(line.series) for line in lines) > _MARKS_UP_TO
     for line in lines:
@@ -163,8 +176,30 @@ def _draw_retrieval(lines: list[_Line], colors: Colors) -> Figure:
             label=line.label,
         )
     axes.set_ylim(0, 102)
+    _draw_marks(axes, marks, colors, labels=True)
     legend_above(figure, colors)
     return figure
+
+
+def _draw_marks(axes: Any, marks: Sequence[Mark], colors: Colors, *, labels: bool) -> None:
+    """Draw a line where training continued after a restart; labels that fit give the ranks."""
+    for mark in marks:
+        axes.axvline(mark.step, color=colors["muted"], linewidth=0.7, alpha=0.6, zorder=1)
+    first, last = axes.get_xlim()
+    free_from = first
+    for mark in marks:
+        if labels and mark.text and mark.step >= free_from:
+            axes.annotate(
+                mark.text,
+                (mark.step, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                color=colors["muted"],
+                fontsize=7,
+            )
+            free_from = mark.step + (last - first) / _MOST_LABELS
 
 
 def _thinned(series: Series) -> Series:

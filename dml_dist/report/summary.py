@@ -13,11 +13,12 @@ import numpy as np
 
 from dml_dist.config.yaml_text import read_text
 from dml_dist.errors import ConfigError, DataError
+from dml_dist.report.attempts import History, read_history
 from dml_dist.report.formatting import ResultRow, group, is_metric, number, result_table
 from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.info import RunInfo
-from dml_dist.runs.records import read_records
+from dml_dist.runs.records import latest_records, read_every_record, read_records
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class RunSummary:
         config: Text of its configuration; None when missing.
         steps: Training records in order of steps.
         evaluations: Evaluation records in order of steps.
+        history: When training was restarted, and what checkpoints cost.
         metrics: Content of metrics.json; empty when missing.
         damaged: What could not be read, one sentence each.
     """
@@ -60,6 +62,7 @@ class RunSummary:
     config: str | None
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    history: History
     metrics: Mapping[str, Any]
     damaged: tuple[str, ...]
 
@@ -147,12 +150,16 @@ def read_summary(run_dir: Path) -> RunSummary:
         config = read_text(run.config_path) if run.config_path.is_file() else None
     except ConfigError as error:
         damaged.append(str(error))
+    info = run.info()
+    steps = read_every_record(run.records("steps"))
+    saves = read_every_record(run.records("checkpoints"))
     return RunSummary(
         folder=run.path,
-        info=run.info(),
+        info=info,
         config=config,
-        steps=read_records(run.records("steps")),
+        steps=latest_records(steps),
         evaluations=read_records(run.records("evaluations")),
+        history=read_history(info.attempts, steps, saves),
         metrics=metrics,
         damaged=tuple(damaged),
     )

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -114,21 +114,33 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Of the records of one step, the last one of the last attempt counts. Records with different
     values of `split` or `protocol` (validation and test, final and literature, at the same step)
-    are distinguished. Lines that are not complete records are skipped: a crash can truncate a line,
-    and the next attempt then starts a new one.
+    are distinguished.
+    """
+    return latest_records(read_every_record(path))
+
+
+def read_every_record(path: Path) -> list[dict[str, Any]]:
+    """Return all records of a file in the order of its lines, steps made again included.
+
+    Lines that are not complete records are skipped: a crash can truncate a line, and the next
+    attempt then starts a new one.
     """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
         return []
+    records = (_decode_line(line) for line in data.split(b"\n"))
+    return [record for record in records if record is not None]
+
+
+def latest_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records that count, as in `read_records`."""
     latest: dict[tuple[int, str, str], dict[str, Any]] = {}
-    for line in data.split(b"\n"):
-        record = _decode_line(line)
-        if record is not None:
-            kinds = str(record.get("split", "")), str(record.get("protocol", ""))
-            key = (record["step"], *kinds)
-            if key not in latest or latest[key]["attempt"] <= record["attempt"]:
-                latest[key] = record
+    for record in records:
+        kinds = str(record.get("split", "")), str(record.get("protocol", ""))
+        key = (record["step"], *kinds)
+        if key not in latest or latest[key]["attempt"] <= record["attempt"]:
+            latest[key] = record
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
