@@ -111,6 +111,13 @@ class History:
     whole_seconds: float | None
 
     @property
+    def title(self) -> str:
+        """What there is to show; empty if there is nothing."""
+        if self.restarts:
+            return "Restarts and checkpoints" if self.checkpoints else "Restarts"
+        return "Checkpoints" if self.checkpoints else ""
+
+    @property
     def seconds_lost(self) -> float:
         """The time that all restarts lost, as far as it is known."""
         total, until = 0.0, float("inf")

@@ -92,12 +92,11 @@ def write_report(run_dir: Path) -> Path:
     proxy_pictures = [] if proxies is None else draw_proxies(proxies)
     tiles = TileMaker(gallery)
     table, history = summary.table(), summary.history
-    history_title = "Restarts and checkpoints" if history.restarts else "Checkpoints"
     class_tiles = tiles.by_class(gallery.classes)
     sections: list[tuple[str, str, bool]] = [
         ("results", "Results", bool(table)),
         ("curves", "Curves", bool(curves)),
-        ("history", history_title, bool(history.restarts or history.checkpoints)),
+        ("history", history.title, bool(history.title)),
         ("classes", "Classes", bool(class_pictures or class_tiles)),
         ("retrieval", "Retrieval", bool(gallery.queries)),
         ("space", "Embedding space", bool(space_pictures)),
@@ -125,7 +124,6 @@ def write_report(run_dir: Path) -> Path:
         curves=_of_size(curves, small=False),
         small_curves=_of_size(curves, small=True),
         history=history,
-        history_title=history_title,
         class_pictures=class_pictures,
         weakest=[] if classes is None else weakest_rows(classes),
         classes=class_tiles,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dml_dist.errors import RunError
-from dml_dist.runs.records import RecordWriter, read_records
+from dml_dist.runs.records import RecordWriter, read_every_record, read_records
 
 
 @pytest.fixture
@@ -166,3 +166,13 @@ def test_full_disk_raises_and_truncates_at_most_one_line(
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot be opened: .*; make its folder writable"):
         RecordWriter(tmp_path / "missing" / "steps.jsonl", 0)
+
+
+def test_every_record_keeps_steps_that_were_made_again(path: Path) -> None:
+    write(path, 1, (1, 0.1), (2, 0.2))
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "lo\n')
+    write(path, 2, (2, 0.3))
+    records = [(record["attempt"], record["step"]) for record in read_every_record(path)]
+    assert records == [(1, 1), (1, 2), (2, 2)]
+    assert read_every_record(path.parent / "missing.jsonl") == []

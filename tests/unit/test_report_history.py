@@ -175,7 +175,7 @@ def test_the_page_tells_of_restarts(restarted: RunFolder) -> None:
     page = Page(write_report(restarted.path))
     assert page.table("history") == [
         ["training began", "ranks", "nodes", "why", "after step", "steps repeated", "time lost"],
-        ["it did not begin", "3", "a, b (2 ranks)", "node c was lost", *"–––"],  # noqa: RUF001
+        ["not begun", "3", "a, b (2 ranks)", "node c was lost", *"–––"],  # noqa: RUF001
         ["2026-05-01 10:01 UTC", "3 → 2", "a, b", f"the node was lost {EVIL}", "40", "10", "59 s"],
         ["2026-05-01 10:02 UTC", "2 → 3", f"a, b, {EVIL}", "room for 3 ranks", "40", "5", "30 s"],
     ]
@@ -208,7 +208,7 @@ def test_a_run_of_an_older_version_is_shown(tmp_path: Path) -> None:
     page = Page(write_report(run.path))
     assert page.table("history")[1:] == [
         ["unknown", "2", *["unknown"] * 5],
-        ["it did not begin", "2", "unknown", "unknown", *"–––"],  # noqa: RUF001
+        ["not begun", "2", "unknown", "unknown", *"–––"],  # noqa: RUF001
     ]
     assert "2 restarts." in page.text
     assert "Vertical lines" not in page.text
