@@ -23,7 +23,7 @@ from dml_dist.report.summary import read_summary
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.info import Attempt
 from dml_dist.runs.provenance import GitState
-from tests.report_runs import EVIL, Page, begin, make_run, new_run
+from tests.report_runs import EVIL, Page, begin, new_run
 
 BEGIN = datetime(2026, 5, 1, 10, 0, tzinfo=UTC).timestamp()
 
@@ -196,10 +196,11 @@ def test_a_run_without_restarts_shows_checkpoints_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_older_version_is_shown(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "demo")
-    begin(run)
-    begin(run)
-    run.records("steps").open("a").write(json.dumps(record(2, 500, 9.0, loss=1.0)) + "\n")
+    run = new_run(tmp_path / "demo")
+    for _ in range(3):
+        begin(run)
+    lines = (json.dumps(record(number, 10 * number, 9.0, loss=1.0)) for number in (1, 2))
+    run.records("steps").write_text("\n".join(lines))
     info = json.loads(run.info_path.read_text())
     for values in info["attempts"]:
         for key in ("nodes", "reason", "first_step", "began"):
@@ -250,5 +251,7 @@ def test_the_terminal_tells_of_restarts(restarted: RunFolder, tmp_path: Path) ->
         "4 checkpoints saved in 2.4 s, 0.6 s each (1.8 % of the training time)",
     ]
     output = io.StringIO()
-    print_results(make_run(tmp_path / "demo"), Console(file=output, width=100))
+    plain = new_run(tmp_path / "demo")
+    begin(plain)
+    print_results(plain, Console(file=output, width=100))
     assert "restart" not in output.getvalue()
