@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -20,6 +20,8 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.yaml_text import KeyPath, dump_yaml, read_text, read_yaml
 from dml_dist.errors import ConfigError
 from dml_dist.urls import local_path
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -36,7 +38,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     document = read_yaml(read_text(path), str(path))
     if document.value is None:
         raise ConfigError(f"{path} is an empty file; it needs the sections name, data, train")
-    return _parse(document.value, overrides, str(path), document.lines)
+    return parse_section(RunConfig, document.value, overrides, str(path), document.lines)
 
 
 def parse_config(
@@ -54,7 +56,7 @@ def parse_config(
     Raises:
         ConfigError: If it is not valid; lists all problems.
     """
-    return _parse(mapping, overrides, source, {})
+    return parse_section(RunConfig, mapping, overrides, source)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -160,30 +162,48 @@ def _fields(section: Section) -> dict[str, Any]:
     return result
 
 
-def _parse(
-    value: Any, overrides: Sequence[str], source: str, lines: dict[KeyPath, int]
-) -> RunConfig:
+def parse_section(
+    section: type[AnySection],
+    value: Any,
+    overrides: Sequence[str] = (),
+    source: str = "the configuration",
+    lines: Mapping[KeyPath, int] | None = None,
+) -> AnySection:
+    """Validate plain values as a section of any schema, such as the settings of a target of jobs.
+
+    Args:
+        section: The class.
+        value: A mapping; it is not changed.
+        overrides: Changes of the form `path=value`.
+        source: What errors call the values.
+        lines: Lines of the values in the source.
+
+    Raises:
+        ConfigError: If they are not valid; lists all problems.
+    """
     changes = [parse_override(text) for text in overrides]
     plain, problems = to_plain(value)
     if not isinstance(plain, dict):
+        fields = section.model_fields
+        keys = [key for key in fields if fields[key].is_required()] or shape.keys_of(section)[:3]
         raise ConfigError(
-            f"the top level must be a mapping of sections in {source} (name, data, train, ...), "
+            f"the top level must be a mapping of sections in {source} ({', '.join(keys)}, ...), "
             f"got {shape.shown(value)}"
         )
-    apply_overrides(plain, changes)
+    apply_overrides(plain, changes, section)
     plain, more = to_plain(plain)  # again, for the values of the overrides
     problems = list(dict.fromkeys([*problems, *more]))
-    _fill_names(plain, RunConfig)
+    _fill_names(plain, section)
     try:
-        config = RunConfig.model_validate_json(json.dumps(plain))
+        config = section.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         refused = {problem.path for problem in problems}
-        found = from_pydantic(error.errors(include_url=False))
+        found = from_pydantic(error.errors(include_url=False), section)
         problems += [problem for problem in found if not _is_below(problem.path, refused)]
     if problems:
-        origins = _Origins(lines, changes)
+        origins = _Origins(lines or {}, changes)
         problems.sort(key=lambda problem: origins.order(problem.path))
-        raise config_error(problems, source, origins.where)
+        raise config_error(problems, source, origins.where, section)
     return config
 
 

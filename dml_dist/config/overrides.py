@@ -44,8 +44,10 @@ def parse_override(text: str) -> Override:
     return Override(path, read_yaml(value, f"--set {text}").value, text)
 
 
-def apply_overrides(mapping: dict[str, Any], overrides: Sequence[Override]) -> None:
-    """Change a configuration of plain values in place.
+def apply_overrides(
+    mapping: dict[str, Any], overrides: Sequence[Override], root: type[Section] = RunConfig
+) -> None:
+    """Change a configuration of plain values, with the schema `root`, in place.
 
     A section that is not there yet begins with the `name` it has by default; a list that is not
     there begins as its default. Another `name` clears the keys that its section had.
@@ -54,12 +56,12 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[Override]) -> N
         ConfigError: If a path goes below a plain value or beyond the end of a list.
     """
     for override in sorted(overrides, key=lambda one: (len(one.path), one.path[-1] != "name")):
-        _apply(mapping, override)
+        _apply(mapping, override, root)
 
 
-def _apply(mapping: dict[str, Any], override: Override) -> None:
+def _apply(mapping: dict[str, Any], override: Override, root: type[Section]) -> None:
     container: Any = mapping
-    position = _Position((RunConfig,))
+    position = _Position((root,))
     for depth, key in enumerate(override.path[:-1]):
         position = position.below(key, container)
         _require_place(container, key, override, depth)

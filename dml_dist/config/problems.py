@@ -33,7 +33,10 @@ def dotted(path: KeyPath) -> str:
 
 
 def config_error(
-    problems: Iterable[Problem], source: str, where: Callable[[KeyPath], str]
+    problems: Iterable[Problem],
+    source: str,
+    where: Callable[[KeyPath], str],
+    root: type[Section] = RunConfig,
 ) -> ConfigError:
     """Return one error that lists all problems.
 
@@ -41,6 +44,7 @@ def config_error(
         problems: At least one.
         source: What was read, such as the name of the file.
         where: Place of a path in the source, such as "line 3"; empty when unknown.
+        root: The schema.
     """
     lines = []
     for problem in problems:
@@ -48,34 +52,32 @@ def config_error(
         head = dotted(problem.path) or "fields that do not fit together"
         lines.append(f"  {head}{f' ({place})' if place else ''}: {problem.text}")
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return ConfigError(
-        f"{count} in {source}:\n"
-        + "\n".join(lines)
-        + "\n`dml-dist config --explain PATH` describes a field or a section."
-    )
+    if root is RunConfig:
+        lines.append("`dml-dist config --explain PATH` describes a field or a section.")
+    return ConfigError("\n".join([f"{count} in {source}:", *lines]))
 
 
-def from_pydantic(errors: list[ErrorDetails]) -> list[Problem]:
-    """Convert pydantic's errors about a RunConfig."""
+def from_pydantic(errors: list[ErrorDetails], root: type[Section] = RunConfig) -> list[Problem]:
+    """Convert pydantic's errors about a section of the class `root`."""
     problems = []
     for error in errors:
         place = error["loc"]
         # pydantic also calls a list too short when its items are wrong; those errors are enough.
         items = [other for other in errors if other["loc"][:-1] == place and other is not error]
         if error["type"] not in ("too_short", "too_long") or not items:
-            problems.append(_problem(error))
+            problems.append(_problem(error, root))
     return list(dict.fromkeys(problems))
 
 
-def _problem(error: ErrorDetails) -> Problem:
+def _problem(error: ErrorDetails, root: type[Section]) -> Problem:
     kind, location, given = error["type"], error["loc"], error["input"]
     if kind == "missing" and isinstance(location[-1], int):  # a list that is too short
         kind, location = "too_short", location[:-1]
-    place = _locate(location)
+    place = _locate(location, root)
     if kind == "value_error":
         return Problem(place.path, str(error["ctx"]["error"]))
     if kind == "extra_forbidden":
-        return Problem(place.path, _unknown_key(place))
+        return Problem(place.path, _unknown_key(place, root))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         place = _tag_of(place)
         given = given.get(place.path[-1])
@@ -91,7 +93,7 @@ class _Place:
     """A location in a configuration, read along the schema."""
 
     path: KeyPath = ()
-    section: type[Section] = RunConfig
+    section: type[Section] = Section
     """The section that holds the last key of the path."""
 
     siblings: dict[str, type[Section]] | None = None
@@ -100,7 +102,7 @@ class _Place:
     field: FieldInfo | None = None
     """The field of the last key, or of the list or mapping above it; None for an unknown key."""
 
-    annotation: Any = RunConfig
+    annotation: Any = Any
     """The type required at the path."""
 
     metadata: tuple[Any, ...] = ()
@@ -110,10 +112,10 @@ class _Place:
     """The `name` by which the section was chosen."""
 
 
-def _locate(location: tuple[int | str, ...]) -> _Place:
+def _locate(location: tuple[int | str, ...], root: type[Section]) -> _Place:
     """Convert a location of pydantic, which names the chosen member after each tagged field."""
-    place = _Place()
-    inside: type[Section] | None = RunConfig  # the section whose key comes next
+    place = _Place(section=root, annotation=root)
+    inside: type[Section] | None = root  # the section whose key comes next
     choices: dict[str, type[Section]] = {}  # members of a tagged field, whose tag comes next
     siblings: dict[str, type[Section]] | None = None
     name: str | None = None
@@ -151,7 +153,7 @@ def _tag_of(place: _Place) -> _Place:
     return _Place((*place.path, key), annotation=shape.one_of(tuple(choices)))
 
 
-def _unknown_key(place: _Place) -> str:
+def _unknown_key(place: _Place, root: type[Section]) -> str:
     """Describe a key that its section does not have, and suggest similar ones."""
     key, above = str(place.path[-1]), dotted(place.path[:-1])
     name, known = place.name, shape.keys_of(place.section)
@@ -164,9 +166,9 @@ def _unknown_key(place: _Place) -> str:
         return "unknown key; write what follows each dot indented below what precedes it"
     close = shape.nearest(key, known)
     meant = [f"{above}.{close}" if above else close] if close else []
-    meant += shape.key_paths().get(key, ())[:3]
-    if not meant and (far := shape.nearest(key, shape.key_paths())):
-        meant += shape.key_paths()[far][:3]
+    meant += shape.key_paths(root).get(key, ())[:3]
+    if not meant and (far := shape.nearest(key, shape.key_paths(root))):
+        meant += shape.key_paths(root)[far][:3]
     text = "unknown key" + (f"; did you mean {' or '.join(meant)}?" if meant else ";")
     section = above or "the top level"
     if name:

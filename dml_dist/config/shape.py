@@ -123,10 +123,10 @@ def item_type(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 @cache
-def key_paths() -> dict[str, tuple[str, ...]]:
-    """Return the dotted paths of every key of the schema except `name`."""
+def key_paths(root: type[Section] = RunConfig) -> dict[str, tuple[str, ...]]:
+    """Return the dotted paths of every key of the schema `root` except `name`."""
     homes: dict[str, list[str]] = {}
-    for path, key in _walk(RunConfig, ""):
+    for path, key in _walk(root, ""):
         if key != "name" and path not in homes.setdefault(key, []):
             homes[key].append(path)
     return {key: tuple(paths) for key, paths in homes.items()}
