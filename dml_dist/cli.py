@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from dml_dist.cli_data import console, data_app
+from dml_dist.cli_jobs import SUBMIT_SETTINGS, job_app, submit
 from dml_dist.errors import DmlDistError, RunStopped
 
 app = typer.Typer(
@@ -30,6 +31,8 @@ app = typer.Typer(
     help="Distributed training and exact evaluation of image embeddings.",
 )
 app.add_typer(data_app, name="data")
+app.add_typer(job_app, name="job")
+app.command(context_settings=SUBMIT_SETTINGS)(submit)
 
 error_console = Console(stderr=True)
 

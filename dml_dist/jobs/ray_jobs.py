@@ -1,0 +1,368 @@
+"""Ray Jobs: the head of a running Ray cluster takes a command and files, and starts the driver.
+
+This talks to the head's HTTP interface. Ray's own client of it has no time limits, and lets
+RAY_ADDRESS replace the address that a job's record holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import secrets
+import shlex
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dml_dist.config.base import PositiveInt, Section
+from dml_dist.errors import ConfigError, RunError, TopologyError
+from dml_dist.jobs.target import FINISHED, JobRequest, JobStatus, State
+from dml_dist.jobs.upload import files_to_upload, pack, package_name
+
+_TIMEOUT_SECONDS = 20.0
+# A stream of the log may end early or fall silent, while the job goes on.
+_SECONDS_OF_SILENCE = 10.0
+_SECONDS_WITHOUT_AN_ANSWER = 120.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+_STATES: dict[str, State] = {
+    "PENDING": "queued",
+    "RUNNING": "running",
+    "SUCCEEDED": "succeeded",
+    "FAILED": "failed",
+    "STOPPED": "stopped",
+}
+
+
+class RayTargetConfig(Section):
+    """Ray Jobs on a running cluster."""
+
+    target: Literal["ray"] = "ray"
+    """Ray Jobs."""
+
+    address: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] = "http://127.0.0.1:8265"
+    """The head's dashboard, as http://HOST:PORT."""
+
+    upload: bool = True
+    """Ship what git does not ignore; false ships the configuration alone."""
+
+    python: str = "python"
+    """The Python interpreter on the cluster."""
+
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the job."""
+
+    grace_seconds: PositiveInt = 300
+    """Time for a last checkpoint between the signal of a stop and the end by force."""
+
+
+class RayTarget:
+    """Jobs on the cluster that a section describes; files are those below `folder`."""
+
+    def __init__(self, config: RayTargetConfig, folder: Path | None = None) -> None:
+        """Nothing is read or sent; `folder` is by default the current one."""
+        self._config = config
+        self._address = config.address.rstrip("/")
+        self._folder = folder or Path.cwd()
+
+    def check(self, request: JobRequest) -> None:
+        """See target.Target.
+
+        Raises:
+            ConfigError: If the token is missing or wrong, or the files are too large.
+            RunError: If no Ray cluster answers.
+            TopologyError: If the cluster cannot hold the ranks.
+        """
+        self._call("GET", "/api/version", expects="ray_version")
+        pack(self._folder, self._files(request))
+        answer = self._call("GET", "/api/v0/nodes?detail=1&limit=10000", expects="data")
+        nodes = [
+            node["resources_total"]
+            for node in answer["data"]["result"]["result"]
+            if node["state"] == "ALIVE"
+        ]
+        _require_resources(nodes, request, self._address)
+
+    def render(self, request: JobRequest) -> str:
+        """Return the command of Ray's own client that sends the job."""
+        body = self._body(request, request.id)
+        words = ["ray", "job", "submit", "--address", self._address, "--submission-id", request.id]
+        command = (
+            f"{shlex.join(words)} --working-dir . "
+            f"--runtime-env-json {shlex.quote(json.dumps(body['runtime_env']))} "
+            f"-- {body['entrypoint']}"
+        )
+        files = self._files(request)
+        size = sum((self._folder / path).stat().st_size for path in files) / 2**20
+        return (
+            f"# In {self._folder}; {len(files):,} files, {size:,.1f} MiB, are sent.\n"
+            f"RAY_AUTH_MODE={'token' if _token() else 'disabled'} {command}\n"
+        )
+
+    def submit(self, request: JobRequest) -> str:
+        """See target.Target; the identifier on the cluster is the job's, unless it is taken."""
+        package = pack(self._folder, self._files(request))
+        path = f"/api/packages/gcs/{package_name(package)}"
+        if self._call("GET", path, missing=True) is None:
+            self._call("PUT", path, data=package)
+        job = request.id
+        if self._call("GET", f"/api/jobs/{job}", missing=True) is not None:
+            job = f"{job}-{secrets.token_hex(3)}"
+        body = self._body(request, job)
+        body["runtime_env"]["working_dir"] = f"gcs://{package_name(package)}"
+        answer = self._call(
+            "POST", "/api/jobs/", data=json.dumps(body).encode(), expects="submission_id"
+        )
+        return str(answer["submission_id"])
+
+    def status(self, job: str) -> JobStatus:
+        """See target.Target."""
+        info = self._call("GET", f"/api/jobs/{job}", missing=True)
+        if info is None:
+            return JobStatus("lost", f"{self._address} does not know the job")
+        message = info.get("message") or ""
+        return JobStatus(
+            _STATES[info["status"]],
+            f"{info['status']}: {message}" if message else info["status"],
+            info.get("driver_exit_code"),
+        )
+
+    def logs(self, job: str, *, follow: bool) -> Iterator[str]:
+        """See target.Target."""
+        if follow:
+            yield from self._followed(job)
+        else:
+            yield self._whole_log(job)
+
+    def stop(self, job: str) -> str:
+        """See target.Target; the job is never deleted."""
+        state = self.status(job).state
+        if state in FINISHED:
+            return f"it has ended already ({state})"
+        self._call("POST", f"/api/jobs/{job}/stop")
+        if self.status(job).state == "queued":
+            return (
+                "it is still queued: Ray ends it when it would have started, or some minutes later"
+            )
+        return (
+            "it was asked to stop: a training saves a checkpoint first, "
+            f"for at most {self._config.grace_seconds} s"
+        )
+
+    def _files(self, request: JobRequest) -> list[Path]:
+        """Return the files that are sent, which the arguments name or git does not ignore."""
+        named = {
+            Path(word)
+            for word in request.arguments
+            if not Path(word).is_absolute() and (self._folder / word).is_file()
+        }
+        return sorted({*named, *(files_to_upload(self._folder) if self._config.upload else ())})
+
+    def _body(self, request: JobRequest, job: str) -> dict[str, Any]:
+        environment = {
+            "RAY_JOB_STOP_WAIT_TIME_S": str(self._config.grace_seconds),
+            **({} if _token() else {"RAY_AUTH_MODE": "disabled"}),
+            **self._config.env,
+        }
+        return {
+            "entrypoint": f"{self._config.python} -m dml_dist {shlex.join(request.arguments)}",
+            "submission_id": job,
+            "runtime_env": {"env_vars": environment},
+        }
+
+    # ---------------------------------------------------------------- log
+
+    def _whole_log(self, job: str) -> str:
+        answer = self._call("GET", f"/api/jobs/{job}/logs", missing=True)
+        return "" if answer is None else str(answer.get("logs") or "")
+
+    def _followed(self, job: str) -> Iterator[str]:
+        """Give the log until the status says that the job has ended."""
+        seen = 0
+        answered = time.monotonic()
+        while True:
+            try:
+                ended = self.status(job).state in FINISHED
+                answered = time.monotonic()
+                start = 0  # Of the next piece: every stream begins with the whole log.
+                for text in [self._whole_log(job)] if ended else self._streamed(job):
+                    new = text[max(0, seen - start) :]
+                    start += len(text)
+                    seen = max(seen, start)
+                    if new:
+                        yield new
+                if ended:
+                    return
+            except RunError:
+                if time.monotonic() - answered > _SECONDS_WITHOUT_AN_ANSWER:
+                    raise
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _streamed(self, job: str) -> Iterator[str]:
+        """Give the pieces of one stream, until it ends, or is silent after the job's end."""
+        url = f"{self._address}/api/jobs/{job}/logs/tail"
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        async def first() -> asyncio.Task[None]:
+            return asyncio.create_task(_receive(url, pieces))
+
+        async def following() -> str | None:
+            return await asyncio.wait_for(pieces.get(), _SECONDS_OF_SILENCE)
+
+        with asyncio.Runner() as runner:
+            task = runner.run(first())
+            while True:
+                try:
+                    piece = runner.run(following())
+                except TimeoutError:
+                    if self.status(job).state in FINISHED:
+                        return
+                    continue
+                if piece is None:
+                    runner.run(asyncio.wait_for(task, None))
+                    return
+                yield piece
+
+    # ---------------------------------------------------------------- HTTP
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        data: bytes | None = None,
+        missing: bool = False,
+        expects: str | None = None,
+    ) -> Any:
+        """Return the answer of the head, JSON or nothing.
+
+        Args:
+            method: The HTTP method.
+            path: The path below the address.
+            data: What is sent.
+            missing: Whether to return None where there is no such thing.
+            expects: A key that the answer of a head has.
+
+        Raises:
+            ConfigError: If the token is missing or wrong.
+            RunError: If there is no answer, or another one.
+        """
+        headers = {"Content-Type": "application/json", **_authorization()}
+        request = urllib.request.Request(
+            self._address + path, data=data, headers=headers, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+                body = response.read()
+        except urllib.error.HTTPError as error:
+            if missing and error.code == 404:
+                return None
+            raise self._refusal(error) from None
+        except OSError as error:  # URLError and time-outs, too.
+            raise RunError(
+                f"no Ray cluster answers at {self._address} "
+                f"({getattr(error, 'reason', None) or error}); start one with `ray start --head`, "
+                "give its dashboard with --set address=http://HOST:8265, or reach it with "
+                "`ssh -L 8265:127.0.0.1:8265 HEAD`"
+            ) from None
+        try:
+            answer = json.loads(body) if body else {}
+        except ValueError:
+            answer = {}
+        if expects is not None and expects not in answer:
+            raise RunError(
+                f"{self._address} answers, but not as the dashboard of a Ray cluster; give its "
+                "address with --set address=http://HOST:8265"
+            )
+        return answer
+
+    def _refusal(self, error: urllib.error.HTTPError) -> ConfigError | RunError:
+        sources = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        if error.code == 401:
+            return ConfigError(
+                f"the cluster {self._address} needs a token, and none was found in {sources}; copy "
+                "the head's token there, with mode 0600"
+            )
+        if error.code == 403:
+            return ConfigError(
+                f"the cluster {self._address} refuses the token from {_token_source()}; copy the "
+                "head's token there, and check that the address is the right one"
+            )
+        lines = error.read().decode(errors="replace").strip().splitlines()
+        return RunError(
+            f"the cluster {self._address} answers {error.code} {error.reason}"
+            f"{f' ({lines[-1]})' if lines else ''}; see dashboard.log of its head"
+        )
+
+
+async def _receive(url: str, pieces: asyncio.Queue[str | None]) -> None:
+    """Put the text of a websocket into a queue, then None."""
+    import aiohttp
+
+    try:
+        async with (
+            aiohttp.ClientSession(headers=_authorization()) as session,
+            session.ws_connect(url) as socket,
+        ):
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    pieces.put_nowait(message.data)
+    except (aiohttp.ClientError, OSError):
+        pass  # Whether the job goes on is a question for its status.
+    finally:
+        pieces.put_nowait(None)
+
+
+def _require_resources(
+    nodes: Sequence[Mapping[str, float]], request: JobRequest, address: str
+) -> None:
+    """Check that the nodes hold the ranks; a rank cannot use the rests of two nodes."""
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    places = sum(math.floor(have / request.cpus_per_rank + 1e-9) for have in cpus)
+    if places < request.min_workers:
+        raise TopologyError(
+            f"{request.min_workers} ranks with {request.cpus_per_rank:g} CPUs each do not fit the "
+            f"cluster {address}, whose nodes have {', '.join(f'{have:g}' for have in cpus)} CPUs; "
+            "lower --workers or launch.cpus_per_rank, or add nodes"
+        )
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    if request.uses_gpu and gpus < request.min_workers:
+        raise TopologyError(
+            f"launch.use_gpu: yes needs {request.min_workers} GPUs, and the cluster {address} has "
+            f"{gpus:g}; lower --workers, set launch.use_gpu to auto or no, or add nodes"
+        )
+
+
+def _token_source() -> str | None:
+    """Return where Ray finds its token, in Ray's order; None if there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path:
+        return path
+    default = Path("~/.ray/auth_token").expanduser()
+    return str(default) if default.is_file() else None
+
+
+def _token() -> str | None:
+    source = _token_source()
+    if source is None or source == "RAY_AUTH_TOKEN":
+        return os.environ.get("RAY_AUTH_TOKEN") or None
+    try:
+        return Path(source).read_text(encoding="utf-8").strip() or None
+    except OSError as error:
+        raise ConfigError(
+            f"the token of the cluster cannot be read from {source} ({error.strerror}); correct "
+            "RAY_AUTH_TOKEN_PATH"
+        ) from None
+
+
+def _authorization() -> dict[str, str]:
+    token = _token()
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
