@@ -7,9 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
-from dml_dist.cli_data import console
 from dml_dist.errors import ConfigError, DataError, DmlDistError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dml_dist.jobs.target import JobRequest, Target
 
 job_app = typer.Typer(no_args_is_help=True, help="List, show, follow and stop submitted jobs.")
+console = Console()
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Job, as `submit` named it.")]
 
@@ -30,7 +31,7 @@ def submit(
     context: typer.Context,
     command: Annotated[
         list[str],
-        typer.Argument(metavar="-- COMMAND CONFIG ...", help="train, tune, compare or evaluate."),
+        typer.Argument(metavar="COMMAND CONFIG ...", help="train, tune, compare or evaluate."),
     ],
     to: Annotated[
         str, typer.Option("--to", metavar="TARGET", help="ray, slurm, kuberay, or a YAML file.")
@@ -49,8 +50,9 @@ def submit(
 ) -> None:
     """Check a command on this machine, send it to a cluster and follow its output."""
     from dml_dist.jobs.build_target import load_target
+    from dml_dist.jobs.follow import follow, hints
     from dml_dist.jobs.records import JobRecords
-    from dml_dist.jobs.submit import check_folder, follow, hints, name_of, request_of, send
+    from dml_dist.jobs.submit import check_folder, name_of, request_of, send
 
     config, target = load_target(to, changes or ())
     parsed = _parse(context, command)
@@ -111,11 +113,12 @@ def _dry_run(context: typer.Context, parsed: Command, request: JobRequest) -> No
 def job_list() -> None:
     """List the jobs that were submitted from the current folder."""
     from dml_dist.jobs.build_target import build_target
+    from dml_dist.jobs.follow import status_of
     from dml_dist.jobs.records import JobRecords
-    from dml_dist.jobs.submit import status_of
 
     records = JobRecords()
-    table = Table("job", "target", "state", "submitted", "command")
+    table = Table("job", "target", "state", "submitted, UTC")
+    table.add_column("command", overflow="fold")
     silent: list[dict[str, object]] = []  # Each target that does not answer is asked once.
     for id in records.ids():
         record = records.read(id)
@@ -127,14 +130,15 @@ def job_list() -> None:
                 silent.append(record.target)
                 _say(f"{id}: {error}")
         words = shlex.join(record.request.arguments[:2])
-        table.add_row(id, str(record.target["target"]), state, record.submitted, words)
+        when = record.submitted[:16].replace("T", " ")
+        table.add_row(id, str(record.target["target"]), state, when, words)
     console.print(table)
 
 
 @job_app.command("status")
 def job_status(id: IdArgument) -> None:
     """Show the state of a job; of a failed one also the end of its log."""
-    from dml_dist.jobs.submit import job_of, status_of
+    from dml_dist.jobs.follow import job_of, status_of
 
     record, target, records = _read(id)
     status = status_of(record, target, records)
@@ -164,8 +168,8 @@ def job_logs(
     ] = False,
 ) -> None:
     """Print the output of a job."""
-    from dml_dist.jobs.submit import follow as follow_job
-    from dml_dist.jobs.submit import job_of
+    from dml_dist.jobs.follow import follow as follow_job
+    from dml_dist.jobs.follow import job_of
 
     record, target, records = _read(id)
     if follow:
@@ -177,7 +181,7 @@ def job_logs(
 @job_app.command("stop")
 def job_stop(id: IdArgument) -> None:
     """Stop a job: a training saves a checkpoint first."""
-    from dml_dist.jobs.submit import job_of
+    from dml_dist.jobs.follow import job_of
 
     record, target, _ = _read(id)
     _say(f"{id}: {target.stop(job_of(record))}")

@@ -31,8 +31,8 @@ def load_target(to: str, overrides: Sequence[str] = ()) -> tuple[Section, Target
         return build_target({"target": to}, overrides, f"the settings of {to}")
     if not Path(to).suffix:
         raise ConfigError(
-            f"--to {to} is no target{_suggestion(to)}; give one of {', '.join(_NAMES)}, or a YAML "
-            "file with the settings of one"
+            f"--to {to} is no target: give one of {', '.join(_NAMES)}, or a YAML file with the "
+            f"settings of one{_suggestion(to)}"
         )
     document = read_yaml(read_text(Path(to)), to)
     return build_target(document.value, overrides, to, document.lines)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dml_dist.config.base import PositiveInt, Section
+from dml_dist.config.base import NonNegativeFloat, PositiveInt, Section
 from dml_dist.errors import ConfigError, RunError, TopologyError
 from dml_dist.jobs.target import FINISHED, JobRequest, JobStatus, State
 from dml_dist.jobs.upload import files_to_upload, pack, package_name
@@ -58,6 +58,9 @@ class RayTargetConfig(Section):
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the job."""
 
+    driver_cpus: NonNegativeFloat = 0.0
+    """CPUs reserved for the driver, for which a job is queued; 0 starts it on the head at once."""
+
     grace_seconds: PositiveInt = 300
     """Time for a last checkpoint between the signal of a stop and the end by force."""
 
@@ -87,12 +90,14 @@ class RayTarget:
             for node in answer["data"]["result"]["result"]
             if node["state"] == "ALIVE"
         ]
-        _require_resources(nodes, request, self._address)
+        _require_resources(nodes, request, self._config)
 
     def render(self, request: JobRequest) -> str:
         """Return the command of Ray's own client that sends the job."""
         body = self._body(request, request.id)
         words = ["ray", "job", "submit", "--address", self._address, "--submission-id", request.id]
+        if self._config.driver_cpus:
+            words += ["--entrypoint-num-cpus", f"{self._config.driver_cpus:g}"]
         command = (
             f"{shlex.join(words)} --working-dir . "
             f"--runtime-env-json {shlex.quote(json.dumps(body['runtime_env']))} "
@@ -173,6 +178,11 @@ class RayTarget:
         return {
             "entrypoint": f"{self._config.python} -m dml_dist {shlex.join(request.arguments)}",
             "submission_id": job,
+            **(
+                {"entrypoint_num_cpus": self._config.driver_cpus}
+                if self._config.driver_cpus
+                else {}
+            ),
             "runtime_env": {"env_vars": environment},
         }
 
@@ -263,6 +273,8 @@ class RayTarget:
         except urllib.error.HTTPError as error:
             if missing and error.code == 404:
                 return None
+            if expects is not None and error.code == 404:
+                raise self._stranger() from None
             raise self._refusal(error) from None
         except OSError as error:  # URLError and time-outs, too.
             raise RunError(
@@ -275,12 +287,15 @@ class RayTarget:
             answer = json.loads(body) if body else {}
         except ValueError:
             answer = {}
-        if expects is not None and expects not in answer:
-            raise RunError(
-                f"{self._address} answers, but not as the dashboard of a Ray cluster; give its "
-                "address with --set address=http://HOST:8265"
-            )
+        if expects is not None and not (isinstance(answer, dict) and expects in answer):
+            raise self._stranger()
         return answer
+
+    def _stranger(self) -> RunError:
+        return RunError(
+            f"{self._address} answers, but not as the dashboard of a Ray cluster; give its "
+            "address with --set address=http://HOST:8265"
+        )
 
     def _refusal(self, error: urllib.error.HTTPError) -> ConfigError | RunError:
         sources = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
@@ -320,22 +335,25 @@ async def _receive(url: str, pieces: asyncio.Queue[str | None]) -> None:
 
 
 def _require_resources(
-    nodes: Sequence[Mapping[str, float]], request: JobRequest, address: str
+    nodes: Sequence[Mapping[str, float]], request: JobRequest, config: RayTargetConfig
 ) -> None:
-    """Check that the nodes hold the ranks; a rank cannot use the rests of two nodes."""
-    cpus = [node.get("CPU", 0.0) for node in nodes]
-    places = sum(math.floor(have / request.cpus_per_rank + 1e-9) for have in cpus)
+    """Check that the nodes hold driver and ranks; a rank cannot use the rests of two nodes."""
+    cpus = sorted((node.get("CPU", 0.0) for node in nodes), reverse=True)
+    free = [cpus[0] - config.driver_cpus, *cpus[1:]] if cpus else []
+    places = sum(max(0, math.floor(have / request.cpus_per_rank + 1e-9)) for have in free)
     if places < request.min_workers:
+        driver = f" and a driver with {config.driver_cpus:g}" if config.driver_cpus else ""
         raise TopologyError(
-            f"{request.min_workers} ranks with {request.cpus_per_rank:g} CPUs each do not fit the "
-            f"cluster {address}, whose nodes have {', '.join(f'{have:g}' for have in cpus)} CPUs; "
-            "lower --workers or launch.cpus_per_rank, or add nodes"
+            f"{request.min_workers} ranks with {request.cpus_per_rank:g} CPUs each{driver} do not "
+            f"fit the cluster {config.address}, whose nodes have "
+            f"{', '.join(f'{have:g}' for have in cpus)} CPUs; lower --workers or "
+            "launch.cpus_per_rank, or add nodes"
         )
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if request.uses_gpu and gpus < request.min_workers:
         raise TopologyError(
-            f"launch.use_gpu: yes needs {request.min_workers} GPUs, and the cluster {address} has "
-            f"{gpus:g}; lower --workers, set launch.use_gpu to auto or no, or add nodes"
+            f"launch.use_gpu: yes needs {request.min_workers} GPUs, and the cluster "
+            f"{config.address} has {gpus:g}; lower --workers, set launch.use_gpu to auto or no, or add nodes"
         )
 
 

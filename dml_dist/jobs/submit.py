@@ -1,11 +1,9 @@
-"""`dml-dist submit`: check a command on this machine, send it to a target, follow it."""
+"""`dml-dist submit`: what is checked on this machine, and what is sent to a target."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +15,15 @@ from dml_dist.config.base import Section
 from dml_dist.config.load import differing_paths, load_config, with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import INDEX_NAME
-from dml_dist.errors import ConfigError, RunStopped
+from dml_dist.errors import ConfigError
 from dml_dist.jobs.records import JobRecord, JobRecords
-from dml_dist.jobs.target import FINISHED, JobRequest, JobStatus, Target
+from dml_dist.jobs.target import JobRequest, Target
 from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.runs.folder import RunFolder
 from dml_dist.urls import local_path
 
 COMMANDS = ("train", "tune", "scale", "compare", "evaluate")
 """The subcommands that may be submitted."""
-
-_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True)
@@ -138,74 +134,13 @@ def send(
         job = target.submit(request)
     record = records.write(JobRecord(request, settings, record.submitted, job))
     where = settings["target"] if job == request.id else f"{settings['target']}, as {job}"
-    _say(console, f"submitted {request.id} to {where}; run folder: {request.run_dir}")
+    console.print(
+        f"submitted {request.id} to {where}; run folder: {request.run_dir}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return record
-
-
-def follow(record: JobRecord, target: Target, records: JobRecords, console: Console) -> int:
-    """Print a job's output until it ends, and return the exit code of its command.
-
-    Raises:
-        RunStopped: At Ctrl-C; the job goes on.
-    """
-    id, job = record.request.id, job_of(record)
-    try:
-        detail = ""
-        while (status := target.status(job)).state == "queued":
-            if status.detail != detail:
-                _say(console, f"{id} is queued: {status.detail}")
-                detail = status.detail
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        anything = False
-        for text in target.logs(job, follow=True):
-            anything = True
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        status = target.status(job)
-    except KeyboardInterrupt:
-        raise RunStopped(f"{id} goes on in the cluster\n{hints(id)}") from None
-    if status.state in FINISHED:
-        records.end(record, status)
-    # A target may say at length why a command failed that has said so itself.
-    said = "" if anything or not status.detail else f": {status.detail}"
-    _say(console, f"{id} {status.state}{said}")
-    return exit_code(status)
-
-
-def exit_code(status: JobStatus) -> int:
-    """Return the exit code of the command that follows a job: that of the job's own."""
-    if status.state == "succeeded":
-        return 0
-    return status.exit_code or 1
-
-
-def status_of(record: JobRecord, target: Target, records: JobRecords) -> JobStatus:
-    """Return the state of a job, from the target or, once it has ended, from its record."""
-    if record.ended is not None:
-        return record.ended
-    status = target.status(job_of(record))
-    if status.state in FINISHED:
-        records.end(record, status)
-    return status
-
-
-def job_of(record: JobRecord) -> str:
-    """Return the target's own identifier of a job.
-
-    Raises:
-        ConfigError: If the command that sent it was killed before it knew.
-    """
-    if record.job is None:
-        raise ConfigError(
-            f"the command that sent {record.request.id} was killed before the target had answered; "
-            f"look for {record.request.id} on the {record.target['target']} cluster itself"
-        )
-    return record.job
-
-
-def hints(id: str) -> str:
-    """Return the lines that say how to follow and stop a job."""
-    return f"follow: dml-dist job logs {id} --follow\nstop:   dml-dist job stop {id}"
 
 
 def _has_ray_ranks(command: Command) -> bool:
@@ -254,7 +189,3 @@ def _absolute_paths(config: RunConfig | None) -> list[str]:
         if not str(difference.old).startswith("~"):
             words += ["--set", f"{difference.path}={json.dumps(difference.new)}"]
     return words
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
