@@ -120,8 +120,9 @@ def job_list() -> None:
     table = Table("job", "target", "state", "submitted, UTC")
     table.add_column("command", overflow="fold")
     silent: list[dict[str, object]] = []  # Each target that does not answer is asked once.
-    for id in records.ids():
-        record = records.read(id)
+    found = [records.read(id) for id in records.ids()]
+    for record in sorted(found, key=lambda record: record.submitted):
+        id = record.request.id
         state = "unknown"
         if record.job is not None and record.target not in silent:
             try:

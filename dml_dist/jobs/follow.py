@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
@@ -35,6 +36,8 @@ def follow(record: JobRecord, target: Target, records: JobRecords, console: Cons
             sys.stdout.flush()
         status = target.status(job)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # A second one would cut off what is said.
+            signal.signal(number, signal.SIG_IGN)
         raise RunStopped(f"{id} goes on in the cluster\n{hints(id)}") from None
     if status.state in FINISHED:
         records.end(record, status)

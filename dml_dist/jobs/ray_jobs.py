@@ -105,8 +105,9 @@ class RayTarget:
         )
         files = self._files(request)
         size = sum((self._folder / path).stat().st_size for path in files) / 2**20
+        what = f"{len(files):,} files" if self._config.upload else ", ".join(map(str, files))
         return (
-            f"# In {self._folder}; {len(files):,} files, {size:,.1f} MiB, are sent.\n"
+            f"# In {self._folder}, of which {what or 'nothing'} ({size:,.1f} MiB) is sent.\n"
             f"RAY_AUTH_MODE={'token' if _token() else 'disabled'} {command}\n"
         )
 
@@ -131,7 +132,8 @@ class RayTarget:
         info = self._call("GET", f"/api/jobs/{job}", missing=True)
         if info is None:
             return JobStatus("lost", f"{self._address} does not know the job")
-        message = info.get("message") or ""
+        # The log itself is asked for where it is shown.
+        message = (info.get("message") or "").partition(", last available logs")[0]
         return JobStatus(
             _STATES[info["status"]],
             f"{info['status']}: {message}" if message else info["status"],
@@ -353,7 +355,8 @@ def _require_resources(
     if request.uses_gpu and gpus < request.min_workers:
         raise TopologyError(
             f"launch.use_gpu: yes needs {request.min_workers} GPUs, and the cluster "
-            f"{config.address} has {gpus:g}; lower --workers, set launch.use_gpu to auto or no, or add nodes"
+            f"{config.address} has {gpus:g}; lower --workers, set launch.use_gpu to auto or no, "
+            "or add nodes"
         )
 
 

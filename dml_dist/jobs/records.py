@@ -21,6 +21,7 @@ from dml_dist.files import lock_file, read_json, write_json_atomic
 from dml_dist.jobs.target import JobRequest, JobStatus
 
 _SECONDS_FOR_THE_LOCK = 30.0
+_NAMED_JOBS = 12
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class JobRecords:
             raise ConfigError(f"there is a job {id} already; give another --id, or leave it out")
 
     def ids(self) -> list[str]:
-        """Return the identifiers of all jobs, the oldest first."""
+        """Return the identifiers of all jobs, sorted: NAME-9 before NAME-10."""
         files = [path for path in self._folder.glob("*.json") if not path.name.startswith(".")]
-        return [path.stem for path in sorted(files, key=lambda path: path.stat().st_mtime)]
+        return sorted((path.stem for path in files), key=lambda id: (len(id), id))
 
     @contextmanager
     def sending(self, request: JobRequest, target: dict[str, Any]) -> Iterator[JobRecord]:
@@ -111,9 +112,9 @@ class JobRecords:
         if id not in known:
             close = nearest(id, known)
             meant = f"; did you mean {close}?" if close else "."
-            newest = ", ".join(reversed(known[-8:])) or "none"
             raise ConfigError(
-                f"no job {id} was sent from here{meant} Jobs in {self._folder}: {newest}"
+                f"no job {id} was sent from here{meant} Jobs in {self._folder}: "
+                f"{', '.join(known[-_NAMED_JOBS:]) or 'none'}"
             )
         values = read_json(self._path(id))
         try:
