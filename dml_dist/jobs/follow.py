@@ -12,7 +12,7 @@ from dml_dist.errors import ConfigError, RunStopped
 from dml_dist.jobs.records import JobRecord, JobRecords
 from dml_dist.jobs.target import FINISHED, JobStatus, Target
 
-_SECONDS_BETWEEN_LOOKS = 2.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def follow(record: JobRecord, target: Target, records: JobRecords, console: Console) -> int:
