@@ -157,7 +157,10 @@ def job_status(id: IdArgument) -> None:
         if value is not None:
             _say(f"{label + ':':<12}{value}")
     if status.state == "failed":
-        lines = "".join(target.logs(job_of(record), follow=False)).splitlines()
+        try:
+            lines = "".join(target.logs(job_of(record), follow=False)).splitlines()
+        except DmlDistError as error:  # The state is known from the record.
+            lines = [str(error)]
         _say("\n".join(["end of the log:", *lines[-_LINES_OF_A_FAILED_JOB:]]))
 
 

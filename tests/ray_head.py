@@ -87,6 +87,8 @@ class RayHead:
         return web.json_response({"stopped": True})
 
     async def _logs(self, request: web.Request) -> web.Response:
+        if request.match_info["id"] not in self.jobs:
+            return web.Response(status=404)
         return web.json_response({"logs": self.log})
 
     async def _tail(self, request: web.Request) -> web.StreamResponse:

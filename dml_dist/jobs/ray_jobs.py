@@ -192,7 +192,12 @@ class RayTarget:
 
     def _whole_log(self, job: str) -> str:
         answer = self._call("GET", f"/api/jobs/{job}/logs", missing=True)
-        return "" if answer is None else str(answer.get("logs") or "")
+        if answer is None:
+            raise ConfigError(
+                f"the cluster {self._address} does not know the job {job}, nor its log: it was "
+                "started again since then, or another one has this address"
+            )
+        return str(answer.get("logs") or "")
 
     def _followed(self, job: str) -> Iterator[str]:
         """Give the log until the status says that the job has ended."""

@@ -52,15 +52,15 @@ def read_command(name: str, words: Sequence[str], values: Mapping[str, Any]) -> 
     if values.get("dry_run"):
         raise ConfigError("leave --dry-run out: submit --render checks a command and sends nothing")
     config: RunConfig | None = None
-    overrides = [*(values["changes"] or ())]
-    if values["workers"] is not None:
+    overrides = [*(values.get("changes") or ())]
+    if values.get("workers") is not None:
         overrides.append(f"launch.num_workers={values['workers']}")
     if name != "evaluate":
         config = load_config(Path(values["config"]), overrides)
     elif (folder := RunFolder(values["run"])).info_path.is_file():
         config = evaluation_config(folder, overrides)
     command = Command(name, tuple(words), values, config)
-    launcher = values["launcher"] or "ray"
+    launcher = values.get("launcher") or "ray"
     if _has_ray_ranks(command) and launcher != "ray":
         raise ConfigError(
             f"--launcher {launcher}: on a cluster Ray starts the ranks of {name}; leave it out"
@@ -153,9 +153,9 @@ def _has_ray_ranks(command: Command) -> bool:
 def _ranks(command: Command) -> int:
     """Return the number of ranks of a run."""
     if command.config is None:
-        return int(command.values["workers"] or 1)
+        return int(command.values.get("workers") or 1)
     launch = command.config.launch
-    launcher = command.values["launcher"] or launch.launcher
+    launcher = command.values.get("launcher") or launch.launcher
     return launch.num_workers if _has_ray_ranks(command) or launcher == "ray" else 1
 
 

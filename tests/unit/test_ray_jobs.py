@@ -278,7 +278,9 @@ def test_states(answer: Any, state: str, code: int | None, head: RayHead, projec
 
 def test_a_job_that_the_cluster_does_not_know_is_lost(head: RayHead, project: Path) -> None:
     assert target(head, project).status("b-1").state == "lost"
-    assert list(target(head, project).logs("b-1", follow=True)) == []
+    for follow in (False, True):
+        with pytest.raises(ConfigError, match="does not know the job b-1, nor its log"):
+            list(target(head, project).logs("b-1", follow=follow))
 
 
 @pytest.mark.parametrize("streams", [[10, 0, 25, 61], [None], [5, None], [1000]])
