@@ -20,6 +20,7 @@ from dml_dist.jobs.records import JobRecord, JobRecords
 from dml_dist.jobs.target import JobRequest, Target
 from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.runs.folder import RunFolder
+from dml_dist.train.resume import resumable_differences
 from dml_dist.urls import local_path
 
 COMMANDS = ("train", "tune", "scale", "compare", "evaluate")
@@ -116,13 +117,19 @@ def data_is_here(command: Command) -> bool:
 
 
 def check_folder(command: Command) -> None:
-    """Refuse a new run where this machine sees that its folder holds one.
+    """Refuse a training that its run folder does not allow, where this machine sees the folder.
 
     Raises:
-        ConfigError: If there is a run, and the command does not resume it.
+        ConfigError: If a new run has a folder that is in use, or a resumed one has changed.
     """
-    if command.name == "train" and not command.values["resume"]:
-        RunFolder(run_dir_of(command)).require_new()
+    if command.name != "train" or command.config is None:
+        return
+    folder = RunFolder(run_dir_of(command))
+    if not command.values["resume"]:
+        folder.require_new()
+    elif folder.info_path.is_file():
+        saved = load_config(folder.config_path)
+        resumable_differences(saved, with_absolute_paths(command.config), folder.path)
 
 
 def send(
