@@ -1,20 +1,12 @@
-"""Ray Jobs: the head of a running Ray cluster takes a command and files, and starts the driver.
-
-This talks to the head's HTTP interface. Ray's own client of it has no time limits, and lets
-RAY_ADDRESS replace the address that a job's record holds.
-"""
+"""Ray Jobs: the head of a running Ray cluster takes a command and files, and starts the driver."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import os
 import secrets
 import shlex
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,12 +15,10 @@ from pydantic import Field
 
 from dml_dist.config.base import NonNegativeFloat, PositiveInt, Section
 from dml_dist.errors import ConfigError, RunError, TopologyError
+from dml_dist.jobs.ray_http import Dashboard, token
 from dml_dist.jobs.target import FINISHED, JobRequest, JobStatus, State
 from dml_dist.jobs.upload import files_to_upload, pack, package_name
 
-_TIMEOUT_SECONDS = 20.0
-# A stream of the log may end early or fall silent, while the job goes on.
-_SECONDS_OF_SILENCE = 10.0
 _SECONDS_WITHOUT_AN_ANSWER = 120.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _STATES: dict[str, State] = {
@@ -71,7 +61,7 @@ class RayTarget:
     def __init__(self, config: RayTargetConfig, folder: Path | None = None) -> None:
         """Nothing is read or sent; `folder` is by default the current one."""
         self._config = config
-        self._address = config.address.rstrip("/")
+        self._head = Dashboard(config.address)
         self._folder = folder or Path.cwd()
 
     def check(self, request: JobRequest) -> None:
@@ -82,9 +72,9 @@ class RayTarget:
             RunError: If no Ray cluster answers.
             TopologyError: If the cluster cannot hold the ranks.
         """
-        self._call("GET", "/api/version", expects="ray_version")
+        self._head.call("GET", "/api/version", expects="ray_version")
         pack(self._folder, self._files(request))
-        answer = self._call("GET", "/api/v0/nodes?detail=1&limit=10000", expects="data")
+        answer = self._head.call("GET", "/api/v0/nodes?detail=1&limit=10000", expects="data")
         nodes = [
             node["resources_total"]
             for node in answer["data"]["result"]["result"]
@@ -95,11 +85,11 @@ class RayTarget:
     def render(self, request: JobRequest) -> str:
         """Return the command of Ray's own client that sends the job."""
         body = self._body(request, request.id)
-        words = ["ray", "job", "submit", "--address", self._address, "--submission-id", request.id]
+        options = f"--address {self._head.address} --submission-id {request.id} --working-dir ."
         if self._config.driver_cpus:
-            words += ["--entrypoint-num-cpus", f"{self._config.driver_cpus:g}"]
+            options += f" --entrypoint-num-cpus {self._config.driver_cpus:g}"
         command = (
-            f"{shlex.join(words)} --working-dir . "
+            f"ray job submit {options} "
             f"--runtime-env-json {shlex.quote(json.dumps(body['runtime_env']))} "
             f"-- {body['entrypoint']}"
         )
@@ -108,30 +98,30 @@ class RayTarget:
         what = f"{len(files):,} files" if self._config.upload else ", ".join(map(str, files))
         return (
             f"# In {self._folder}, of which {what or 'nothing'} ({size:,.1f} MiB) is sent.\n"
-            f"RAY_AUTH_MODE={'token' if _token() else 'disabled'} {command}\n"
+            f"RAY_AUTH_MODE={'token' if token() else 'disabled'} {command}\n"
         )
 
     def submit(self, request: JobRequest) -> str:
         """See target.Target; the identifier on the cluster is the job's, unless it is taken."""
         package = pack(self._folder, self._files(request))
         path = f"/api/packages/gcs/{package_name(package)}"
-        if self._call("GET", path, missing=True) is None:
-            self._call("PUT", path, data=package)
+        if self._head.call("GET", path, missing=True) is None:
+            self._head.call("PUT", path, data=package)
         job = request.id
-        if self._call("GET", f"/api/jobs/{job}", missing=True) is not None:
+        if self._head.call("GET", f"/api/jobs/{job}", missing=True) is not None:
             job = f"{job}-{secrets.token_hex(3)}"
         body = self._body(request, job)
         body["runtime_env"]["working_dir"] = f"gcs://{package_name(package)}"
-        answer = self._call(
+        answer = self._head.call(
             "POST", "/api/jobs/", data=json.dumps(body).encode(), expects="submission_id"
         )
         return str(answer["submission_id"])
 
     def status(self, job: str) -> JobStatus:
         """See target.Target."""
-        info = self._call("GET", f"/api/jobs/{job}", missing=True)
+        info = self._head.call("GET", f"/api/jobs/{job}", missing=True)
         if info is None:
-            return JobStatus("lost", f"{self._address} does not know the job")
+            return JobStatus("lost", f"{self._head.address} does not know the job")
         # The log itself is asked for where it is shown.
         message = (info.get("message") or "").partition(", last available logs")[0]
         return JobStatus(
@@ -152,7 +142,7 @@ class RayTarget:
         state = self.status(job).state
         if state in FINISHED:
             return f"it has ended already ({state})"
-        self._call("POST", f"/api/jobs/{job}/stop")
+        self._head.call("POST", f"/api/jobs/{job}/stop")
         if self.status(job).state == "queued":
             return (
                 "it is still queued: Ray ends it when it would have started, or some minutes later"
@@ -174,28 +164,23 @@ class RayTarget:
     def _body(self, request: JobRequest, job: str) -> dict[str, Any]:
         environment = {
             "RAY_JOB_STOP_WAIT_TIME_S": str(self._config.grace_seconds),
-            **({} if _token() else {"RAY_AUTH_MODE": "disabled"}),
+            **({} if token() else {"RAY_AUTH_MODE": "disabled"}),
             **self._config.env,
         }
+        cpus = self._config.driver_cpus
         return {
             "entrypoint": f"{self._config.python} -m dml_dist {shlex.join(request.arguments)}",
             "submission_id": job,
-            **(
-                {"entrypoint_num_cpus": self._config.driver_cpus}
-                if self._config.driver_cpus
-                else {}
-            ),
+            **({"entrypoint_num_cpus": cpus} if cpus else {}),
             "runtime_env": {"env_vars": environment},
         }
 
-    # ---------------------------------------------------------------- log
-
     def _whole_log(self, job: str) -> str:
-        answer = self._call("GET", f"/api/jobs/{job}/logs", missing=True)
+        answer = self._head.call("GET", f"/api/jobs/{job}/logs", missing=True)
         if answer is None:
             raise ConfigError(
-                f"the cluster {self._address} does not know the job {job}, nor its log: it was "
-                "started again since then, or another one has this address"
+                f"the cluster {self._head.address} does not know the job {job}, nor its log: it "
+                "was started again since then, or another one has this address"
             )
         return str(answer.get("logs") or "")
 
@@ -203,12 +188,20 @@ class RayTarget:
         """Give the log until the status says that the job has ended."""
         seen = 0
         answered = time.monotonic()
+
+        def has_ended() -> bool:
+            nonlocal answered
+            ended = self.status(job).state in FINISHED
+            answered = time.monotonic()
+            return ended
+
         while True:
             try:
-                ended = self.status(job).state in FINISHED
-                answered = time.monotonic()
+                ended = has_ended()
+                pieces = [self._whole_log(job)] if ended else self._head.stream_log(job, has_ended)
                 start = 0  # Of the next piece: every stream begins with the whole log.
-                for text in [self._whole_log(job)] if ended else self._streamed(job):
+                for text in pieces:
+                    answered = time.monotonic()
                     new = text[max(0, seen - start) :]
                     start += len(text)
                     seen = max(seen, start)
@@ -220,125 +213,6 @@ class RayTarget:
                 if time.monotonic() - answered > _SECONDS_WITHOUT_AN_ANSWER:
                     raise
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-    def _streamed(self, job: str) -> Iterator[str]:
-        """Give the pieces of one stream, until it ends, or is silent after the job's end."""
-        url = f"{self._address}/api/jobs/{job}/logs/tail"
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-        async def first() -> asyncio.Task[None]:
-            return asyncio.create_task(_receive(url, pieces))
-
-        async def following() -> str | None:
-            return await asyncio.wait_for(pieces.get(), _SECONDS_OF_SILENCE)
-
-        with asyncio.Runner() as runner:
-            task = runner.run(first())
-            while True:
-                try:
-                    piece = runner.run(following())
-                except TimeoutError:
-                    if self.status(job).state in FINISHED:
-                        return
-                    continue
-                if piece is None:
-                    runner.run(asyncio.wait_for(task, None))
-                    return
-                yield piece
-
-    # ---------------------------------------------------------------- HTTP
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        data: bytes | None = None,
-        missing: bool = False,
-        expects: str | None = None,
-    ) -> Any:
-        """Return the answer of the head, JSON or nothing.
-
-        Args:
-            method: The HTTP method.
-            path: The path below the address.
-            data: What is sent.
-            missing: Whether to return None where there is no such thing.
-            expects: A key that the answer of a head has.
-
-        Raises:
-            ConfigError: If the token is missing or wrong.
-            RunError: If there is no answer, or another one.
-        """
-        headers = {"Content-Type": "application/json", **_authorization()}
-        request = urllib.request.Request(
-            self._address + path, data=data, headers=headers, method=method
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-                body = response.read()
-        except urllib.error.HTTPError as error:
-            if missing and error.code == 404:
-                return None
-            if expects is not None and error.code == 404:
-                raise self._stranger() from None
-            raise self._refusal(error) from None
-        except OSError as error:  # URLError and time-outs, too.
-            raise RunError(
-                f"no Ray cluster answers at {self._address} "
-                f"({getattr(error, 'reason', None) or error}); start one with `ray start --head`, "
-                "give its dashboard with --set address=http://HOST:8265, or reach it with "
-                "`ssh -L 8265:127.0.0.1:8265 HEAD`"
-            ) from None
-        try:
-            answer = json.loads(body) if body else {}
-        except ValueError:
-            answer = {}
-        if expects is not None and not (isinstance(answer, dict) and expects in answer):
-            raise self._stranger()
-        return answer
-
-    def _stranger(self) -> RunError:
-        return RunError(
-            f"{self._address} answers, but not as the dashboard of a Ray cluster; give its "
-            "address with --set address=http://HOST:8265"
-        )
-
-    def _refusal(self, error: urllib.error.HTTPError) -> ConfigError | RunError:
-        sources = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
-        if error.code == 401:
-            return ConfigError(
-                f"the cluster {self._address} needs a token, and none was found in {sources}; copy "
-                "the head's token there, with mode 0600"
-            )
-        if error.code == 403:
-            return ConfigError(
-                f"the cluster {self._address} refuses the token from {_token_source()}; copy the "
-                "head's token there, and check that the address is the right one"
-            )
-        lines = error.read().decode(errors="replace").strip().splitlines()
-        return RunError(
-            f"the cluster {self._address} answers {error.code} {error.reason}"
-            f"{f' ({lines[-1]})' if lines else ''}; see dashboard.log of its head"
-        )
-
-
-async def _receive(url: str, pieces: asyncio.Queue[str | None]) -> None:
-    """Put the text of a websocket into a queue, then None."""
-    import aiohttp
-
-    try:
-        async with (
-            aiohttp.ClientSession(headers=_authorization()) as session,
-            session.ws_connect(url) as socket,
-        ):
-            async for message in socket:
-                if message.type is aiohttp.WSMsgType.TEXT:
-                    pieces.put_nowait(message.data)
-    except (aiohttp.ClientError, OSError):
-        pass  # Whether the job goes on is a question for its status.
-    finally:
-        pieces.put_nowait(None)
 
 
 def _require_resources(
@@ -363,32 +237,3 @@ def _require_resources(
             f"{config.address} has {gpus:g}; lower --workers, set launch.use_gpu to auto or no, "
             "or add nodes"
         )
-
-
-def _token_source() -> str | None:
-    """Return where Ray finds its token, in Ray's order; None if there is none."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return "RAY_AUTH_TOKEN"
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if path:
-        return path
-    default = Path("~/.ray/auth_token").expanduser()
-    return str(default) if default.is_file() else None
-
-
-def _token() -> str | None:
-    source = _token_source()
-    if source is None or source == "RAY_AUTH_TOKEN":
-        return os.environ.get("RAY_AUTH_TOKEN") or None
-    try:
-        return Path(source).read_text(encoding="utf-8").strip() or None
-    except OSError as error:
-        raise ConfigError(
-            f"the token of the cluster cannot be read from {source} ({error.strerror}); correct "
-            "RAY_AUTH_TOKEN_PATH"
-        ) from None
-
-
-def _authorization() -> dict[str, str]:
-    token = _token()
-    return {} if token is None else {"Authorization": f"Bearer {token}"}

@@ -7,6 +7,7 @@ import json
 import shlex
 import socket
 import subprocess
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from dml_dist.errors import ConfigError, RunError, TopologyError
-from dml_dist.jobs import ray_jobs, upload
+from dml_dist.jobs import ray_http, ray_jobs, upload
 from dml_dist.jobs.ray_jobs import RayTarget, RayTargetConfig
 from dml_dist.jobs.target import JobRequest
 from dml_dist.jobs.upload import files_to_upload, pack
@@ -239,7 +240,7 @@ def test_without_a_token_the_driver_connects_without_one(
 
 @pytest.mark.parametrize("listens", [False, True])
 def test_nothing_answers(listens: bool, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(ray_http, "_TIMEOUT_SECONDS", 0.2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if listens:
@@ -251,7 +252,7 @@ def test_nothing_answers(listens: bool, project: Path, monkeypatch: pytest.Monke
 
 def test_something_else_answers(head: RayHead, project: Path) -> None:
     sender = RayTarget(RayTargetConfig(address=head.url), project)
-    sender._address += "/elsewhere"
+    sender._head.address += "/elsewhere"
     with pytest.raises(RunError, match="not as the dashboard of a Ray cluster"):
         sender.check(REQUEST)
 
@@ -287,7 +288,7 @@ def test_a_job_that_the_cluster_does_not_know_is_lost(head: RayHead, project: Pa
 def test_a_log_is_followed_over_streams_that_end_early(
     streams: Any, head: RayHead, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_jobs, "_SECONDS_OF_SILENCE", 0.05)
+    monkeypatch.setattr(ray_http, "_SECONDS_OF_SILENCE", 0.05)
     head.log = "".join(f"line {number} é\n" for number in range(20))
     head.streams = streams
     head.jobs["a-1"] = {"status": "RUNNING"}
@@ -300,19 +301,37 @@ def test_following_survives_a_head_that_does_not_answer_for_a_while(
 ) -> None:
     head.log, head.streams, head.jobs["a-1"] = "text", [2], {"status": "RUNNING"}
     follower = target(head, project)
-    call, failures = follower._call, [True, False, True, True]
+    call, failures = follower._head.call, [True, False, True, True]
 
     def flaky(*arguments: Any, **options: Any) -> Any:
         if failures and failures.pop(0):
             raise RunError("no answer")
         return call(*arguments, **options)
 
-    monkeypatch.setattr(follower, "_call", flaky)
+    monkeypatch.setattr(follower._head, "call", flaky)
     assert "".join(follower.logs("a-1", follow=True)) == "text"
     monkeypatch.setattr(ray_jobs, "_SECONDS_WITHOUT_AN_ANSWER", 0.05)
     failures += [True] * 1000
     with pytest.raises(RunError, match="no answer"):
         list(follower.logs("a-1", follow=True))
+
+
+def test_a_short_failure_after_a_long_stream_is_no_end(
+    head: RayHead, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.log, head.jobs["a-1"] = "ab", {"status": "RUNNING"}
+    follower = target(head, project)
+
+    def stream(job: str, has_ended: Any) -> Iterator[str]:
+        for text in head.log:
+            time.sleep(0.1)
+            yield text
+        head.jobs["a-1"] = {"status": "SUCCEEDED"}
+        raise RunError("no answer")
+
+    monkeypatch.setattr(follower._head, "stream_log", stream)
+    monkeypatch.setattr(ray_jobs, "_SECONDS_WITHOUT_AN_ANSWER", 0.15)
+    assert "".join(follower.logs("a-1", follow=True)) == "ab"
 
 
 @pytest.mark.parametrize(
