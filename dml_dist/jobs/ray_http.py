@@ -37,6 +37,7 @@ class Dashboard:
         data: bytes | None = None,
         missing: bool = False,
         expects: str | None = None,
+        anonymous: bool = False,
     ) -> Any:
         """Return the answer of the head, JSON or nothing.
 
@@ -46,12 +47,13 @@ class Dashboard:
             data: What is sent.
             missing: Whether to return None where there is no such thing.
             expects: A key that the answer of a head has.
+            anonymous: Whether to keep the token back.
 
         Raises:
             ConfigError: If the token is missing or wrong.
             RunError: If there is no answer, or another one.
         """
-        headers = {"Content-Type": "application/json", **_authorization()}
+        headers = {"Content-Type": "application/json"} | ({} if anonymous else _authorization())
         request = urllib.request.Request(
             self.address + path, data=data, headers=headers, method=method
         )
@@ -78,6 +80,14 @@ class Dashboard:
         if expects is not None and not (isinstance(answer, dict) and expects in answer):
             raise self._stranger()
         return answer
+
+    def is_open(self) -> bool:
+        """Whether the head answers without a token; a driver then has to connect without one."""
+        try:
+            self.call("GET", "/api/version", anonymous=True)
+        except ConfigError:
+            return False
+        return True
 
     def _stranger(self) -> RunError:
         return RunError(

@@ -84,7 +84,8 @@ class RayTarget:
 
     def render(self, request: JobRequest) -> str:
         """Return the command of Ray's own client that sends the job."""
-        body = self._body(request, request.id)
+        is_open = token() is None
+        body = self._body(request, request.id, is_open)
         options = f"--address {self._head.address} --submission-id {request.id} --working-dir ."
         if self._config.driver_cpus:
             options += f" --entrypoint-num-cpus {self._config.driver_cpus:g}"
@@ -98,7 +99,7 @@ class RayTarget:
         what = f"{len(files):,} files" if self._config.upload else ", ".join(map(str, files))
         return (
             f"# In {self._folder}, of which {what or 'nothing'} ({size:,.1f} MiB) is sent.\n"
-            f"RAY_AUTH_MODE={'token' if token() else 'disabled'} {command}\n"
+            f"RAY_AUTH_MODE={'disabled' if is_open else 'token'} {command}\n"
         )
 
     def submit(self, request: JobRequest) -> str:
@@ -110,7 +111,7 @@ class RayTarget:
         job = request.id
         if self._head.call("GET", f"/api/jobs/{job}", missing=True) is not None:
             job = f"{job}-{secrets.token_hex(3)}"
-        body = self._body(request, job)
+        body = self._body(request, job, self._head.is_open())
         body["runtime_env"]["working_dir"] = f"gcs://{package_name(package)}"
         answer = self._head.call(
             "POST", "/api/jobs/", data=json.dumps(body).encode(), expects="submission_id"
@@ -161,10 +162,10 @@ class RayTarget:
         }
         return sorted({*named, *(files_to_upload(self._folder) if self._config.upload else ())})
 
-    def _body(self, request: JobRequest, job: str) -> dict[str, Any]:
+    def _body(self, request: JobRequest, job: str, is_open: bool) -> dict[str, Any]:
         environment = {
             "RAY_JOB_STOP_WAIT_TIME_S": str(self._config.grace_seconds),
-            **({} if token() else {"RAY_AUTH_MODE": "disabled"}),
+            **({"RAY_AUTH_MODE": "disabled"} if is_open else {}),
             **self._config.env,
         }
         cpus = self._config.driver_cpus

@@ -229,13 +229,23 @@ def test_missing_and_wrong_tokens_are_told_apart(
     target(head, project).check(REQUEST)
 
 
-def test_without_a_token_the_driver_connects_without_one(
+def test_a_driver_connects_without_a_token_to_a_cluster_that_has_none(
     head: RayHead, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def mode() -> str | None:
+        head.jobs.clear()
+        target(head, project).submit(REQUEST)
+        variables = head.jobs["glyphs-1"]["body"]["runtime_env"]["env_vars"]
+        return variables.get("RAY_AUTH_MODE")
+
+    assert mode() is None
+    head.token = None  # This machine has a token all the same, such as one of its own cluster.
+    assert mode() == "disabled"
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HOME", str(project))
-    assert '"RAY_AUTH_MODE": "disabled"' in target(head, project).render(REQUEST)
+    assert mode() == "disabled"
+    assert "RAY_AUTH_MODE=disabled ray job submit" in target(head, project).render(REQUEST)
 
 
 @pytest.mark.parametrize("listens", [False, True])
