@@ -82,14 +82,14 @@ def request_of(command: Command, id: str) -> JobRequest:
         if not Path(command.values["run_dir"] or ".").is_absolute():
             launch += ["--run-dir", str(run_dir_of(command))]
         launch += _absolute_paths(command.config)
-    ranks, at_a_time = _ranks(command), _at_a_time(command)
+    fewest, most = _ranks(command)
     launch_config = command.config.launch if command.config is not None else None
     return JobRequest(
         id=id,
         arguments=(command.name, *words, *launch),
         run_dir=run_dir_of(command),
-        min_workers=ranks,
-        max_workers=ranks * at_a_time,
+        min_workers=fewest,
+        max_workers=most * _at_a_time(command),
         cpus_per_rank=launch_config.cpus_per_rank if launch_config is not None else 1.0,
         uses_gpu=launch_config is not None and launch_config.use_gpu == "yes",
     )
@@ -157,13 +157,15 @@ def _has_ray_ranks(command: Command) -> bool:
     return command.name != "compare" or _at_a_time(command) == 1
 
 
-def _ranks(command: Command) -> int:
-    """Return the number of ranks of a run."""
+def _ranks(command: Command) -> tuple[int, int]:
+    """Return the fewest and the most ranks of a run."""
     if command.config is None:
-        return int(command.values.get("workers") or 1)
+        ranks = int(command.values.get("workers") or 1)
+        return ranks, ranks
     launch = command.config.launch
-    launcher = command.values.get("launcher") or launch.launcher
-    return launch.num_workers if _has_ray_ranks(command) or launcher == "ray" else 1
+    if _has_ray_ranks(command) or (command.values.get("launcher") or launch.launcher) == "ray":
+        return launch.fewest_workers, launch.num_workers
+    return 1, 1
 
 
 def _at_a_time(command: Command) -> int:

@@ -65,6 +65,12 @@ def test_a_training_gets_absolute_folders_and_the_cluster(folder: Path) -> None:
     assert (made.min_workers, made.max_workers) == (2, 2)
 
 
+def test_an_elastic_training_starts_with_its_fewest_ranks(folder: Path) -> None:
+    elastic = ["launch.num_workers=4", "launch.min_workers=2"]
+    made = request("train", "small.yaml", changes=elastic)
+    assert (made.min_workers, made.max_workers) == (2, 4)
+
+
 def test_an_absolute_run_folder_and_remote_data_stay_as_they_are(folder: Path) -> None:
     words = ("small.yaml", "--run-dir", "/shared/x", "--set", "data.path=s3://bucket/x")
     made = request("train", *words, run_dir="/shared/x", changes=["data.path=s3://bucket/x"])
