@@ -1,0 +1,135 @@
+"""The SLURM target: an sbatch script whose processes start a Ray cluster for the command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dml_dist.errors import ConfigError, RunError
+from dml_dist.jobs.slurm_commands import accounted, call, field, job_info, nodes_with, status_of
+from dml_dist.jobs.slurm_config import SlurmTargetConfig
+from dml_dist.jobs.slurm_script import script, shape_of
+from dml_dist.jobs.target import FINISHED, JobRequest, JobStatus
+
+__all__ = ["SlurmTarget", "SlurmTargetConfig"]
+
+_SECONDS_BETWEEN_READS = 0.5
+_SECONDS_BETWEEN_STATES = 5.0
+
+
+class SlurmTarget:
+    """Jobs of the SLURM cluster whose commands this machine has."""
+
+    def __init__(self, config: SlurmTargetConfig) -> None:
+        """Nothing is started or asked before a method is called."""
+        self.config = config
+
+    def check(self, request: JobRequest) -> None:
+        """Raise if SLURM does not answer, or has no nodes of the size that the request needs."""
+        shape = shape_of(self.config, request)
+        rows = [line.split("|") for line in call("sinfo", "-h", "-N", "-o", "%P|%N|%c|%G").split()]
+        # The default partition is marked by an asterisk.
+        wanted = self.config.partition
+        names = sorted({row[0].rstrip("*") for row in rows})
+        if wanted is not None and not set(wanted.split(",")) <= set(names):
+            raise ConfigError(
+                f"the SLURM cluster has no partition {wanted!r} (partition of the target); it has: "
+                f"{', '.join(names)}"
+            )
+        chosen = [
+            "|".join(row[1:])
+            for row in rows
+            if (row[0].rstrip("*") in wanted.split(",") if wanted else row[0].endswith("*"))
+        ]
+        found = nodes_with(chosen, shape.cpus, shape.gpus)
+        if found < shape.nodes:
+            raise ConfigError(
+                f"the job needs {shape.nodes} nodes with {shape.cpus} CPUs and {shape.gpus} GPUs "
+                f"each, but the partition {wanted or '(default)'} has {found} such nodes; change "
+                "nodes, ranks_per_node, cpus_per_node or partition of the SLURM target, or the "
+                "number of ranks"
+            )
+
+    def render(self, request: JobRequest) -> str:
+        """Return the sbatch script."""
+        return script(self.config, request, Path.cwd())
+
+    def submit(self, request: JobRequest) -> str:
+        """Call sbatch and return the job's number."""
+        self.config.log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            answer = call("sbatch", "--parsable", stdin=self.render(request))
+        except RunError as error:
+            raise RunError(
+                f"SLURM did not accept the job {request.id} (partition "
+                f"{self.config.partition or 'default'}, time {self.config.time or 'default'}, "
+                f"account {self.config.account or 'default'}): {error}; correct the settings of "
+                "the SLURM target, or submit again when the queue has room"
+            ) from None
+        return answer.strip().partition(";")[0]  # NUMBER or NUMBER;CLUSTER
+
+    def status(self, job: str) -> JobStatus:
+        """Return the state of a job from slurmctld, or from the accounting of ended jobs."""
+        info = job_info(job)
+        if info is not None:
+            return status_of(info)
+        return accounted(job) or JobStatus("lost", "SLURM does not know the job any more")
+
+    def logs(self, job: str, *, follow: bool) -> Iterator[str]:
+        """Give the output of a job in pieces; if followed, until its state says that it ended."""
+        path = self._output(job)
+        status, looked = self.status(job), time.monotonic()
+        if status.state == "queued" and not path.exists() and not follow:
+            raise RunError(
+                f"the job {job} has no output yet: it is {status.detail}; use --follow to wait for "
+                "its start"
+            )
+        offset = 0
+        while True:
+            # Asked before the file is read, so that the end of an ended job is read, too.
+            if follow and time.monotonic() - looked > _SECONDS_BETWEEN_STATES:
+                status, looked = self.status(job), time.monotonic()
+            if path.exists():
+                with open(path, "rb") as file:
+                    file.seek(offset)
+                    text = file.read()
+                # A piece ends with a line, so that no character is cut.
+                if follow and status.state not in FINISHED:
+                    text = text[: text.rfind(b"\n") + 1]
+                offset += len(text)
+                if text:
+                    yield text.decode(errors="replace")
+            if not follow or status.state in FINISHED:
+                return
+            time.sleep(_SECONDS_BETWEEN_READS)
+
+    def stop(self, job: str) -> str:
+        """Cancel a job and say what happens now."""
+        info = job_info(job)
+        if info is None:
+            raise RunError(f"SLURM does not know the job {job} (any more): nothing to stop")
+        status = status_of(info)
+        if status.state in FINISHED:
+            return f"The job {job} has already ended: {status.detail}."
+        call("scancel", job)
+        if status.state == "queued":
+            return f"The job {job} was still queued and has been removed from the queue."
+        grace = field(call("scontrol", "show", "config").replace(" ", ""), "KillWait") or "30sec"
+        seconds = grace.removesuffix("sec")
+        return (
+            f"The job {job} is being stopped: its ranks have {seconds} s (KillWait of the cluster) "
+            "to write a checkpoint."
+        )
+
+    def _output(self, job: str) -> Path:
+        info = job_info(job)
+        if info is not None and (path := field(info, "StdOut")) is not None:
+            return Path(path)
+        found = sorted(self.config.log_dir.glob(f"*-{job}.log")) if job.isdigit() else []
+        if not found:
+            raise RunError(
+                f"SLURM does not know the job {job}, and there is no output *-{job}.log in "
+                f"{self.config.log_dir}; list the jobs with `dml-dist job list`"
+            )
+        return found[0]

@@ -1,0 +1,113 @@
+"""Whether a SLURM job is queued again when its command was stopped, and how it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from dml_dist.errors import RunError
+from dml_dist.files import read_json, write_json_atomic
+from dml_dist.jobs.slurm_commands import field
+from dml_dist.runs.comparison import ComparisonFolder
+from dml_dist.runs.folder import RunFolder
+
+Cause = Literal["time", "preempted", "requeued", "cancelled"]
+"""Why SLURM sent SIGTERM; requeued: SLURM queues the job again by itself."""
+
+# `--signal=TERM@N` may come up to 60 s before its time, and looking takes seconds.
+_EARLY_SECONDS = 90.0
+_WITH_RUN_DIR = ("train", "tune", "compare")
+
+
+def cause_of_signal(info: str, signal_time: float, seconds_before_end: int) -> Cause:
+    """Return why SLURM sent SIGTERM.
+
+    Args:
+        info: What `scontrol show job` prints after the signal.
+        signal_time: When it came, in seconds since the epoch.
+        seconds_before_end: N of `--signal=TERM@N`.
+    """
+    state = field(info, "JobState")
+    if state in ("PENDING", "REQUEUED"):
+        return "requeued"
+    if state == "TIMEOUT":
+        return "time"
+    if state == "PREEMPTED" or field(info, "PreemptTime") is not None:
+        return "preempted"
+    end = field(info, "EndTime")
+    # The job still runs, with a signal of its own: from `--signal`, or from a user's scancel.
+    if state == "RUNNING" and end is not None:
+        left = datetime.fromisoformat(end).timestamp() - signal_time
+        if left <= seconds_before_end + _EARLY_SECONDS:
+            return "time"
+    return "cancelled"
+
+
+def should_requeue(cause: Cause, exit_code: int | None, run_dir: Path) -> bool:
+    """Whether to queue a job again that SLURM asked to end.
+
+    Args:
+        cause: Why it asked.
+        exit_code: Of the command; None if it was not started.
+        run_dir: Folder of the run.
+    """
+    if cause not in ("time", "preempted") or exit_code in (0, 2):
+        return False
+    folder = RunFolder(run_dir)
+    return not folder.info_path.is_file() or folder.info().status.state in ("running", "stopped")
+
+
+def is_finished(command: str, run_dir: Path) -> bool:
+    """Whether a training has nothing left to do."""
+    folder = RunFolder(run_dir)
+    return command == "train" and folder.info_path.is_file() and folder.info().finished is not None
+
+
+def arguments_of_start(arguments: Sequence[str], run_dir: Path, restarts: int) -> list[str]:
+    """Return the command's arguments; after a restart they continue what there is.
+
+    A first start never resumes by itself: the folder may hold another run.
+    """
+    command, result = arguments[0], list(arguments)
+    if command in _WITH_RUN_DIR and not any(a.split("=")[0] == "--run-dir" for a in arguments):
+        result.append(f"--run-dir={run_dir}")
+    begun = {
+        "train": RunFolder(run_dir).info_path,
+        "compare": ComparisonFolder(run_dir).config_path,
+    }.get(command)
+    if restarts and begun is not None and begun.is_file() and "--resume" not in arguments:
+        result.append("--resume")
+    return result
+
+
+def require_progress(path: Path, run_dir: Path, limit: int) -> None:
+    """Count the starts that found no new checkpoint; each start of a job calls this once.
+
+    Args:
+        path: File of the job that keeps the count.
+        run_dir: Folder of the run.
+        limit: Most starts in a row without progress.
+
+    Raises:
+        RunError: If there were more.
+    """
+    progress, count = _progress(run_dir), 0
+    if path.is_file() and (before := read_json(path))["progress"] == progress:
+        count = before["count"] + 1
+    write_json_atomic(path, {"progress": progress, "count": count})
+    if count > limit:
+        raise RunError(
+            f"the job was started {count + 1} times without a new checkpoint in {run_dir}, more "
+            f"often than max_starts_without_progress ({limit}) of the SLURM target allows; save "
+            "more often (checkpoint.every_steps) or raise its time limit, and submit it again "
+            "with --resume"
+        )
+
+
+def _progress(run_dir: Path) -> list[int]:
+    """Return numbers that change with every checkpoint and every run that ends."""
+    folders = [RunFolder(path.parent) for path in run_dir.rglob("run.json")]
+    steps = sum(folder.last_checkpoint_step() or 0 for folder in folders)
+    return [len(folders), steps, sum(folder.metrics_path.is_file() for folder in folders)]
