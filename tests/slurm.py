@@ -54,8 +54,7 @@ PropagateResourceLimits=NONE
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 CoresPerSocket=2 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2 CoresPerSocket=2 RealMemory=4000
+{nodes}
 PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=90
 PartitionName=urgent Nodes=n1,n2 MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
@@ -105,13 +104,17 @@ def _configure(folder: Path) -> None:
     key.chmod(0o400)
     folder.chmod(0o755)  # munge refuses a socket in a folder that others cannot search.
     port, port1, port2 = _free_ports(3)
+    nodes = [
+        f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={own} "
+        "CPUs=2 CoresPerSocket=2 RealMemory=4000"
+        for name, own in (("n1", port1), ("n2", port2))
+    ]
     (folder / "slurm.conf").write_text(
         _CONF.format(
             folder=folder,
             host=socket.gethostname(),
             port=port,
-            port1=port1,
-            port2=port2,
+            nodes="\n".join(nodes),
             kill_wait=KILL_WAIT_SECONDS,
         )
     )
@@ -150,7 +153,11 @@ def _start_all(folder: Path, daemons: list[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.1)
         return states == ["idle", "idle"]
 
-    wait_for(is_up, seconds=60, what="the cluster")
+    try:
+        wait_for(is_up, seconds=60, what="the cluster")
+    except AssertionError as error:
+        said = "".join(path.read_text() for path in folder.glob("slurm*.out"))
+        raise AssertionError(f"{error}:\n{said}") from None
 
 
 def _cancel_all() -> None:

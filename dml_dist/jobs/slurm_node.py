@@ -27,8 +27,9 @@ from dml_dist.errors import DmlDistError, RunError
 from dml_dist.jobs.slurm_commands import call, job_info
 from dml_dist.jobs.slurm_ray import RayProcess, Signals, kill_tree
 from dml_dist.jobs.slurm_requeue import (
+    Ending,
     arguments_of_start,
-    cause_of_signal,
+    ending,
     is_finished,
     require_progress,
     should_requeue,
@@ -144,8 +145,7 @@ class Meeting:
 
 def run_head(node: Node, options: argparse.Namespace, signals: Signals) -> int:
     """Start Ray's head, run the command once all nodes have joined, and return its exit code."""
-    command = options.arguments[0]
-    if node.restarts and is_finished(command, options.run_dir):
+    if node.restarts and is_finished(options.arguments[0], options.run_dir):
         _say(f"the run in {options.run_dir} is finished: nothing to do")
         return 0
     meeting = Meeting(options.log_dir, node)
@@ -153,6 +153,7 @@ def run_head(node: Node, options: argparse.Namespace, signals: Signals) -> int:
     meeting.open()
     ray = RayProcess(node.job, node.number, options.gpus)
     code: int | None = None
+    why: Ending | None = None
     try:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(meeting.token)
         if ray.start(signals, options.start_seconds):
@@ -161,13 +162,14 @@ def run_head(node: Node, options: argparse.Namespace, signals: Signals) -> int:
             if _all_join(meeting, node, signals, options.start_seconds):
                 arguments = arguments_of_start(options.arguments, options.run_dir, node.restarts)
                 arguments += ["--set=launch.launcher=ray", f"--set=launch.address={ray.address}"]
-                code = _run_command(arguments, signals, options.seconds_before_end)
+                code, why = _run_command(arguments, node, options, signals)
     finally:
+        meeting.dismiss()
         ray.end()
         meeting.close()
-    if not (
-        signals.time is not None and options.requeue and _requeue(node, options, signals, code)
-    ):
+    if signals.received and why is None:
+        why = _ending(node, options)
+    if why is None or not options.requeue or not _requeue(node, options.run_dir, why, code):
         meeting.counts.unlink(missing_ok=True)
     return 1 if code is None else code
 
@@ -185,38 +187,48 @@ def _all_join(meeting: Meeting, node: Node, signals: Signals, seconds: int) -> b
             )
         if signals.wait(_SECONDS_BETWEEN_LOOKS):
             return False
-    return signals.time is None
+    return not signals.received
 
 
-def _run_command(arguments: Sequence[str], signals: Signals, seconds_before_end: int) -> int:
-    """Run a dml-dist command; when SLURM asks to end, let it write a checkpoint."""
+def _run_command(
+    arguments: Sequence[str], node: Node, options: argparse.Namespace, signals: Signals
+) -> tuple[int, Ending | None]:
+    """Run a dml-dist command; when SLURM asks to end, let it write a checkpoint.
+
+    Returns:
+        Its exit code, and why SLURM asked to end.
+    """
     process = subprocess.Popen([sys.executable, "-m", "dml_dist", *arguments])
-    deadline = float("inf")
+    why: Ending | None = None
+    deadline = 0.0
     while process.poll() is None:
         if not signals.wait(_SECONDS_BETWEEN_LOOKS):
             continue
-        if deadline == float("inf"):
-            _say("SLURM sent SIGTERM: the command is asked to stop with a checkpoint")
+        if why is None:
+            why = _ending(node, options)
+            _say(f"SLURM asked the job to end ({why.cause}): the command stops with a checkpoint")
             process.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + max(seconds_before_end - _SECONDS_TO_REQUEUE, 10)
-        elif time.monotonic() > deadline:
+            deadline = time.monotonic() + max(why.seconds - _SECONDS_TO_REQUEUE, why.seconds / 2)
+        elif why.cause in ("time", "preempted") and time.monotonic() > deadline:
             _say("the command did not stop in time and is killed; its last checkpoint is kept")
             kill_tree(process)
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    code = process.returncode
+    return code if code >= 0 else 128 - code, why
 
 
-def _requeue(node: Node, options: argparse.Namespace, signals: Signals, code: int | None) -> bool:
+def _ending(node: Node, options: argparse.Namespace) -> Ending:
+    return ending(job_info(node.job) or "", node.restarts, options.seconds_before_end)
+
+
+def _requeue(node: Node, run_dir: Path, why: Ending, code: int | None) -> bool:
     """Queue the job again if its end was SLURM's wish, and return whether it is queued."""
-    if signals.time is None:
-        return False
-    cause = cause_of_signal(job_info(node.job) or "", signals.time, options.seconds_before_end)
-    if cause == "requeued":
+    if why.cause == "requeued":
         return True
-    if not should_requeue(cause, code, options.run_dir):
+    if not should_requeue(why.cause, code, run_dir):
         return False
-    why = "reached its time limit" if cause == "time" else "was preempted"
-    _say(f"the job {why} and is queued again; its next start resumes the run")
-    # SLURM now ends this job, so nothing may follow.
+    cause = "reached its time limit" if why.cause == "time" else "was preempted"
+    _say(f"the job {cause} and is queued again; its next start resumes the run")
+    # SLURM ends this process now.
     call("scontrol", "requeue", node.job)
     return True
 
@@ -225,14 +237,15 @@ def run_worker(node: Node, options: argparse.Namespace, signals: Signals) -> int
     """Join Ray's head, and stay until the first node says that the command has ended."""
     meeting = Meeting(options.log_dir, node)
     # The first node ends at its own limit, with a better message.
-    deadline = time.monotonic() + 2 * options.start_seconds
+    limit = options.start_seconds
+    deadline = time.monotonic() + 2 * limit
     while (head := meeting.head()) is None:
         if meeting.is_over():
             return 0
         if time.monotonic() > deadline:
             raise RunError(
                 f"node {node.name} found no address of Ray's head in {meeting.folder} within "
-                f"{2 * options.start_seconds} s; log_dir of the SLURM target must be on storage "
+                f"{2 * limit} s; log_dir of the SLURM target must be on storage "
                 f"that {node.names[0]} and {node.name} share"
             )
         signals.wait(_SECONDS_BETWEEN_LOOKS)
@@ -241,9 +254,8 @@ def run_worker(node: Node, options: argparse.Namespace, signals: Signals) -> int
     try:
         while meeting.head() is not None and not meeting.is_over():
             # Ray Train goes on after a loss of ranks, once their node is back.
-            if not ray.lives and signals.time is None:
-                if ray.start(signals, options.start_seconds):
-                    meeting.join()
+            if not ray.lives and not signals.received and ray.start(signals, limit):
+                meeting.join()
             signals.wait(_SECONDS_BETWEEN_LOOKS)
     finally:
         ray.end()

@@ -28,23 +28,23 @@ class Signals:
     """SLURM's SIGTERM, which is blocked in this process and in all that it starts.
 
     Attributes:
-        time: When it came, in seconds since the epoch; None before.
+        received: Whether it has come.
     """
 
     def __init__(self) -> None:
         """Block it; this must come before the first thread and the first child."""
-        self.time: float | None = None
+        self.received = False
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         # `scancel --signal=INT` reaches the command itself. A handler is not inherited.
         signal.signal(signal.SIGINT, lambda *_: None)
 
     def wait(self, seconds: float) -> bool:
         """Sleep, at most until SIGTERM, and return whether it has come."""
-        if self.time is not None:
+        if self.received:
             time.sleep(seconds)
-        elif signal.sigtimedwait({signal.SIGTERM}, seconds) is not None:
-            self.time = time.time()
-        return self.time is not None
+        else:
+            self.received = signal.sigtimedwait({signal.SIGTERM}, seconds) is not None
+        return self.received
 
 
 def free_ports(number: int, seed: int) -> list[int]:

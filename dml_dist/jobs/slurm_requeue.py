@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -21,28 +23,39 @@ _EARLY_SECONDS = 90.0
 _WITH_RUN_DIR = ("train", "tune", "compare")
 
 
-def cause_of_signal(info: str, signal_time: float, seconds_before_end: int) -> Cause:
-    """Return why SLURM sent SIGTERM.
+@dataclass(frozen=True)
+class Ending:
+    """What SLURM's SIGTERM means.
+
+    Attributes:
+        cause: Why it came.
+        seconds: Time until SLURM kills the job, as far as SLURM tells it.
+    """
+
+    cause: Cause
+    seconds: float
+
+
+def ending(info: str, restarts: int, seconds_before_end: int) -> Ending:
+    """Return what SLURM's SIGTERM means.
 
     Args:
-        info: What `scontrol show job` prints after the signal.
-        signal_time: When it came, in seconds since the epoch.
+        info: What `scontrol show job` prints at the signal.
+        restarts: How often SLURM had queued the job again when this start began.
         seconds_before_end: N of `--signal=TERM@N`.
     """
-    state = field(info, "JobState")
-    if state in ("PENDING", "REQUEUED"):
-        return "requeued"
-    if state == "TIMEOUT":
-        return "time"
-    if state == "PREEMPTED" or field(info, "PreemptTime") is not None:
-        return "preempted"
     end = field(info, "EndTime")
-    # The job still runs, with a signal of its own: from `--signal`, or from a user's scancel.
-    if state == "RUNNING" and end is not None:
-        left = datetime.fromisoformat(end).timestamp() - signal_time
-        if left <= seconds_before_end + _EARLY_SECONDS:
-            return "time"
-    return "cancelled"
+    seconds = datetime.fromisoformat(end).timestamp() - time.time() if end else 0.0
+    if int(field(info, "Restarts") or 0) > restarts:
+        return Ending("requeued", seconds)
+    if field(info, "JobState") != "RUNNING":
+        # It is being cancelled, or runs over its limit, of which `--signal` has warned before.
+        return Ending("cancelled", 0.0)
+    if field(info, "PreemptTime") is not None:
+        return Ending("preempted", seconds)
+    # A signal of its own: from `--signal`, or from a user's `scancel --signal=TERM`.
+    is_near = seconds <= seconds_before_end + _EARLY_SECONDS
+    return Ending("time" if end and is_near else "cancelled", seconds)
 
 
 def should_requeue(cause: Cause, exit_code: int | None, run_dir: Path) -> bool:
