@@ -7,13 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.jobs.slurm_commands import accounted, call, field, job_info, nodes_with, status_of
+from dml_dist.jobs.slurm_commands import (
+    accounted,
+    call,
+    field,
+    job_info,
+    partition_limits,
+    seconds_of,
+    status_of,
+)
 from dml_dist.jobs.slurm_config import SlurmTargetConfig
-from dml_dist.jobs.slurm_script import script, shape_of
+from dml_dist.jobs.slurm_script import script
 from dml_dist.jobs.target import FINISHED, JobRequest, JobStatus
 
 __all__ = ["SlurmTarget", "SlurmTargetConfig"]
 
+_SETTINGS_OF_SBATCH = {
+    *("nodes", "ranks_per_node", "cpus_per_node", "gpu_type", "partition", "account", "qos"),
+    *("time", "constraint", "memory", "exclusive", "extra"),
+}
 _SECONDS_BETWEEN_READS = 0.5
 _SECONDS_BETWEEN_STATES = 5.0
 
@@ -26,29 +38,17 @@ class SlurmTarget:
         self.config = config
 
     def check(self, request: JobRequest) -> None:
-        """Raise if SLURM does not answer, or has no nodes of the size that the request needs."""
-        shape = shape_of(self.config, request)
-        rows = [line.split("|") for line in call("sinfo", "-h", "-N", "-o", "%P|%N|%c|%G").split()]
-        # The default partition is marked by an asterisk.
-        wanted = self.config.partition
-        names = sorted({row[0].rstrip("*") for row in rows})
-        if wanted is not None and not set(wanted.split(",")) <= set(names):
+        """Raise if SLURM does not answer, or would never start the job."""
+        self._sbatch(request, "--test-only")
+        limits = partition_limits(call("sinfo", "-h", "-o", "%P|%l"), self.config.partition)
+        time_limit = self.config.time
+        # Many clusters accept such a job, which then waits for ever.
+        if time_limit is not None and limits and seconds_of(time_limit) > max(limits.values()):
+            names = ", ".join(limits)
             raise ConfigError(
-                f"the SLURM cluster has no partition {wanted!r} (partition of the target); it has: "
-                f"{', '.join(names)}"
-            )
-        chosen = [
-            "|".join(row[1:])
-            for row in rows
-            if (row[0].rstrip("*") in wanted.split(",") if wanted else row[0].endswith("*"))
-        ]
-        found = nodes_with(chosen, shape.cpus, shape.gpus)
-        if found < shape.nodes:
-            raise ConfigError(
-                f"the job needs {shape.nodes} nodes with {shape.cpus} CPUs and {shape.gpus} GPUs "
-                f"each, but the partition {wanted or '(default)'} has {found} such nodes; change "
-                "nodes, ranks_per_node, cpus_per_node or partition of the SLURM target, or the "
-                "number of ranks"
+                f"time {time_limit} of the SLURM target is above the limit of the partition "
+                f"{names}; lower it (a job that reaches it is queued again and resumes) or choose another "
+                "partition; `sinfo -s` lists them"
             )
 
     def render(self, request: JobRequest) -> str:
@@ -58,16 +58,8 @@ class SlurmTarget:
     def submit(self, request: JobRequest) -> str:
         """Call sbatch and return the job's number."""
         self.config.log_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            answer = call("sbatch", "--parsable", stdin=self.render(request))
-        except RunError as error:
-            raise RunError(
-                f"SLURM did not accept the job {request.id} (partition "
-                f"{self.config.partition or 'default'}, time {self.config.time or 'default'}, "
-                f"account {self.config.account or 'default'}): {error}; correct the settings of "
-                "the SLURM target, or submit again when the queue has room"
-            ) from None
-        return answer.strip().partition(";")[0]  # NUMBER or NUMBER;CLUSTER
+        # It prints NUMBER or NUMBER;CLUSTER.
+        return self._sbatch(request, "--parsable").strip().partition(";")[0]
 
     def status(self, job: str) -> JobStatus:
         """Return the state of a job from slurmctld, or from the accounting of ended jobs."""
@@ -114,7 +106,7 @@ class SlurmTarget:
             return f"The job {job} has already ended: {status.detail}."
         call("scancel", job)
         if status.state == "queued":
-            return f"The job {job} was still queued and has been removed from the queue."
+            return f"The job {job} was still queued and has been removed."
         grace = field(call("scontrol", "show", "config").replace(" ", ""), "KillWait") or "30sec"
         seconds = grace.removesuffix("sec")
         return (
@@ -122,10 +114,23 @@ class SlurmTarget:
             "to write a checkpoint."
         )
 
+    def _sbatch(self, request: JobRequest, option: str) -> str:
+        try:
+            return call("sbatch", option, stdin=self.render(request))
+        except RunError as error:
+            given = self.config.model_dump(exclude_defaults=True, include=_SETTINGS_OF_SBATCH)
+            settings = ", ".join(f"{name}: {value}" for name, value in given.items())
+            raise RunError(
+                f"SLURM does not accept the job {request.id}: {error}; its settings in the SLURM "
+                f"target are {settings or 'the defaults'} and its ranks come from the run's "
+                "configuration; correct them (`sinfo -s` lists the partitions), or submit again "
+                "later if the queue is full"
+            ) from None
+
     def _output(self, job: str) -> Path:
         info = job_info(job)
         if info is not None and (path := field(info, "StdOut")) is not None:
-            return Path(path)
+            return Path(path.replace("%%", "%"))  # SLURM shows it as it was given.
         found = sorted(self.config.log_dir.glob(f"*-{job}.log")) if job.isdigit() else []
         if not found:
             raise RunError(

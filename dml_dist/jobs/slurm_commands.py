@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
 
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.jobs.target import JobStatus, State
@@ -104,13 +103,27 @@ def _exit_code(state: State, text: str | None) -> int | None:
     return int(code) or (128 + int(number) if int(number or 0) else 0)
 
 
-def gpus_of(gres: str) -> int:
-    """Return the number of GPUs in a node's generic resources, such as gpu:a100:4(S:0-1)."""
-    counts = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres)
-    return sum(int(count) for count in counts)
+def partition_limits(rows: str, wanted: str | None) -> dict[str, float]:
+    """Return the time limits of partitions in seconds, from rows of NAME|LIMIT.
+
+    Args:
+        rows: Output of sinfo, where an asterisk marks the default partition.
+        wanted: Names, separated by commas; None is the default partition.
+    """
+    pairs = [row.split("|") for row in rows.split()]
+    if wanted is None:
+        return {name[:-1]: seconds_of(limit) for name, limit in pairs if name.endswith("*")}
+    names = wanted.split(",")
+    return {n.rstrip("*"): seconds_of(limit) for n, limit in pairs if n.rstrip("*") in names}
 
 
-def nodes_with(lines: Sequence[str], cpus: int, gpus: int) -> int:
-    """Return how many nodes have at least these CPUs and GPUs, from lines of NODE|CPUS|GRES."""
-    sizes = {name: (int(c), gpus_of(gres)) for name, c, gres in (line.split("|") for line in lines)}
-    return sum(size[0] >= cpus and size[1] >= gpus for size in sizes.values())
+def seconds_of(text: str) -> float:
+    """Return a time of SLURM in seconds; one that is no number, such as infinite, is no limit."""
+    days, dash, rest = text.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        # With days it begins with hours, alone it is minutes.
+        scale = 3600 if dash or len(parts) == 3 else 60
+        return 86400 * int(days or 0) + sum(n * scale / 60**at for at, n in enumerate(parts))
+    except ValueError:
+        return float("inf")

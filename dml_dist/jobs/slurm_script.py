@@ -84,11 +84,12 @@ def script(config: SlurmTargetConfig, request: JobRequest, cwd: Path) -> str:
         "seconds-before-end": config.seconds_before_end,
         "max-starts-without-progress": config.max_starts_without_progress,
     }
-    words = [f"--{name}={value}" for name, value in node.items()]
+    words = [shlex.quote(f"--{name}={value}") for name, value in node.items()]
     words += ["--requeue"] if config.requeue else []
+    words.append(f"-- {shlex.join(request.arguments)}")
     header = "\n".join(f"#SBATCH {line}" for line in lines)
     setup = "".join(f"{line}\n" for line in config.setup)
-    arguments = " \\\n    ".join([shlex.join(words), f"-- {shlex.join(request.arguments)}"])
+    arguments = " \\\n    ".join(words)
     return f"""#!/bin/bash
 # To submit this file by hand: mkdir -p {shlex.quote(str(config.log_dir))} && sbatch FILE
 {header}
