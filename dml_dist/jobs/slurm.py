@@ -47,8 +47,8 @@ class SlurmTarget:
             names = ", ".join(limits)
             raise ConfigError(
                 f"time {time_limit} of the SLURM target is above the limit of the partition "
-                f"{names}; lower it (a job that reaches it is queued again and resumes) or choose another "
-                "partition; `sinfo -s` lists them"
+                f"{names}; lower it, as a job that reaches it is queued again and resumes, or "
+                "choose another partition (`sinfo -s` lists them)"
             )
 
     def render(self, request: JobRequest) -> str:

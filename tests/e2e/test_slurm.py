@@ -57,7 +57,7 @@ def ended(target: SlurmTarget, job: str) -> JobStatus:
         time.sleep(0.5)
         return target.status(job).state in FINISHED
 
-    wait_for(has_ended, seconds=PATIENCE, what=f"the end of the job: {output(target, job)}")
+    wait_for(has_ended, seconds=PATIENCE, what=f"the end of the job {job}")
     wait_for(lambda: not processes_of(job), seconds=5, what="the end of its processes")
     assert list(Path("/tmp").glob(f"dml-{job}-*")) == []
     assert [path.name for path in target.config.log_dir.iterdir() if path.name[0] == "."] == []
@@ -165,7 +165,7 @@ def test_what_slurm_refuses(config_file: Path, target: SlurmTarget) -> None:
         with pytest.raises(Exception, match=message):
             SlurmTarget(config).check(wanted)
     wrong = SlurmTarget(target.config.model_copy(update={"partition": "nope"}))
-    with pytest.raises(RunError, match="Invalid partition name specified.*partition: nope"):
+    with pytest.raises(RunError, match=r"Invalid partition name specified.*partition: nope"):
         wrong.submit(wanted)
     assert target.status("999999").state == "lost"
     with pytest.raises(RunError, match="does not know the job 999999"):
