@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ _TRIES = 4
 _STARTED = "Ray runtime started"
 _OBJECT_STORE_BYTES = 256 * 2**20
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_TO_DIE = 5.0
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -175,18 +177,27 @@ class RayProcess:
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child and all that descends from it."""
-    import psutil  # Ray brings it.
-
-    try:
-        root = psutil.Process(process.pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for one in family:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
+    """Kill a child and all that descends from it, and wait for their end."""
+    parents = _parents()
+    family = [process.pid]
+    for pid in family:  # It grows while it is read.
+        family += [child for child, parent in parents.items() if parent == pid]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-    psutil.wait_procs(family[1:], timeout=5)
+    deadline = time.monotonic() + _SECONDS_TO_DIE
+    while set(family) & _parents().keys() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _parents() -> dict[int, int]:
+    """Return the parent of every process that has not ended."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            # PID (NAME) STATE PARENT ..., where the name may hold anything.
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,16 @@ def output(target: SlurmTarget, job: str) -> str:
     return "".join(target.logs(job, follow=False))
 
 
+def until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """Wait for a condition without keeping a core busy with questions."""
+    wait_for(lambda: condition() or time.sleep(0.3), seconds=seconds, what=what)
+
+
 def ended(target: SlurmTarget, job: str) -> JobStatus:
     """Wait for the end of a job; nothing of it may be left."""
 
-    def has_ended() -> bool:
-        time.sleep(0.5)
-        return target.status(job).state in FINISHED
-
-    wait_for(has_ended, seconds=PATIENCE, what=f"the end of the job {job}")
-    wait_for(lambda: not processes_of(job), seconds=5, what="the end of its processes")
+    until(lambda: target.status(job).state in FINISHED, f"the end of the job {job}")
+    until(lambda: not processes_of(job), "the end of its processes", seconds=5)
     assert list(Path("/tmp").glob(f"dml-{job}-*")) == []
     assert [path.name for path in target.config.log_dir.iterdir() if path.name[0] == "."] == []
     return target.status(job)
@@ -102,21 +103,22 @@ def test_two_nodes_train(config_file: Path, target: SlurmTarget) -> None:
 
 def test_queued_again_twice(config_file: Path, target: SlurmTarget, tmp_path: Path) -> None:
     """Once at its time limit and once by a job of a higher priority; the weights are the same."""
-    wanted = request(act(config_file, pause=0.15))
+    # SLURM looks at time limits every 30 s.
+    wanted = request(act(config_file, pause=0.4))
     job = target.submit(wanted)
-    wait_for(lambda: steps(wanted.run_dir) >= 3, seconds=PATIENCE, what="step 3")
+    until(lambda: steps(wanted.run_dir) >= 3, "step 3")
     start = time.monotonic()
     # Less than `seconds_before_end` are left: SLURM sends its signal now.
     subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=4"], check=True)
-    wait_for(lambda: target.status(job).state == "queued", seconds=PATIENCE, what="the requeue")
+    until(lambda: target.status(job).state == "queued", "the requeue")
     subprocess.run(["scontrol", "update", f"jobid={job}", f"timelimit={MINUTES}"], check=True)
-    wait_for(lambda: len(attempts(wanted.run_dir)) == 2, seconds=PATIENCE, what="the resumption")
+    until(lambda: len(attempts(wanted.run_dir)) == 2, "the resumption")
     print(f"\ntraining again after the time limit: {time.monotonic() - start:.0f} s")
-    wait_for(lambda: steps(wanted.run_dir) >= 9, seconds=PATIENCE, what="step 9")
+    until(lambda: steps(wanted.run_dir) >= 9, "step 9")
     start = time.monotonic()
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
     subprocess.run(["sbatch", *urgent, "--wrap=true"], check=True, capture_output=True)
-    wait_for(lambda: len(attempts(wanted.run_dir)) == 3, seconds=PATIENCE, what="the resumption")
+    until(lambda: len(attempts(wanted.run_dir)) == 3, "the resumption")
     print(f"training again after a preemption: {time.monotonic() - start:.0f} s")
     assert ended(target, job) == JobStatus("succeeded", "COMPLETED", 0)
     said = output(target, job)
@@ -133,7 +135,7 @@ def test_queued_again_twice(config_file: Path, target: SlurmTarget, tmp_path: Pa
 def test_stopped_with_a_checkpoint(config_file: Path, target: SlurmTarget) -> None:
     wanted = request(act(config_file, pause=0.15))
     job = target.submit(wanted)
-    wait_for(lambda: steps(wanted.run_dir) >= 6, seconds=PATIENCE, what="step 6")
+    until(lambda: steps(wanted.run_dir) >= 6, "step 6")
     assert f"its ranks have {KILL_WAIT_SECONDS} s" in target.stop(job)
     status = ended(target, job)
     assert (status.state, status.exit_code) == ("stopped", None)
