@@ -48,7 +48,7 @@ def ending(info: str, restarts: int, seconds_before_end: int) -> Ending:
     seconds = datetime.fromisoformat(end).timestamp() - time.time() if end else 0.0
     if int(field(info, "Restarts") or 0) > restarts:
         return Ending("requeued", seconds)
-    if field(info, "JobState") != "RUNNING":
+    if field(info, "JobState") not in ("RUNNING", "SIGNALING"):
         # It is being cancelled, or runs over its limit, of which `--signal` has warned before.
         return Ending("cancelled", 0.0)
     if field(info, "PreemptTime") is not None:

@@ -202,6 +202,7 @@ def test_what_sigterm_means() -> None:
     assert cause(job(preempt="2026-11-29T10:10:00")) == "preempted"
     # The signal of `--signal` may come a minute early.
     assert cause(job(minutes=6)) == "time"
+    assert cause(job("SIGNALING", minutes=5)) == "time"  # For some milliseconds.
     assert cause(job(minutes=8)) == "cancelled"
     assert cause(job("COMPLETING", minutes=0)) == "cancelled"
     assert cause(job("COMPLETING", restarts=1)) == "requeued"
