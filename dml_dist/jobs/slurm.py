@@ -26,6 +26,8 @@ _SETTINGS_OF_SBATCH = {
     *("nodes", "ranks_per_node", "cpus_per_node", "gpu_type", "partition", "account", "qos"),
     *("time", "constraint", "memory", "exclusive", "extra"),
 }
+# It waits for a busy slurmctld; ended too early, it may have submitted the job all the same.
+_SECONDS_OF_SBATCH = 20.0
 _SECONDS_BETWEEN_READS = 0.5
 _SECONDS_BETWEEN_STATES = 5.0
 
@@ -116,7 +118,7 @@ class SlurmTarget:
 
     def _sbatch(self, request: JobRequest, option: str) -> str:
         try:
-            return call("sbatch", option, stdin=self.render(request))
+            return call("sbatch", option, stdin=self.render(request), seconds=_SECONDS_OF_SBATCH)
         except RunError as error:
             given = self.config.model_dump(exclude_defaults=True, include=_SETTINGS_OF_SBATCH)
             settings = ", ".join(f"{name}: {value}" for name, value in given.items())

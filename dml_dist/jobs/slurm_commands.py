@@ -8,15 +8,20 @@ import subprocess
 from dml_dist.errors import ConfigError, RunError
 from dml_dist.jobs.target import JobStatus, State
 
-_SECONDS = 20.0
+_SECONDS = 10.0
 _QUEUED = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 _STOPPED = {"CANCELLED", "PREEMPTED", "REVOKED"}
 _NO_SUCH_JOB = "Invalid job id specified"
 
 
-def call(*command: str, stdin: str = "") -> str:
+def call(*command: str, stdin: str = "", seconds: float = _SECONDS) -> str:
     """Run one of SLURM's commands and return its output.
+
+    Args:
+        command: The command's words.
+        stdin: Its input.
+        seconds: Time limit.
 
     Raises:
         ConfigError: If this machine does not have it.
@@ -24,7 +29,7 @@ def call(*command: str, stdin: str = "") -> str:
     """
     try:
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command, input=stdin, capture_output=True, text=True, timeout=seconds, check=False
         )
     except FileNotFoundError:
         raise ConfigError(
@@ -34,7 +39,7 @@ def call(*command: str, stdin: str = "") -> str:
     except subprocess.TimeoutExpired as error:
         said = error.stderr or b""  # Bytes, although the process writes text.
         raise RunError(
-            f"{command[0]} gave no answer within {_SECONDS:g} s{_words(said.decode())}; check with "
+            f"{command[0]} gave no answer within {seconds:g} s{_words(said.decode())}; check with "
             "`squeue --me` whether it had an effect, and that slurmctld runs (`scontrol ping`)"
         ) from None
     if done.returncode:

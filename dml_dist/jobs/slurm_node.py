@@ -27,6 +27,7 @@ from dml_dist.errors import DmlDistError, RunError
 from dml_dist.jobs.slurm_commands import call, job_info
 from dml_dist.jobs.slurm_ray import RayProcess, Signals, kill_tree
 from dml_dist.jobs.slurm_requeue import (
+    Cause,
     Ending,
     arguments_of_start,
     ending,
@@ -39,6 +40,12 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_FOR_NODES_TO_END = 60.0
 # Kept of the time before the job's end, for Ray's end and the request to queue the job again.
 _SECONDS_TO_REQUEUE = 20.0
+_CAUSES: dict[Cause, str] = {
+    "time": "its time limit is near",
+    "preempted": "it is preempted",
+    "requeued": "it is queued again",
+    "cancelled": "it is cancelled",
+}
 _ENVIRONMENT = {"RAY_AUTH_MODE": "token", "PYTHONUNBUFFERED": "1"}
 
 
@@ -109,13 +116,17 @@ class Meeting:
         path = self.folder / "head"
         return path.read_text() if path.is_file() else None
 
+    def enter(self) -> None:
+        """Say that Ray is being started on this node."""
+        (self.folder / f"{self._node.name}.node").touch()
+
     def join(self) -> None:
         """Say that Ray runs on this node."""
         (self.folder / f"{self._node.name}.up").touch()
 
     def leave(self) -> None:
         """Say that nothing of the job runs on this node any more."""
-        (self.folder / f"{self._node.name}.up").unlink(missing_ok=True)
+        (self.folder / f"{self._node.name}.node").unlink(missing_ok=True)
 
     def joined(self) -> set[str]:
         """Return the names of the nodes on which Ray runs."""
@@ -132,7 +143,7 @@ class Meeting:
     def close(self) -> None:
         """Wait until the others have ended, and delete the files; the first node does."""
         deadline = time.monotonic() + _SECONDS_FOR_NODES_TO_END
-        while self.joined() - {self._node.name} and time.monotonic() < deadline:
+        while any(self.folder.glob("*.node")) and time.monotonic() < deadline:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -149,29 +160,30 @@ def run_head(node: Node, options: argparse.Namespace, signals: Signals) -> int:
         _say(f"the run in {options.run_dir} is finished: nothing to do")
         return 0
     meeting = Meeting(options.log_dir, node)
-    require_progress(meeting.counts, options.run_dir, options.max_starts_without_progress)
-    meeting.open()
     ray = RayProcess(node.job, node.number, options.gpus)
-    code: int | None = None
-    why: Ending | None = None
+    code, again = 1, False
+    meeting.open()
     try:
+        require_progress(meeting.counts, options.run_dir, options.max_starts_without_progress)
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(meeting.token)
-        if ray.start(signals, options.start_seconds):
+        why: Ending | None = None
+        if ray.start(signals.wait, options.start_seconds):
             meeting.announce(ray.address)
             meeting.join()
             if _all_join(meeting, node, signals, options.start_seconds):
                 arguments = arguments_of_start(options.arguments, options.run_dir, node.restarts)
                 arguments += ["--set=launch.launcher=ray", f"--set=launch.address={ray.address}"]
                 code, why = _run_command(arguments, node, options, signals)
+        if signals.received and options.requeue:
+            # Before the end of Ray: SLURM leaves the processes time to end after the request.
+            again = _requeue(node, options.run_dir, why or _ending(node, options), code)
     finally:
         meeting.dismiss()
         ray.end()
         meeting.close()
-    if signals.received and why is None:
-        why = _ending(node, options)
-    if why is None or not options.requeue or not _requeue(node, options.run_dir, why, code):
-        meeting.counts.unlink(missing_ok=True)
-    return 1 if code is None else code
+        if not again:
+            meeting.counts.unlink(missing_ok=True)
+    return code
 
 
 def _all_join(meeting: Meeting, node: Node, signals: Signals, seconds: int) -> bool:
@@ -206,7 +218,7 @@ def _run_command(
             continue
         if why is None:
             why = _ending(node, options)
-            _say(f"SLURM asked the job to end ({why.cause}): the command stops with a checkpoint")
+            _say(f"SLURM ends the job ({_CAUSES[why.cause]}): the command stops with a checkpoint")
             process.send_signal(signal.SIGINT)
             deadline = time.monotonic() + max(why.seconds - _SECONDS_TO_REQUEUE, why.seconds / 2)
         elif why.cause in ("time", "preempted") and time.monotonic() > deadline:
@@ -220,15 +232,13 @@ def _ending(node: Node, options: argparse.Namespace) -> Ending:
     return ending(job_info(node.job) or "", node.restarts, options.seconds_before_end)
 
 
-def _requeue(node: Node, run_dir: Path, why: Ending, code: int | None) -> bool:
+def _requeue(node: Node, run_dir: Path, why: Ending, code: int) -> bool:
     """Queue the job again if its end was SLURM's wish, and return whether it is queued."""
     if why.cause == "requeued":
         return True
     if not should_requeue(why.cause, code, run_dir):
         return False
-    cause = "reached its time limit" if why.cause == "time" else "was preempted"
-    _say(f"the job {cause} and is queued again; its next start resumes the run")
-    # SLURM ends this process now.
+    _say("the job is queued again; its next start resumes the run")
     call("scontrol", "requeue", node.job)
     return True
 
@@ -251,10 +261,15 @@ def run_worker(node: Node, options: argparse.Namespace, signals: Signals) -> int
         signals.wait(_SECONDS_BETWEEN_LOOKS)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(meeting.token)
     ray = RayProcess(node.job, node.number, options.gpus, head)
+
+    def give_up(seconds: float) -> bool:
+        return signals.wait(seconds) or meeting.is_over()
+
+    meeting.enter()
     try:
         while meeting.head() is not None and not meeting.is_over():
             # Ray Train goes on after a loss of ranks, once their node is back.
-            if not ray.lives and not signals.received and ray.start(signals, limit):
+            if not ray.lives and not signals.received and ray.start(give_up, limit):
                 meeting.join()
             signals.wait(_SECONDS_BETWEEN_LOOKS)
     finally:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dml_dist.errors import RunError
@@ -92,8 +93,12 @@ class RayProcess:
         self._folder = Path(f"/tmp/dml-{job}-{node_id}")
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, signals: Signals, seconds: float) -> bool:
-        """Start Ray and return whether it runs; it does not if SLURM has asked to end.
+    def start(self, wait: Callable[[float], bool], seconds: float) -> bool:
+        """Start Ray and return whether it runs; it does not if it was given up.
+
+        Args:
+            wait: Sleeps for some seconds and returns whether to give up.
+            seconds: Time limit.
 
         Raises:
             RunError: If it does not start.
@@ -105,7 +110,7 @@ class RayProcess:
             while self.lives:
                 if _STARTED in self._output():
                     return True
-                if signals.wait(_SECONDS_BETWEEN_LOOKS):
+                if wait(_SECONDS_BETWEEN_LOOKS):
                     return False
                 if time.monotonic() > deadline:
                     break

@@ -58,12 +58,12 @@ def ending(info: str, restarts: int, seconds_before_end: int) -> Ending:
     return Ending("time" if end and is_near else "cancelled", seconds)
 
 
-def should_requeue(cause: Cause, exit_code: int | None, run_dir: Path) -> bool:
+def should_requeue(cause: Cause, exit_code: int, run_dir: Path) -> bool:
     """Whether to queue a job again that SLURM asked to end.
 
     Args:
         cause: Why it asked.
-        exit_code: Of the command; None if it was not started.
+        exit_code: Of the command; 1 if it was not started.
         run_dir: Folder of the run.
     """
     if cause not in ("time", "preempted") or exit_code in (0, 2):

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from dml_dist.errors import ConfigError, RunError, TopologyError
-from dml_dist.jobs import slurm, slurm_commands
+from dml_dist.jobs import slurm
 from dml_dist.jobs.slurm import SlurmTarget, SlurmTargetConfig
 from dml_dist.jobs.slurm_commands import partition_limits, seconds_of, status_of
 from dml_dist.jobs.slurm_script import Shape, script, shape_of
@@ -208,7 +208,7 @@ def test_failures_of_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # A full queue: sbatch tries again for minutes.
     busy = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying."
     fake(tmp_path, monkeypatch, "sbatch", f"echo '{busy}' >&2; exec sleep 20")
-    monkeypatch.setattr(slurm_commands, "_SECONDS", 0.3)
+    monkeypatch.setattr(slurm, "_SECONDS_OF_SBATCH", 0.3)
     with pytest.raises(RunError, match=r"no answer within 0.3 s: Slurm temporarily unable"):
         target.submit(request())
 
