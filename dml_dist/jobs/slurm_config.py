@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dml_dist.config.base import NonNegativeInt, PositiveInt, Section
+from dml_dist.jobs.slurm_commands import seconds_of
 
 # No white space, quotes, backslashes or '#': sbatch's own parser of #SBATCH lines reads them.
 Word = Annotated[str, Field(pattern=r"^[^\s\"'\\#]+$")]
@@ -88,3 +89,14 @@ class SlurmTargetConfig(Section):
         if set(str(path)) & set("\"'\\#\n\r"):
             raise ValueError(f"sbatch cannot write to a path with quotes, backslashes, '#': {path}")
         return path.absolute()
+
+    @model_validator(mode="after")
+    def _check(self) -> SlurmTargetConfig:
+        # SLURM may send the signal a minute early.
+        if self.time is not None and seconds_of(self.time) <= self.seconds_before_end + 60:
+            raise ValueError(
+                f"time {self.time} leaves nothing for training, as each start is asked to end "
+                f"seconds_before_end: {self.seconds_before_end} (and up to 60) before; raise time "
+                "or lower seconds_before_end"
+            )
+        return self

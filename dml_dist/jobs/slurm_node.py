@@ -46,7 +46,12 @@ _CAUSES: dict[Cause, str] = {
     "requeued": "it is queued again",
     "cancelled": "it is cancelled",
 }
-_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "PYTHONUNBUFFERED": "1"}
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "PYTHONUNBUFFERED": "1",
+    # Idle worker processes, one a core, would compete with the ranks while they start.
+    "RAY_prestart_worker_first_driver": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -156,9 +161,6 @@ class Meeting:
 
 def run_head(node: Node, options: argparse.Namespace, signals: Signals) -> int:
     """Start Ray's head, run the command once all nodes have joined, and return its exit code."""
-    if node.restarts and is_finished(options.arguments[0], options.run_dir):
-        _say(f"the run in {options.run_dir} is finished: nothing to do")
-        return 0
     meeting = Meeting(options.log_dir, node)
     ray = RayProcess(node.job, node.number, options.gpus)
     code, again = 1, False
@@ -278,8 +280,17 @@ def run_worker(node: Node, options: argparse.Namespace, signals: Signals) -> int
     return 0
 
 
+def run_node(node: Node, options: argparse.Namespace, signals: Signals) -> int:
+    """Do this node's part of the job and return its exit code."""
+    # Every node looks for itself: without a head the others would wait for one.
+    if node.restarts and is_finished(options.arguments[0], options.run_dir):
+        _say(f"the run in {options.run_dir} is finished: nothing to do on {node.name}")
+        return 0
+    return (run_worker if node.number else run_head)(node, options, signals)
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Run this node's part of the job and return the exit code."""
+    """Run this process, which srun has started, and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m dml_dist.jobs.slurm_node")
     parser.add_argument("--log-dir", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
@@ -296,11 +307,10 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
         os.environ.pop(name, None)
     try:
-        node = Node.of_environment()
-        return (run_worker if node.number else run_head)(node, options, signals)
-    except DmlDistError as error:
+        return run_node(Node.of_environment(), options, signals)
+    except (DmlDistError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return error.exit_code if isinstance(error, DmlDistError) else 1
 
 
 def _say(text: str) -> None:

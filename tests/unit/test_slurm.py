@@ -100,6 +100,7 @@ def test_values_arrive_as_they_were_given(tmp_path: Path, monkeypatch: pytest.Mo
         {"setup": ("module load cuda\nrm",)},
         {"python": "python\n"},
         {"time": "tomorrow"},
+        {"time": "6"},  # Not more than `seconds_before_end`.
         {"time": "12:00:00\n"},
         {"memory": "64 GB"},
         {"log_dir": Path('/logs/"a')},

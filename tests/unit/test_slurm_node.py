@@ -19,7 +19,7 @@ import pytest
 
 from dml_dist.errors import RunError
 from dml_dist.jobs import slurm_node
-from dml_dist.jobs.slurm_node import Node, run_head, run_worker
+from dml_dist.jobs.slurm_node import Node, run_head, run_node, run_worker
 from dml_dist.jobs.slurm_ray import Signals, free_ports, kill_tree
 from dml_dist.jobs.slurm_requeue import (
     Ending,
@@ -260,7 +260,8 @@ def test_a_finished_run_is_not_started_again(
 ) -> None:
     told = command(tmp_path, monkeypatch, "touch $told")
     RunFolder.create(options.run_dir, "name: a\n", name="a", seed=0).finish({})
-    assert run_head(node(restarts=1), options, FakeSignals()) == 0
+    for number in range(2):
+        assert run_node(node(number, 2, restarts=1), options, FakeSignals()) == 0
     assert not told.exists()
 
 
