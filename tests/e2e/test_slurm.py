@@ -20,8 +20,8 @@ from tests.faults.forked import command, forked
 from tests.faults.runs import ENVIRONMENT, act, attempts, evaluations, wait_for, weights
 from tests.slurm import KILL_WAIT_SECONDS, slurm_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-PATIENCE = 200.0
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+PATIENCE = 300.0
 MINUTES = 30
 
 
