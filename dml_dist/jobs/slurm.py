@@ -59,7 +59,7 @@ class SlurmTarget:
 
     def submit(self, request: JobRequest) -> str:
         """Call sbatch and return the job's number."""
-        self.config.log_dir.mkdir(parents=True, exist_ok=True)
+        Path(self.config.log_dir).mkdir(parents=True, exist_ok=True)
         # It prints NUMBER or NUMBER;CLUSTER.
         return self._sbatch(request, "--parsable").strip().partition(";")[0]
 
@@ -133,7 +133,7 @@ class SlurmTarget:
         info = job_info(job)
         if info is not None and (path := field(info, "StdOut")) is not None:
             return Path(path.replace("%%", "%"))  # SLURM shows it as it was given.
-        found = sorted(self.config.log_dir.glob(f"*-{job}.log")) if job.isdigit() else []
+        found = sorted(Path(self.config.log_dir).glob(f"*-{job}.log")) if job.isdigit() else []
         if not found:
             raise RunError(
                 f"SLURM does not know the job {job}, and there is no output *-{job}.log in "

@@ -67,7 +67,7 @@ class SlurmTargetConfig(Section):
     python: Line = sys.executable
     """Python with dml_dist, on the nodes; one that `setup` activates is called just `python`."""
 
-    log_dir: Path = Path("runs/slurm")
+    log_dir: Annotated[str, Field(min_length=1)] = "runs/slurm"
     """Folder of the jobs' output, on storage that all nodes and this machine share."""
 
     requeue: bool = True
@@ -84,11 +84,11 @@ class SlurmTargetConfig(Section):
 
     @field_validator("log_dir")
     @classmethod
-    def _absolute(cls, path: Path) -> Path:
+    def _absolute(cls, path: str) -> str:
         # Kept in the job's record, where it must not depend on the folder of a later command.
-        if set(str(path)) & set("\"'\\#\n\r"):
+        if set(path) & set("\"'\\#\n\r"):
             raise ValueError(f"sbatch cannot write to a path with quotes, backslashes, '#': {path}")
-        return path.absolute()
+        return str(Path(path).absolute())
 
     @model_validator(mode="after")
     def _check(self) -> SlurmTargetConfig:

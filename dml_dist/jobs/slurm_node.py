@@ -29,12 +29,12 @@ from dml_dist.jobs.slurm_ray import RayProcess, Signals, kill_tree
 from dml_dist.jobs.slurm_requeue import (
     Cause,
     Ending,
-    arguments_of_start,
     ending,
     is_finished,
     require_progress,
     should_requeue,
 )
+from dml_dist.jobs.start_or_resume import with_resume
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_FOR_NODES_TO_END = 60.0
@@ -173,8 +173,10 @@ def run_head(node: Node, options: argparse.Namespace, signals: Signals) -> int:
             meeting.announce(ray.address)
             meeting.join()
             if _all_join(meeting, node, signals, options.start_seconds):
-                arguments = arguments_of_start(options.arguments, options.run_dir, node.restarts)
-                arguments += ["--set=launch.launcher=ray", f"--set=launch.address={ray.address}"]
+                arguments = list(options.arguments)
+                if node.restarts:  # A first start never resumes by itself.
+                    arguments = with_resume(options.run_dir, arguments)
+                arguments.append(f"--set=launch.address={ray.address}")
                 code, why = _run_command(arguments, node, options, signals)
         if signals.received and options.requeue:
             # Before the end of Ray: SLURM leaves the processes time to end after the request.

@@ -1,9 +1,8 @@
-"""Whether a SLURM job is queued again when its command was stopped, and how it resumes."""
+"""Whether a SLURM job is queued again when its command was stopped."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Literal
 from dml_dist.errors import RunError
 from dml_dist.files import read_json, write_json_atomic
 from dml_dist.jobs.slurm_commands import field
-from dml_dist.runs.comparison import ComparisonFolder
 from dml_dist.runs.folder import RunFolder
 
 Cause = Literal["time", "preempted", "requeued", "cancelled"]
@@ -20,7 +18,6 @@ Cause = Literal["time", "preempted", "requeued", "cancelled"]
 
 # `--signal=TERM@N` may come up to 60 s before its time, and looking takes seconds.
 _EARLY_SECONDS = 90.0
-_WITH_RUN_DIR = ("train", "tune", "compare")
 
 
 @dataclass(frozen=True)
@@ -76,23 +73,6 @@ def is_finished(command: str, run_dir: Path) -> bool:
     """Whether a training has nothing left to do."""
     folder = RunFolder(run_dir)
     return command == "train" and folder.info_path.is_file() and folder.info().finished is not None
-
-
-def arguments_of_start(arguments: Sequence[str], run_dir: Path, restarts: int) -> list[str]:
-    """Return the command's arguments; after a restart they continue what there is.
-
-    A first start never resumes by itself: the folder may hold another run.
-    """
-    command, result = arguments[0], list(arguments)
-    if command in _WITH_RUN_DIR and not any(a.split("=")[0] == "--run-dir" for a in arguments):
-        result.append(f"--run-dir={run_dir}")
-    begun = {
-        "train": RunFolder(run_dir).info_path,
-        "compare": ComparisonFolder(run_dir).config_path,
-    }.get(command)
-    if restarts and begun is not None and begun.is_file() and "--resume" not in arguments:
-        result.append("--resume")
-    return result
 
 
 def require_progress(path: Path, run_dir: Path, limit: int) -> None:

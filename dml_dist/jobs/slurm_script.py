@@ -56,7 +56,7 @@ def script(config: SlurmTargetConfig, request: JobRequest, cwd: Path) -> str:
     shape = shape_of(config, request)
     gpu = f"{config.gpu_type}:" if config.gpu_type else ""
     # sbatch replaces %j by the job's number.
-    output = str(config.log_dir / f"{request.id}-").replace("%", "%%") + "%j.log"
+    output = f"{config.log_dir}/{request.id}-".replace("%", "%%") + "%j.log"
     options: dict[str, object | None] = {
         "job-name": request.id,
         "nodes": shape.nodes,
@@ -91,7 +91,7 @@ def script(config: SlurmTargetConfig, request: JobRequest, cwd: Path) -> str:
     setup = "".join(f"{line}\n" for line in config.setup)
     arguments = " \\\n    ".join(words)
     return f"""#!/bin/bash
-# To submit this file by hand: mkdir -p {shlex.quote(str(config.log_dir))} && sbatch FILE
+# To submit this file by hand: mkdir -p {shlex.quote(config.log_dir)} && sbatch FILE
 {header}
 
 cd {shlex.quote(str(cwd))} || exit

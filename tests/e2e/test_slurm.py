@@ -43,8 +43,10 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmTarget:
 
 def request(config_file: Path, name: str = "small-1") -> JobRequest:
     """Two ranks of a CPU each; the run's folder is runs/small."""
-    arguments = ("train", str(config_file), "--set", "launch.num_workers=2")
-    return JobRequest(name, arguments, Path("runs/small").absolute(), 2, 2, 1.0, uses_gpu=False)
+    run_dir = Path("runs/small").absolute()
+    ray = ("--launcher", "ray", "--workers", "2", "--run-dir", str(run_dir))
+    arguments = ("train", str(config_file), *ray)
+    return JobRequest(name, arguments, run_dir, 2, 2, 1.0, uses_gpu=False)
 
 
 def output(target: SlurmTarget, job: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 
 from dml_dist.config.base import Section
 from dml_dist.jobs.kuberay import KubeRayTarget, KubeRayTargetConfig
+from dml_dist.jobs.slurm import SlurmTarget, SlurmTargetConfig
 from dml_dist.jobs.target import JobRequest, Target
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -24,6 +26,7 @@ CLUSTER = Path(__file__).parents[2] / "cluster"
 # Settings file -> what they render, and the target's classes.
 TEMPLATES: dict[str, tuple[str, type[Section], Callable[[Any], Target]]] = {
     "kuberay.yaml": ("kuberay_rayjob.yaml", KubeRayTargetConfig, KubeRayTarget),
+    "slurm.yaml": ("slurm.sbatch", SlurmTargetConfig, SlurmTarget),
 }
 LAUNCHER_FILES = ["aws.yaml", "gcp.yaml"]
 
@@ -42,12 +45,15 @@ REQUEST = JobRequest(
 
 
 @pytest.mark.parametrize("settings", TEMPLATES)
-def test_a_template_is_what_submit_renders(settings: str) -> None:
+def test_a_template_is_what_submit_renders(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To write it again: UPDATE_CLUSTER_FILES=1 pytest tests/unit/test_cluster_files.py."""
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/shared/me"))
     rendered, section, target = TEMPLATES[settings]
     values = yaml.safe_load((CLUSTER / settings).read_text())
     config = section.model_validate_json(json.dumps(values))
     text = target(config).render(REQUEST)
+    if "UPDATE_CLUSTER_FILES" in os.environ:
+        (CLUSTER / rendered).write_text(text)
     assert (CLUSTER / rendered).read_text() == text
 
 

@@ -54,7 +54,7 @@ def test_the_script_asks_for_what_the_settings_say() -> None:
         exclusive=True,
         extra=("--mail-type=END", "--exclude=n[1-3]"),
         setup=("module load cuda", "source 'my env/bin/activate'"),
-        log_dir=Path("/data/logs"),
+        log_dir="/data/logs",
     )
     text = script(config, request(), Path("/home/me"))
     options = {line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")}
@@ -76,7 +76,7 @@ def test_values_arrive_as_they_were_given(tmp_path: Path, monkeypatch: pytest.Mo
     fake(tmp_path, monkeypatch, "srun", 'printf "%s\\0" "$PWD" "$@" > "$OUT"')
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     arguments = ("train", "my 'run'.yaml", "--set", 'name="a b"; rm -rf $HOME', "--set", "*")
-    config = SlurmTargetConfig(log_dir=tmp_path / "my logs 50%", python="/opt/my py/python")
+    config = SlurmTargetConfig(log_dir=str(tmp_path / "my logs 50%"), python="/opt/my py/python")
     text = script(config, request(*arguments, run_dir=f"{cwd}/run"), cwd)
     subprocess.run(["bash"], input=text, text=True, check=True)
     found = (tmp_path / "out").read_text().split("\0")[:-1]
@@ -103,8 +103,8 @@ def test_values_arrive_as_they_were_given(tmp_path: Path, monkeypatch: pytest.Mo
         {"time": "6"},  # Not more than `seconds_before_end`.
         {"time": "12:00:00\n"},
         {"memory": "64 GB"},
-        {"log_dir": Path('/logs/"a')},
-        {"log_dir": Path("/logs\n/a")},
+        {"log_dir": '/logs/"a'},
+        {"log_dir": "/logs\n/a"},
         {"seconds_before_end": 10},
         {"partitions": "gpu"},
     ],
@@ -120,7 +120,7 @@ def test_the_log_folder_does_not_depend_on_a_later_folder(
     monkeypatch.chdir(tmp_path)
     kept = SlurmTargetConfig().model_dump_json()
     monkeypatch.chdir("/")
-    assert SlurmTargetConfig.model_validate_json(kept).log_dir == tmp_path / "runs/slurm"
+    assert SlurmTargetConfig.model_validate_json(kept).log_dir == str(tmp_path / "runs/slurm")
 
 
 @pytest.mark.parametrize(

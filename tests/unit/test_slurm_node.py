@@ -23,7 +23,6 @@ from dml_dist.jobs.slurm_node import Node, run_head, run_node, run_worker
 from dml_dist.jobs.slurm_ray import Signals, free_ports, kill_tree
 from dml_dist.jobs.slurm_requeue import (
     Ending,
-    arguments_of_start,
     ending,
     require_progress,
     should_requeue,
@@ -130,8 +129,7 @@ def test_two_nodes_meet_and_end(
     # srun gives the exit code of the head only if the others have ended with 0 before.
     assert ends == ["worker 0", f"head {code}"]
     assert told.read_text().splitlines() == [
-        *("600", "-m", "dml_dist", "train", "a b.yaml", f"--run-dir={options.run_dir}"),
-        *("--set=launch.launcher=ray", "--set=launch.address=10.0.0.1:20001"),
+        *("600", "-m", "dml_dist", "train", "a b.yaml", "--set=launch.address=10.0.0.1:20001"),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["python", "told"]
     assert requeued == []
@@ -223,18 +221,6 @@ def test_what_is_queued_again(tmp_path: Path) -> None:
     assert should_requeue("time", 1, run)
     folder.end("failed", "loss is NaN")
     assert not should_requeue("time", 1, run)
-
-
-def test_only_a_restart_resumes(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first = ["train", "a.yaml", f"--run-dir={run}"]
-    assert arguments_of_start(["train", "a.yaml"], run, 1) == first
-    RunFolder.create(run, "name: a\n", name="a", seed=0)
-    assert arguments_of_start(["train", "a.yaml"], run, 0) == first
-    assert arguments_of_start(["train", "a.yaml"], run, 1) == [*first, "--resume"]
-    given = ["train", "a.yaml", "--run-dir", "x", "--resume"]
-    assert arguments_of_start(given, run, 1) == given
-    assert arguments_of_start(["evaluate", "run"], run, 1) == ["evaluate", "run"]
 
 
 def test_starts_without_progress_end(tmp_path: Path) -> None:
