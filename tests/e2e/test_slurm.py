@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,7 +66,9 @@ def ended(target: SlurmTarget, job: str) -> JobStatus:
     until(lambda: target.status(job).state in FINISHED, f"the end of the job {job}")
     until(lambda: not processes_of(job), "the end of its processes", seconds=5)
     assert list(Path("/tmp").glob(f"dml-{job}-*")) == []
-    assert [path.name for path in target.config.log_dir.iterdir() if path.name[0] == "."] == []
+    assert [
+        path.name for path in Path(target.config.log_dir).iterdir() if path.name[0] == "."
+    ] == []
     return target.status(job)
 
 
@@ -88,20 +92,36 @@ def steps(run_dir: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
+def dml_dist(*arguments: object) -> tuple[int, str]:
+    """Run a command and return its exit code and output."""
+    words = [sys.executable, "-m", "dml_dist", *map(str, arguments)]
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
+    )
+    return done.returncode, done.stdout
+
+
 def test_two_nodes_train(config_file: Path, target: SlurmTarget) -> None:
-    wanted = request(config_file)
-    target.check(wanted)
+    """Submitted, followed and asked for as a user does."""
     start = time.monotonic()
-    job = target.submit(wanted)
-    assert target.status(job).state in ("queued", "running")
-    followed = "".join(target.logs(job, follow=True))
+    settings = ("--set", "nodes=2", "--set", f"time='{MINUTES}'")
+    code, text = dml_dist("submit", "--to", "slurm", *settings, "--", "train", config_file,
+                          "--workers", 2, "--set", "name=nodes")  # fmt: skip
     print(f"\ntwo nodes of SLURM: {time.monotonic() - start:.0f} s")
-    assert ended(target, job) == JobStatus("succeeded", "COMPLETED", 0), followed
-    assert f"results: {wanted.run_dir}" in followed
-    assert followed == output(target, job)
-    (attempt,) = attempts(wanted.run_dir)
+    assert code == 0, text
+    run_dir = Path("runs/nodes").absolute()
+    assert f"results: {run_dir}" in text
+    (attempt,) = attempts(run_dir)
     assert (attempt["world_size"], attempt["launcher"]) == (2, "ray")
-    assert target.stop(job) == f"The job {job} has already ended: COMPLETED."
+    code, text = dml_dist("job", "status", "nodes-1")
+    assert code == 0, text
+    assert "succeeded" in text
+    job = re.findall(r"slurm, as (\d+)", text)[0]
+    assert ended(target, job) == JobStatus("succeeded", "COMPLETED", 0)
+    assert "nodes-1" in dml_dist("job", "list")[1]
+    assert f"results: {run_dir}" in dml_dist("job", "logs", "nodes-1")[1]
+    code, text = dml_dist("job", "stop", "nodes-1")
+    assert f"The job {job} has already ended: COMPLETED." in text
 
 
 def test_queued_again_twice(config_file: Path, target: SlurmTarget, tmp_path: Path) -> None:
