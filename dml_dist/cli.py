@@ -1,7 +1,7 @@
 """The command line: each subcommand calls one function.
 
 Heavy libraries are imported inside the subcommands, so that `--help` is fast. Exit codes:
-0 success, 1 the run failed or was stopped (its last checkpoint is kept), 2 invalid input.
+0 success, 1 the run failed or was stopped (its last checkpoint, if any, is kept), 2 invalid input.
 """
 
 from __future__ import annotations

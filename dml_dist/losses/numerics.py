@@ -35,6 +35,22 @@ def normalize_rows(x_ND: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x_ND, dim=1, eps=MIN_NORM)
 
 
+def nan_unless_finite(loss: Tensor, embeddings_ND: Tensor) -> Tensor:
+    """Return the loss, or NaN where the norm of an embedding is not finite; waits for no device.
+
+    Comparisons with NaN are false: a miner would leave such rows out, and the loss would be that of
+    the others, or 0. A norm that overflows makes normalized rows zero.
+    """
+    norms_N = torch.linalg.vector_norm(embeddings_ND.detach(), dim=1)
+    return loss.where(norms_N.isfinite().all(), torch.nan)
+
+
+def empty_loss(*inputs: Tensor) -> Tensor:
+    """Return the loss of a batch without rows: 0, with zero gradients for all inputs."""
+    dtype = accurate_dtype(*inputs)
+    return torch.stack([x.to(dtype).sum() * 0.0 for x in inputs]).sum()
+
+
 def safe_exp_difference(x: Tensor, reference: Tensor) -> Tensor:
     """Return exp(x - reference), and 0 where x is -inf, even if the reference is -inf as well."""
     return (x - reference.masked_fill(reference == -torch.inf, 0.0)).exp()

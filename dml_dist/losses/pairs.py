@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normalize_rows
+from dml_dist.losses.numerics import (
+    Merge,
+    Statistics,
+    accurate_dtype,
+    empty_loss,
+    nan_unless_finite,
+    normalize_rows,
+)
 from dml_dist.losses.one_process import check_labels
 
 Reduction = Literal["nonzero", "mean"]
@@ -248,6 +255,16 @@ def whole_batch(
     return AnchorBatch(embeddings_BD, labels_B, 0, num_rows, flags, betas_B, seed, step)
 
 
+def whole_loss(loss: AnchorLoss, batch: AnchorBatch) -> Tensor:
+    """Return the loss of a batch in which every row is an anchor, a 0-d tensor.
+
+    It is 0 for a batch without rows, and NaN where an embedding is not finite.
+    """
+    if not len(batch.labels_G):
+        return empty_loss(batch.embeddings_GD)
+    return nan_unless_finite(loss.finish(loss.anchor_partial(batch)), batch.embeddings_GD)
+
+
 @dataclass(frozen=True)
 class Contrastive:
     """Contrastive loss: relu(d - m_pos) of same-class and relu(m_neg - d) of other ordered pairs.
@@ -320,4 +337,4 @@ def contrastive_loss(
     """
     loss = Contrastive(positive_margin, negative_margin, reduction)
     batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)

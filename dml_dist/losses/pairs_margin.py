@@ -38,6 +38,7 @@ from dml_dist.losses.pairs import (
     sum_and_counts,
     sum_merges,
     whole_batch,
+    whole_loss,
 )
 
 BetaForm = Literal["fixed", "scalar", "class"]
@@ -177,4 +178,4 @@ def margin_loss(
     batch = whole_batch(
         embeddings_BD, labels_B, is_representative_B, betas_B=betas_B, seed=seed, step=step
     )
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)

@@ -29,6 +29,7 @@ from dml_dist.losses.pairs import (
     sum_and_counts,
     sum_merges,
     whole_batch,
+    whole_loss,
 )
 
 
@@ -121,4 +122,4 @@ def multi_similarity_loss(
     """
     loss = MultiSimilarity(positive_scale, negative_scale, base, epsilon, reduction)
     batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)

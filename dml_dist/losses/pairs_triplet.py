@@ -34,6 +34,7 @@ from dml_dist.losses.pairs import (
     sum_and_counts,
     sum_merges,
     whole_batch,
+    whole_loss,
 )
 
 Mining = Literal["all", "semi_hard", "hard"]
@@ -176,7 +177,7 @@ def triplet_loss(
     """
     loss = Triplet(margin, mining, squared, swap, smooth, reduction, triplet_memory_mb)
     batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)
 
 
 _Chunk = Callable[[Sequence[Tensor], Tensor], Statistics]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dml_dist.losses.numerics import empty_loss, nan_unless_finite
 from dml_dist.losses.one_process import check_labels
 from dml_dist.parallel.collectives import (
     gather_rows_of_parts,
@@ -201,11 +202,18 @@ class Objective(nn.Module):
         )
 
     def global_loss(self, batch: GlobalBatch) -> ObjectiveOutput:
-        """Return the loss of a gathered batch; a collective, called by every rank."""
+        """Return the loss of a gathered batch; a collective, called by every rank.
+
+        It is 0 for a batch without rows, and NaN where an embedding is not finite.
+        """
         labels_G = batch.labels_G
+        if not len(labels_G):
+            loss = empty_loss(batch.embeddings_GD)
+            return ObjectiveOutput(loss, {"loss": loss.detach()})
         with torch.autocast(labels_G.device.type, enabled=False):
             output = self._output(batch)
-        loss = output.loss
+        # Every rank has all embeddings, so all ranks agree.
+        loss = nan_unless_finite(output.loss, batch.embeddings_GD)
         if labels_G.device.type != "cpu":
             # Reading labels would wait for the device: a wrong one makes the loss NaN instead.
             valid = ((labels_G >= 0) & (labels_G < self.num_classes)).all()

@@ -6,7 +6,6 @@ A run that is finished in its folder is not repeated, one that is not finished i
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,6 @@ from dml_dist.orchestration.ray_tasks import Execute, Metrics, ray_tasks
 from dml_dist.orchestration.train import run_training
 from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
-from dml_dist.runs.records import read_records
 from dml_dist.runs.study import StudyFolder, StudyKind, digest, fixed_differences
 from dml_dist.runtime.signals import StopRequest
 
@@ -55,12 +53,6 @@ def finished_metrics(config: RunConfig, folder: Path, kind: StudyKind) -> Metric
             f"(there -> now): {differences}; remove the folder, or give another --run-dir"
         )
     return read_metrics(run.metrics_path) if run.info().finished else None
-
-
-def is_diverged(folder: Path) -> bool:
-    """Whether a run failed because its loss was not finite."""
-    records = read_records(RunFolder(folder).records("steps"))
-    return bool(records) and not math.isfinite(records[-1].get("loss", math.nan))
 
 
 def execute_run(

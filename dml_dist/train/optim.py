@@ -152,6 +152,15 @@ def clip_gradients(
     return norm
 
 
+def has_finite_gradients(parameters: Iterable[Tensor]) -> Tensor:
+    """Return whether the norm of every gradient is finite in its own dtype, 0-d bool.
+
+    Where it is not, optimisers that square gradients fail too. Waits for no device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients, 2.0)).isfinite().all()
+
+
 def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Return the sum of squares, 0-d float64."""
     if not gradients:
