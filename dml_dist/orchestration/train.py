@@ -26,7 +26,7 @@ from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, wor
 from dml_dist.orchestration.ray_train import delete_scratch
 from dml_dist.orchestration.tables import print_results
 from dml_dist.parallel.comm import Comm
-from dml_dist.report import write_report
+from dml_dist.report import try_to_write, write_report
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.context import open_context
 from dml_dist.runtime.datasets import (
@@ -260,7 +260,7 @@ def _resume_hint(folder: RunFolder, launch_config: LaunchConfig) -> str:
 
 def _conclude(folder: RunFolder, metrics: Mapping[str, Any], report: bool) -> Path | None:
     folder.finish(metrics)
-    return write_report(folder.path) if report else None
+    return try_to_write(write_report, folder.path) if report else None
 
 
 # ---------------- quickstart

@@ -19,6 +19,7 @@ from dml_dist.files import write_bytes_atomic
 from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.report.formatting import format_metric
+from dml_dist.report.parts import try_to_write
 from dml_dist.report.study.comparison import write_comparison
 from dml_dist.report.study.comparison_tables import (
     SINGLE_RUNS,
@@ -79,9 +80,10 @@ def run_comparison(
         with Pool(folder, config.launch, section.parallel) as pool, Display(console) as emit:
             values = _search(config, folder, pool, emit)
             problems = _run(config, folder, pool, emit, values)
-        page = write_comparison(folder.path)
+        page = try_to_write(write_comparison, folder.path)
     print_comparison(folder.path, console)
-    console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+    if page is not None:
+        console.print(f"report:  {page}", highlight=False, soft_wrap=True)
     if problems:
         count = len(section.methods) * len(section.seeds)
         raise RunError(

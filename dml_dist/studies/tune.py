@@ -16,6 +16,7 @@ from dml_dist.config.load import with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, RunError, RunStopped
 from dml_dist.orchestration.ray_tune import PRUNED, TIME_LIMIT, Outcome, Payload, run_trials
+from dml_dist.report.parts import try_to_write
 from dml_dist.runs.tuning import TuningFolder, trial_configs, tune_section
 from dml_dist.runtime.datasets import ensure_imported
 from dml_dist.runtime.progress import Display
@@ -75,7 +76,7 @@ def run_tuning(
             search.continue_trial(continue_trial)
         stopped = search.run()
         write_best(config, folder, trials)
-        page = write_tuning(folder.path)
+        page = try_to_write(write_tuning, folder.path)
         if final and stopped is None:
             check_final(folder, trials)  # Before a cluster is started.
             with (
@@ -84,7 +85,7 @@ def run_tuning(
             ):
                 run_final(config, folder, trials, pool, emit)
             print_final(folder, console)
-            page = write_tuning(folder.path)
+            page = try_to_write(write_tuning, folder.path)
     return _conclude(config, folder, trials, page, stopped, console)
 
 
@@ -270,7 +271,7 @@ def _conclude(
     config: RunConfig,
     folder: TuningFolder,
     trials: Trials,
-    page: Path,
+    page: Path | None,
     stopped: str | None,
     console: Console,
 ) -> Path:
@@ -288,7 +289,8 @@ def _conclude(
         )
         _say(console, f"best configuration: {folder.best_path}")
     _say(console, f"trials: {counts}")
-    _say(console, f"report:  {page}")
+    if page is not None:
+        _say(console, f"report:  {page}")
     if stopped is not None and stopped != TIME_LIMIT:
         raise RunStopped(f"{config.name} was stopped by {stopped} ({counts})")
     if stopped is not None:
