@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dml_dist.config.yaml_text import read_yaml
 from dml_dist.errors import ConfigError
@@ -33,6 +33,8 @@ from dml_dist.report.summary import RunSummary, read_summary
 from dml_dist.report.tiles import TileMaker
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.info import Attempt
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,9 @@ def write_report(run_dir: Path) -> Path:
     proxies = parts.read("proxy statistics", lambda: read_proxy_facts(folder))
 
     curves = parts.make("curves", lambda: draw_curves(summary), [])
-    class_pictures = space_pictures = proxy_pictures = empty = list[Picture]()
-    if classes is not None:
-        class_pictures = parts.make("figure of classes", lambda: [draw_classes(classes)], empty)
-    if space is not None:
-        drawn = parts.make("embedding space", lambda: draw_space(space, classes, seed), empty)
-        space_pictures = list(drawn)
-    if proxies is not None:
-        proxy_pictures = parts.make("figures of proxies", lambda: draw_proxies(proxies), empty)
+    class_pictures = _drawn(parts, "figure of classes", classes, lambda x: [draw_classes(x)])
+    space_pictures = _drawn(parts, "embedding space", space, lambda x: draw_space(x, classes, seed))
+    proxy_pictures = _drawn(parts, "figures of proxies", proxies, draw_proxies)
     tiles = TileMaker(gallery)
     history = summary.history
     table = parts.make("results", summary.table, [])
@@ -123,6 +120,15 @@ def write_report(run_dir: Path) -> Path:
         proxy_pictures=proxy_pictures,
         when=_when,
     )
+
+
+def _drawn(
+    parts: Parts,
+    name: str,
+    value: _Value | None,
+    draw: Callable[[_Value], Sequence[Picture]],
+) -> list[Picture]:
+    return [] if value is None else list(parts.make(name, lambda: draw(value), []))
 
 
 def _of_size(curves: Sequence[Picture], *, small: bool) -> list[Picture]:
