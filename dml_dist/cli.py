@@ -20,11 +20,13 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from dml_dist.cli_data import console, data_app
+from dml_dist.cli_data import Commands, console, data_app
 from dml_dist.cli_jobs import SUBMIT_SETTINGS, job_app, submit
 from dml_dist.errors import DmlDistError, RunStopped
+from dml_dist.urls import output_path
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,7 +49,13 @@ SetOption = Annotated[
     ),
 ]
 RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="Run folder; default runs/NAME.")
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        parser=output_path,
+        metavar="DIR",
+        help="New folder; default runs/NAME.",
+    ),
 ]
 Launcher = Literal["ray", "torchrun", "inprocess"]
 LauncherOption = Annotated[
@@ -206,9 +214,7 @@ def evaluate(
 def compare(
     config: ConfigArgument,
     changes: SetOption = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder of the comparison; default runs/NAME.")
-    ] = None,
+    run_dir: RunDirOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a comparison that was stopped.")
     ] = False,
@@ -241,9 +247,7 @@ def compare(
 def tune(
     config: ConfigArgument,
     changes: SetOption = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder of the search; default runs/NAME.")
-    ] = None,
+    run_dir: RunDirOption = None,
     trials: Annotated[
         int | None, typer.Option("--trials", min=1, help="Number of trials of the whole search.")
     ] = None,
@@ -326,7 +330,10 @@ def report(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="Folder to create.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", parser=output_path, metavar="BUNDLE", help="Folder to create."),
+    ],
     split: Annotated[
         str, typer.Option("--split", help="Split that provides the gallery images.")
     ] = "test",
@@ -351,7 +358,13 @@ def search(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Number of neighbors per image.")] = 10,
     out: Annotated[
-        Path | None, typer.Option("--out", help="New PNG file; default search.png or search-N.png.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=output_path,
+            metavar="FILE",
+            help="New PNG file; default search.png or search-N.png.",
+        ),
     ] = None,
     runtime: Annotated[
         Literal["auto", "onnxruntime", "torch"],

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from dml_dist.errors import ConfigError
+from dml_dist.errors import ConfigError, RunError
+from dml_dist.urls import output_path
+
+
+class Commands(TyperGroup):
+    """The subcommands. They end by typer's own exceptions, never by SystemExit."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a subcommand; user code that ends the process is an error, not a success."""
+        try:
+            return super().invoke(ctx)
+        except SystemExit as end:
+            raise RunError(
+                f"A custom target or a library ended the process with exit code {end.code or 0} "
+                "before the command was done. Custom code must not call sys.exit."
+            ) from end
+
 
 data_app = typer.Typer(no_args_is_help=True, help="Import, index, verify and show data sets.")
 console = Console()
@@ -56,7 +72,12 @@ PartialOption = Annotated[
 @data_app.command("import")
 def data_import(
     dataset: Annotated[DataSet, typer.Argument(help="Data set.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for tar shards and index.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", parser=output_path, metavar="DIR", help="Folder for tar shards and index."
+        ),
+    ],
     source: SourceOption = None,
     split: SplitOption = None,
     by: ByOption = None,
@@ -131,7 +152,7 @@ def data_verify(
     from dml_dist.runtime.datasets import verify_folder
 
     if not verify_folder(folder, console):
-        sys.exit(2)
+        raise typer.Exit(2)
 
 
 @data_app.command("show")
@@ -141,7 +162,12 @@ def data_show(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="PNG file; default DIR-show.png in the current folder."),
+        typer.Option(
+            "--out",
+            parser=output_path,
+            metavar="FILE",
+            help="PNG file; default DIR-show.png in the current folder.",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="Tar shards shuffled together.")

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from dml_dist.errors import ConfigError
+
 # One slash is enough: `Path("s3://bucket")` becomes `s3:/bucket`. One letter is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _WEB = ("http", "https")
@@ -22,6 +24,26 @@ def local_path(location: str) -> Path | None:
         return Path(location).expanduser()
     parts = urlsplit(location)
     return Path(unquote(parts.path)) if parts.scheme.lower() == "file" else None
+
+
+def output_path(location: str | Path) -> Path:
+    """Return the path of a new file or folder that a command writes.
+
+    Raises:
+        ConfigError: If it is empty, which would mean the current folder, or a URL, which would
+            become a local folder such as `s3:`.
+    """
+    if not str(location).strip():
+        raise ConfigError(
+            "The path of an output is empty. Give the name of a file or folder, or . for the "
+            "current folder."
+        )
+    if is_url(location):
+        raise ConfigError(
+            f"Outputs are written to a file system, not to the URL {redact_url(str(location))}. "
+            "Give a local path and upload the result, or mount the store."
+        )
+    return Path(location)
 
 
 def protocol_of(url: str) -> str:

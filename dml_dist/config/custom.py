@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +44,23 @@ def load_target(target: str) -> Any:
             f"({getattr(module, '__file__', None) or 'no file'}) does not define {name}"
             + (f"; did you mean {module_name}:{close}?" if close else "")
         ) from None
+
+
+def call_target(target: str, *arguments: Any, options: Mapping[str, Any]) -> Any:
+    """Import an object from user code, call it, and return its result.
+
+    Raises:
+        ConfigError: If it cannot be imported, or ends the process, as `sys.exit` does: the command
+            would end without a word.
+    """
+    factory = load_target(target)
+    try:
+        return factory(*arguments, **options)
+    except SystemExit as error:
+        raise ConfigError(
+            f"target {target!r} ended the process when it was called; name a "
+            "class or function that returns the object"
+        ) from error
 
 
 def _import(module_name: str, target: str) -> ModuleType:

@@ -333,6 +333,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_location(self) -> DataConfig:
+        if not self.path.strip():
+            raise ValueError(
+                "path is empty, which would mean the current folder; give the folder of the tar "
+                "shards, or . for the current one"
+            )
         if self.dataset is not None and local_path(self.path) is None:
             raise ValueError(
                 f"dataset is imported into a folder of this machine, got the URL {self.path}; "

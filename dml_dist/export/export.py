@@ -37,6 +37,7 @@ from dml_dist.search.exact import store_rows
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from dml_dist.train.checkpoint_files import MODEL, read_manifest
 from dml_dist.train.state import resolve_precision
+from dml_dist.urls import output_path
 
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
@@ -81,7 +82,7 @@ def run_export(
         DataError: If the data is missing or damaged, or the split has no gallery image.
         RunError: If torch cannot export the network, or ONNX gives different embeddings.
     """
-    out = out.absolute()
+    out = output_path(out).absolute()
     files.require_new(out)
     require_extra()
     folder = RunFolder.open(run_dir)

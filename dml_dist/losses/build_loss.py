@@ -8,7 +8,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.objective import (
     ArcFaceConfig,
     ContrastiveConfig,
@@ -153,9 +153,10 @@ def _proxy_nca(
 def _custom_loss(config: CustomLossConfig) -> AnyLoss:
     """Call the user's target with its options, and validate the result."""
     where = f"loss.target {config.target}"
-    target = load_target(config.target)
     try:
-        loss = target(**config.options)
+        loss = call_target(config.target, options=config.options)
+    except ConfigError:
+        raise
     except Exception as error:  # User code may raise anything.
         raise ConfigError(
             f"{where} failed when called with the options {sorted(config.options)}: "

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.model import (
     BackboneConfig,
     Conv4Config,
@@ -143,9 +143,8 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
         ConfigError: If the target returns no module with `num_features`, or rejects its options.
     """
     where = f"model.backbone.target {config.target}"
-    factory = load_target(config.target)
     try:
-        module = factory(**config.options)
+        module = call_target(config.target, options=config.options)
     except TypeError as error:
         raise ConfigError(
             f"{where} does not accept the options {sorted(config.options)} (TypeError: {error}); "

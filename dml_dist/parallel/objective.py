@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dml_dist.errors import ConfigError
 from dml_dist.losses.numerics import empty_loss, nan_unless_finite
 from dml_dist.losses.one_process import check_labels
 from dml_dist.parallel.collectives import (
@@ -212,6 +213,11 @@ class Objective(nn.Module):
             return ObjectiveOutput(loss, {"loss": loss.detach()})
         with torch.autocast(labels_G.device.type, enabled=False):
             output = self._output(batch)
+        if not isinstance(output.loss, Tensor) or output.loss.ndim:
+            raise ConfigError(
+                f"The loss returned {_describe(output.loss)} for a batch, but must return a 0-d "
+                "tensor, the mean over the batch. Change the custom loss."
+            )
         # Every rank has all embeddings, so all ranks agree.
         loss = nan_unless_finite(output.loss, batch.embeddings_GD)
         if labels_G.device.type != "cpu":
@@ -303,3 +309,9 @@ class Objective(nn.Module):
     def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
         """Return what `_output` sends, and its backward pass but for the gathered embeddings."""
         raise NotImplementedError
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.objective import (
     AdamConfig,
     AdamWConfig,
@@ -190,7 +190,7 @@ def _decays(config: OptimizerConfig, kind: ParameterKind) -> bool:
 def _build_custom(config: CustomOptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     where = f"optim.target {config.target}"
     try:
-        optimizer = load_target(config.target)(groups, **config.options)
+        optimizer = call_target(config.target, groups, options=config.options)
     except TypeError as error:
         raise ConfigError(
             f"{where} could not be called with parameter groups and the options "
