@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, TypeGuard, assert_never
 from urllib.parse import urlparse
 
 import torch
@@ -165,16 +165,65 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
 
 
 def check_weights(config: BackboneConfig) -> None:
-    """Raise for invalid `weights`, without building or downloading anything.
+    """Raise for invalid `weights`, without downloading anything; a file must fit the network.
 
     Args:
         config: The backbone; a relative path is resolved from the current folder.
 
     Raises:
-        ConfigError: If they are neither none, nor a weight name of this network, nor a file.
+        ConfigError: If they are neither none, nor a weight name of this network, nor a file of
+            such weights.
     """
-    if isinstance(config, Conv4Config | CustomBackboneConfig) or config.weights == "none":
+    if not _is_pretrained(config):
         return
+    _check_name(config)
+    if _named(config) is None:
+        _check_fit(config, _read_file(config.weights))
+
+
+def require_weights(config: BackboneConfig) -> None:
+    """Check `weights` like `check_weights`, and download them if they are named and missing.
+
+    Before a run begins: otherwise it would fail after its folder was made.
+
+    Raises:
+        ConfigError: If they are invalid, or the download fails.
+    """
+    check_weights(config)
+    if not _is_pretrained(config):
+        return
+    known = _named(config)
+    if known is not None and not _cached(known).is_file():
+        _download(known, config.weights)
+
+
+def describe_weights(config: BackboneConfig) -> list[tuple[str, str]]:
+    """Return label and value of pretrained weights, for the plan of a dry run."""
+    if not _is_pretrained(config):
+        return []
+    known = _named(config)
+    if known is None:
+        return [("pretrained weights", f"{config.weights}, read")]
+    where = _cached(known)
+    found = f"in {where}" if where.is_file() else f"to be downloaded from {known.url}"
+    return [("pretrained weights", f"{config.weights}, {found}")]
+
+
+def _is_pretrained(config: BackboneConfig) -> TypeGuard[TorchvisionConfig]:
+    return not isinstance(config, Conv4Config | CustomBackboneConfig) and config.weights != "none"
+
+
+def _named(config: TorchvisionConfig) -> Any:
+    """Return torchvision's entry of a weight name, None for a file."""
+    return torchvision.models.get_model_weights(config.name).__members__.get(config.weights)
+
+
+def _cached(entry: Any) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
+
+
+def _check_name(config: TorchvisionConfig) -> None:
+    """Raise unless `weights` is a name of this network or a file."""
     known = torchvision.models.get_model_weights(config.name)
     names = sorted(known.__members__)
     if config.weights not in names:
@@ -194,17 +243,27 @@ def check_weights(config: BackboneConfig) -> None:
             )
 
 
+def _check_fit(config: TorchvisionConfig, state: dict[str, Tensor]) -> None:
+    """Raise if a state dict does not fit the network, of which only the shapes are made."""
+    with torch.device("meta"):
+        trunk, _ = build_torchvision(config, pretrained=False)
+    _load(trunk, {name: value.to("meta") for name, value in state.items()}, config.weights)
+
+
 def _group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(_RESNET_GROUPS, num_channels)
 
 
 def _read_weights(config: TorchvisionConfig) -> dict[str, Tensor]:
     """Return the state dict that `weights` names: a torchvision weight name or a file."""
-    check_weights(config)
-    known = torchvision.models.get_model_weights(config.name)
-    if config.weights in known.__members__:
-        return _download(known[config.weights], config.weights)
-    path = Path(config.weights)
+    _check_name(config)
+    if (known := _named(config)) is not None:
+        return _download(known, config.weights)
+    return _read_file(config.weights)
+
+
+def _read_file(weights: str) -> dict[str, Tensor]:
+    path = Path(weights)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many unrelated types.
@@ -222,7 +281,7 @@ def _read_weights(config: TorchvisionConfig) -> dict[str, Tensor]:
 
 def _download(entry: Any, name: str) -> dict[str, Tensor]:
     """Return torchvision's weights from its cache folder; download them if missing."""
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
+    target = _cached(entry)
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:

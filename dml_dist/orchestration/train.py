@@ -21,7 +21,7 @@ from dml_dist.config.load import dump_config, load_config, with_absolute_paths
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.errors import DmlDistError, PeerLostError, RunStopped
-from dml_dist.models.backbones import check_weights
+from dml_dist.models.backbones import check_weights, describe_weights, require_weights
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
 from dml_dist.orchestration.ray_train import delete_scratch
 from dml_dist.orchestration.tables import print_results
@@ -141,7 +141,8 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     check_loggers(config.loggers)
     plan, source = plan_without_data(config)
     table = Table("plan", config.name, title_justify="left")
-    for label, value in [("data", source), *plan.describe()]:
+    weights = describe_weights(config.model.backbone)
+    for label, value in [("data", source), *plan.describe(), *weights]:
         table.add_row(label, value)
     console.print(table)
 
@@ -155,6 +156,7 @@ def plan_without_data(config: RunConfig) -> tuple[RunPlan, str]:
     Raises:
         DmlDistError: If configuration and data do not fit.
     """
+    check_weights(config.model.backbone)
     world_size = world_size_of(config.launch)
     folder = local_path(config.data.path)
     if folder is None or (folder / INDEX_NAME).exists():
@@ -176,7 +178,10 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
         changes = tuple(str(difference) for difference in differences)
     else:
         folder.require_new()
-    check_weights(config.model.backbone)
+    if launch_config.address is None:
+        require_weights(config.model.backbone)  # Nodes of a cluster have their own copies.
+    else:
+        check_weights(config.model.backbone)
     check_loggers(config.loggers)
     if launch_config.launcher == "ray" and launch_config.address is None:
         uses_gpu(launch_config, launch_config.fewest_workers)

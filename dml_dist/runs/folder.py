@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -120,6 +121,8 @@ class RunFolder:
             ConfigError: If the folder holds a run or any other file; nothing is written.
         """
         (run := cls(path)).require_new()
+        if run._never_began():
+            shutil.rmtree(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         try:
             # If two commands start at once, only one of them creates this folder.
@@ -142,6 +145,9 @@ class RunFolder:
     def require_new(self) -> None:
         """Check that the folder is missing or empty; `create` also checks it.
 
+        A run that failed before its first step, as by a wrong configuration, counts as none: the
+        corrected command may use its folder.
+
         Raises:
             ConfigError: If it is not; the message says what it holds and what to do.
         """
@@ -153,6 +159,8 @@ class RunFolder:
                 f"a run needs a new or empty folder, but {self.path} {what}; "
                 "give another --run-dir or name, or remove it"
             )
+        if self._never_began():
+            return
         info = self.info()
         step = self.last_checkpoint_step()
         checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
@@ -285,6 +293,13 @@ class RunFolder:
             return None
         matches = (re.match(r"step[_-]?(\d+)", path.name) for path in self.checkpoints.iterdir())
         return max((int(match[1]) for match in matches if match), default=None)
+
+    def _never_began(self) -> bool:
+        """Whether the folder holds a run that failed before its first step."""
+        if not self.info_path.is_file() or self.last_checkpoint_step() is not None:
+            return False
+        info = self.info()
+        return info.status.state == "failed" and not any(one.began for one in info.attempts)
 
     def _write(self, info: RunInfo) -> None:
         write_json_atomic(self.info_path, asdict(info))

@@ -16,7 +16,6 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import format_value
 from dml_dist.errors import ConfigError, DmlDistError, RunError
 from dml_dist.files import write_bytes_atomic
-from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.report.formatting import format_metric
 from dml_dist.report.parts import try_to_write
@@ -184,7 +183,6 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
     plans = {}
     for method in section.methods:
         own = method_config(config, method)
-        check_weights(own.model.backbone)
         try:
             plans[method] = plan_without_data(own)
         except DmlDistError as error:

@@ -25,7 +25,7 @@ from dml_dist.data.plans import build_plan
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.models.build_model import batch_norm_channels, build_model, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
-from dml_dist.parallel.batch_norm import batch_norm_traffic
+from dml_dist.parallel.batch_norm import batch_norm_traffic, check_batch_norm
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
@@ -188,7 +188,7 @@ def resolve(
     model = _model_without_memory(config)
     check_micro_batches(config.train.micro_batch_size, model)
     backbone, head = _count_parameters(model)
-    return RunPlan(
+    plan = RunPlan(
         world_size=world_size,
         num_images=len(labels),
         num_classes=len(sizes),
@@ -207,6 +207,10 @@ def resolve(
         network=describe_network(model),
         methods=tuple(describe_methods(config, objective, sizes)),
     )
+    trained = total_steps - config.train.backbone_warmup_epochs * plan.steps_per_epoch
+    steps = (0, plan.steps_per_epoch - 1) if trained >= plan.steps_per_epoch else (0,)
+    check_batch_norm(model, plan.num_images, [plan.batch_sizes(step) for step in steps])
+    return plan
 
 
 def _check_classes(sizes: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from dml_dist.config.model import (
     ResNetConfig,
 )
 from dml_dist.errors import ConfigError
-from dml_dist.models.backbones import check_weights
+from dml_dist.models.backbones import check_weights, describe_weights, require_weights
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import parameter_kinds
 from dml_dist.models.pooling import build_pooling
@@ -222,14 +222,11 @@ def test_weights_are_checked_before_anything_is_built(
         raise AssertionError("a network was built")
 
     monkeypatch.setattr(torchvision.models, "get_model", build_nothing)
-    path = tmp_path / "weights.pth"
-    path.touch()
     for backbone in (
         Conv4Config(),
         ResNetConfig(norm="group"),
         ResNetConfig(weights="IMAGENET1K_V1"),
         ResNetConfig(name="resnet50", weights="IMAGENET1K_V2"),
-        ResNetConfig(name="resnet50", weights=str(path)),
         CustomBackboneConfig(target="nowhere:nothing"),
     ):
         check_weights(backbone)
@@ -243,15 +240,25 @@ def test_weights_are_checked_before_anything_is_built(
 def test_wrong_weight_files(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     config = ModelConfig(backbone=ResNetConfig(weights=str(path)))
-    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"does not fit the network"):
-        build_model(config, seed=0)
+
+    def check(message: str) -> None:
+        """Both find it: a dry run, and the model of a run."""
+        with pytest.raises(ConfigError, match=message):
+            check_weights(config.backbone)
+        with pytest.raises(ConfigError, match=message):
+            build_model(config, seed=0)
+
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
+    check(r"does not fit the network")
     torch.save([1, 2], path)
-    with pytest.raises(ConfigError, match=r"not a state dict \(names to tensors\)"):
-        build_model(config, seed=0)
+    check(r"not a state dict \(names to tensors\)")
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ConfigError, match=r"cannot be read"):
-        build_model(config, seed=0)
+    check(r"cannot be read")
+    path.write_bytes(b"")
+    check(r"cannot be read")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    check_weights(config.backbone)
+    assert describe_weights(config.backbone) == [("pretrained weights", f"{path}, read")]
 
 
 def test_a_failed_download_says_what_to_copy_where(
@@ -269,6 +276,11 @@ def test_a_failed_download_says_what_to_copy_where(
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in message
     assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in message
     assert "no route to host" in message
+    # A dry run says that they are missing; a run finds it before its folder is made.
+    ((_, text),) = describe_weights(config.backbone)
+    assert text.startswith("IMAGENET1K_V1, to be downloaded from https://download.pytorch.org/")
+    with pytest.raises(ConfigError, match="no route to host"):
+        require_weights(config.backbone)
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,79 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "world_size", "message"),
+    [
+        # 37 images in batches of 12 leave one.
+        (
+            {"train__global_batch_size": 12},
+            SIZES,
+            1,
+            r"synchronized statistics needs at least 2 images, but there is only 1 image in a "
+            r"batch \(37 images in batches of 12 on 1 rank\)",
+        ),
+        (
+            {
+                "train__global_batch_size": 12,
+                "model__backbone__batch_norm": "{statistics: per_rank}",
+            },
+            SIZES,
+            1,
+            r"per_rank statistics needs at least 2 images, but rank 0 has 1 of the 1 images",
+        ),
+        # 37 images in batches of 16 leave 5 for 3 ranks: 1, 2 and 2.
+        (
+            {
+                "train__global_batch_size": 16,
+                "model__backbone__batch_norm": "{statistics: per_rank}",
+            },
+            SIZES,
+            3,
+            r"rank 0 has 1 of the 5 images in a batch \(37 images in batches of 16 on 3 ranks\)",
+        ),
+        # Every batch, not only the last.
+        (
+            {
+                "train__global_batch_size": 4,
+                "model__backbone__batch_norm": "{statistics: per_rank}",
+            },
+            [2, 2, 2, 2],
+            4,
+            r"rank 0 has 1 of the 4 images in a batch \(8 images in batches of 4 on 4 ranks\)",
+        ),
+    ],
+)
+def test_batch_statistics_of_one_image_are_refused(
+    changes: dict[str, Any], sizes: list[int], world_size: int, message: str
+) -> None:
+    batches = "{name: shuffled, last: keep}"
+    run = config(**{"model__backbone__norm": "batch", "data__batches": batches} | changes)
+    with pytest.raises(ConfigError, match=message):
+        resolve(run, train_class_sizes=sizes, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__batches": "{name: shuffled, last: drop}"},
+        {"model__backbone__norm": "group"},
+        {"train__global_batch_size": 16},
+        {"train__epochs": "null", "train__steps": 3},
+        {"train__epochs": "null", "train__steps": 7, "train__backbone_warmup_epochs": 1},
+        {
+            "model__backbone": "{name: resnet18, weights: IMAGENET1K_V1}",
+        },
+    ],
+    ids=["dropped", "group norm", "larger", "never reached", "in warm-up only", "frozen"],
+)
+def test_one_image_is_enough_without_its_statistics(changes: dict[str, Any]) -> None:
+    first = {
+        "model__backbone__norm": "batch",
+        "data__batches": "{name: shuffled, last: keep}",
+        "train__global_batch_size": 12,
+    }
+    if "model__backbone" in changes:
+        del first["model__backbone__norm"]
+    resolve(config(**first | changes), train_class_sizes=SIZES, world_size=1)
