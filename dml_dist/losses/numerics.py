@@ -35,13 +35,13 @@ def normalize_rows(x_ND: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x_ND, dim=1, eps=MIN_NORM)
 
 
-def nan_unless_finite(loss: Tensor, embeddings_ND: Tensor) -> Tensor:
-    """Return the loss, or NaN where the norm of an embedding is not finite; waits for no device.
+def nan_unless_finite(loss: Tensor, rows_ND: Tensor) -> Tensor:
+    """Return the loss, or NaN where the norm of a row is not finite; waits for no device.
 
     Comparisons with NaN are false: a miner would leave such rows out, and the loss would be that of
     the others, or 0. A norm that overflows makes normalized rows zero.
     """
-    norms_N = torch.linalg.vector_norm(embeddings_ND.detach(), dim=1)
+    norms_N = torch.linalg.vector_norm(rows_ND.detach(), dim=1)
     return loss.where(norms_N.isfinite().all(), torch.nan)
 
 

@@ -20,7 +20,7 @@ def dense_loss(
 ) -> Tensor:
     """Return a loss over a whole proxy table, a 0-d tensor.
 
-    It is 0 for a batch without rows, and NaN where an embedding is not finite.
+    It is 0 for a batch without rows, and NaN where an embedding or a proxy is not finite.
 
     Args:
         loss: The loss.
@@ -46,7 +46,7 @@ def dense_loss(
     if not len(embeddings_BD):
         return empty_loss(embeddings_BD, proxies)
     total = dense_statistics(loss, embeddings_BD, labels_B, proxies, shard)
-    return nan_unless_finite(loss.finish(total), embeddings_BD)
+    return nan_unless_finite(nan_unless_finite(loss.finish(total), embeddings_BD), proxies)
 
 
 def dense_statistics(

@@ -298,6 +298,9 @@ class RunFolder:
         """Whether the folder holds a run that failed before its first step."""
         if not self.info_path.is_file() or self.last_checkpoint_step() is not None:
             return False
+        steps = self.records("steps")
+        if steps.is_file() and steps.stat().st_size:
+            return False
         info = self.info()
         return info.status.state == "failed" and not any(one.began for one in info.attempts)
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import dml_dist
-from dml_dist.errors import DivergedError
+from dml_dist.errors import DivergedError, RunError
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.records import read_records
+from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import fatal_event, rebuild_error
+from dml_dist.studies.tune_trial import execute_trial, trial_payload
 from dml_dist.topology import Topology
 from dml_dist.train.meter import Meter
 from dml_dist.train.step import train_step
@@ -56,6 +58,19 @@ def test_no_comparison_hides_an_embedding_that_is_not_finite(name: str) -> None:
         spoiled = whole.clone()
         spoiled[rows, 1:3] = value
         assert LOSSES[name](spoiled, labels).isnan(), (rows, value)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "nca" in name])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nor_does_one_hide_a_proxy(
+    name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one of a class that is not in the batch, which no row is the nearest to."""
+    spoiled = PROXIES.clone()
+    spoiled[6, 0] = value
+    monkeypatch.setattr("tests.unit.test_non_finite.PROXIES", spoiled)
+    embeddings = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
+    assert LOSSES[name](embeddings, torch.arange(8) % 4).isnan()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -134,6 +149,23 @@ def test_gradients_that_only_another_rank_has_end_this_rank_too() -> None:
         meter.add({"loss": torch.tensor(loss)}, torch.tensor(True), 8, 0.0)
     reading = meter.read(cast(Comm, OfTwoRanks()))
     assert (reading.first_bad, reading.bad_values) == (1, {"loss": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(DivergedError("NaN"), "diverged"), (RunError("disk full"), "failed")]
+)
+def test_a_trial_tells_divergence_from_other_faults(
+    error: RunError, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the class of the error, whatever was recorded: gradients diverge at a finite loss."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("dml_dist.studies.tune_trial.execute_run", fail)
+    payload = trial_payload([small_config()], [tmp_path / "run"], ["map_at_r"], 6)
+    outcome = execute_trial(payload, lambda *_: None, StopRequest())
+    assert (outcome["state"], outcome["problem"]) == (state, str(error))
 
 
 def test_the_error_keeps_its_class_on_its_way_to_the_driver() -> None:
