@@ -133,13 +133,19 @@ def _share(text: str | None) -> float | None:
 def data_index(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
     split: Annotated[
-        str, typer.Option("--split", help="Split of samples without a split.")
-    ] = "train",
+        str | None,
+        typer.Option(
+            "--split",
+            help="Split of samples without one; by default from the names of folders and tar "
+            "files (train, val, test), else train.",
+        ),
+    ] = None,
+    on_broken: OnBrokenOption = None,
 ) -> None:
-    """Index existing tar shards (labels from .cls or .json)."""
+    """Index existing tar shards (labels from .cls or .json); decodes every image."""
     from dml_dist.runtime.datasets import index_folder
 
-    index_folder(folder, split, console)
+    index_folder(folder, split, console, on_broken=on_broken or "raise")
 
 
 @data_app.command("verify")
@@ -148,7 +154,7 @@ def data_verify(
         str, typer.Argument(metavar="DIR", help="Folder or URL of shards and index.")
     ],
 ) -> None:
-    """Read every sample and compare it with the index."""
+    """Read and decode every sample and compare it with the index."""
     from dml_dist.runtime.datasets import verify_folder
 
     if not verify_folder(folder, console):

@@ -1,4 +1,4 @@
-"""The summary of an import: skipped and duplicate images.
+"""The summary of an import or of indexing: skipped and duplicate images, EXIF orientations.
 
 `import.json` holds the numbers; `skipped.csv` and `duplicates.csv` list every case and exist only
 where there is one. They are written before the index, so a finished import has them.
@@ -26,14 +26,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """A broken image that an import left out."""
+    """A broken image that an import, or indexing, left out."""
 
     key: str
     split: str
     class_name: str
 
     reason: str
-    """Names the file and says what is wrong with it."""
+    """Names the file and says what is wrong with the image."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ class ImportSummary:
     copies: tuple[CopyCount, ...]
     """Splits and pairs of splits with copies."""
 
+    num_turned: int = 0
+    """Images with an EXIF orientation other than upright."""
+
     def lines(self, root: Path) -> list[str]:
         """Return the lines to show after an import, none if there is nothing to report."""
         lines = []
@@ -82,6 +85,11 @@ class ImportSummary:
             lines.append(
                 f"{len(self.lost_classes):,} classes have only broken images and are left out: "
                 f"{named}{', ...' if len(self.lost_classes) > _SHOWN else ''}"
+            )
+        if self.num_turned:
+            lines.append(
+                f"{self.num_turned:,} images have an EXIF orientation; `data.exif: apply` (the "
+                "default) turns them upright, `ignore` reads them as stored"
             )
         for count in self.copies:
             where = (
@@ -105,6 +113,7 @@ def write_summary(
     skipped: Sequence[SkippedImage],
     lost_classes: Sequence[str],
     copies: Sequence[Copies],
+    num_turned: int,
 ) -> None:
     """Write the summary and its lists, before the index is written."""
     skips = [(item.key, item.split, item.class_name, item.reason) for item in skipped]
@@ -120,6 +129,7 @@ def write_summary(
         first_skipped=tuple(item.reason for item in skipped[:_SHOWN]),
         lost_classes=tuple(lost_classes),
         copies=tuple(_count(index, item) for item in found),
+        num_turned=num_turned,
     )
     write_json_atomic(index.root / SUMMARY_NAME, dataclasses.asdict(summary))
 
@@ -141,6 +151,7 @@ def read_summary(root: Path) -> ImportSummary | None:
         copies=tuple(
             CopyCount(**{**item, "first": tuple(item["first"])}) for item in values["copies"]
         ),
+        num_turned=values.get("num_turned", 0),  # older imports did not count them
     )
 
 

@@ -9,6 +9,16 @@ from dml_dist.errors import DataError
 
 # PIL's word for 16 bits in these formats is its mode of 32 bits (PNG: before version 11).
 _WIDENED_FORMATS = ("PNG", "PPM")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def check_levels(image: Image.Image) -> None:
@@ -36,3 +46,32 @@ def rgb_image(image: Image.Image) -> Image.Image:
         levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(levels)
     return image.convert("RGB")
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the orientation mark 1..8 of a decoded image; 1 is upright, or there is no mark.
+
+    Only EXIF counts, as in torchvision; PIL's own function reads XMP, too. PIL turns TIFF upright
+    itself when it decodes.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif") or b"")
+        value = exif.get(_ORIENTATION)
+    # A damaged mark, of which PIL raises many kinds of errors, is none.
+    except Exception:
+        return 1
+    return value if value in _TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return a decoded image turned by its EXIF orientation."""
+    turn = _TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation_mark(value: int) -> Image.Exif:
+    """Return EXIF data with an orientation only."""
+    exif = Image.Exif()
+    exif[_ORIENTATION] = value
+    return exif

@@ -11,14 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dml_dist.data.index import (
-    INDEX_NAME,
-    Index,
-    build_index,
-    class_sorted_warnings,
-    read_index,
-    write_index,
-)
+from dml_dist.data.build_index import build_index, class_sorted_warnings
+from dml_dist.data.index import INDEX_NAME, Index, read_index, write_index
 from dml_dist.data.write_shards import import_dataset
 from dml_dist.errors import DataError
 from tests.oracles_data import encoded_image, flip_byte, noise_importer, write_tar
@@ -92,10 +86,11 @@ def test_rows_of_a_split(shards: Path) -> None:
 def test_indexing_the_shards_of_an_import_gives_its_index(shards: Path) -> None:
     index = read_index(shards)
     (shards / INDEX_NAME).unlink()
-    reports: list[tuple[int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     assert_equal(build_index(shards, progress=lambda *at: reports.append(at), processes=1), index)
     assert_equal(read_index(shards), index)
-    assert reports == [(at, 5) for at in range(1, 6)]
+    labels = [("read labels", at, 5) for at in range(1, 6)]
+    assert reports == labels + [("decode images", 8 * at, 40) for at in range(1, 6)]
 
 
 def test_numbers_keep_their_order_and_become_dense(tmp_path: Path) -> None:

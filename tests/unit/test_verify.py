@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dml_dist.data.index import INDEX_NAME, Index, build_index, read_index, write_index
+from dml_dist.data.build_index import build_index
+from dml_dist.data.index import INDEX_NAME, Index, read_index, write_index
 from dml_dist.data.verify import VerifyReport, verify
 from dml_dist.data.write_shards import import_dataset
 from dml_dist.errors import DataError
@@ -33,7 +34,7 @@ def only_problem(root: Path, pattern: str) -> None:
 def test_whole_shards(index: Index) -> None:
     reports: list[tuple[int, int]] = []
     report = verify(index.root, lambda *at: reports.append(at), processes=2)
-    assert report == VerifyReport([], 40, int(index.length.sum()))
+    assert report == VerifyReport([], 40, int(index.length.sum()), [])
     assert reports[-1] == (40, 40)
     assert len(reports) == 5
 
