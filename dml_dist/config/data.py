@@ -298,6 +298,9 @@ class CacheConfig(Section):
 # ---------------------------------------------------------------- the section
 
 
+ExifRule = Literal["apply", "ignore"]
+
+
 class DataConfig(Section):
     """The images of a run."""
 
@@ -315,6 +318,11 @@ class DataConfig(Section):
 
     test_split: str = "test"
     """Name of the split of the final evaluation."""
+
+    exif: ExifRule = "apply"
+    """Apply: images are turned upright by their EXIF orientation, as viewers do. Ignore: they are
+    read as stored, as in the reference code of most papers.
+    """
 
     batches: BatchesConfig = ShuffledBatchesConfig()
     """How global batches are formed."""

@@ -185,6 +185,7 @@ def _index(
         tar_shards=used,
         class_names=class_names,
         remote=None,
+        exif="apply",
         split=np.array(splits, dtype=object),
         **columns,
     )

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dml_dist.config.data import ExifRule
 from dml_dist.data import index_table
 from dml_dist.data.sample import ROLES
 from dml_dist.errors import DataError
@@ -84,10 +85,10 @@ class Index:
     """(N,) str objects: "jpg", "png", ..."""
 
     width: np.ndarray
-    """(N,) int32 pixels."""
+    """(N,) int32 pixels of the image as stored, before it is turned by its EXIF orientation."""
 
     height: np.ndarray
-    """(N,) int32 pixels."""
+    """(N,) int32 pixels, likewise."""
 
     label: np.ndarray
     """(N,) int64 in 0..C-1, every one of them used."""
@@ -103,6 +104,9 @@ class Index:
 
     role: np.ndarray
     """(N,) str objects: both, query or gallery."""
+
+    exif: ExifRule = "apply"
+    """Whether images are turned by their EXIF orientation when they are read; not in the file."""
 
     remote: RemoteTarShards | None = None
     """Copies tar shards into `root`; None for a local folder."""
@@ -194,6 +198,7 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
         tar_shard=position.reshape(-1)[codes].astype(np.int32),
         class_names=index_table.class_names(numbers["label"], *texts["class"], path),
         remote=None,
+        exif="apply",
         **numbers,
         **{
             name: texts[name][0][texts[name][1]]

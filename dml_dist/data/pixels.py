@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from dml_dist.config.data import ExifRule
 from dml_dist.errors import DataError
 
 # PIL's word for 16 bits in these formats is its mode of 32 bits (PNG: before version 11).
@@ -35,13 +36,21 @@ def check_levels(image: Image.Image) -> None:
         )
 
 
-def rgb_image(image: Image.Image) -> Image.Image:
+def rgb_image(image: Image.Image, exif: ExifRule = "ignore") -> Image.Image:
     """Return an image in mode RGB: of one channel of 16 bits the high byte, else PIL's conversion.
+
+    Args:
+        image: An opened image.
+        exif: Whether it is turned by its EXIF orientation.
 
     Raises:
         DataError: If its pixels have 32 bits (`check_levels`).
     """
     check_levels(image)
+    if exif == "apply":
+        image.load()  # a PNG may have its EXIF data behind its pixels
+        turn = _TURNS.get(exif_orientation(image))
+        image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # PIL would clip to 255
         levels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(levels)
@@ -62,12 +71,6 @@ def exif_orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return value if value in _TURNS else 1
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Return a decoded image turned by its EXIF orientation."""
-    turn = _TURNS.get(exif_orientation(image))
-    return image if turn is None else image.transpose(turn)
 
 
 def orientation_mark(value: int) -> Image.Exif:

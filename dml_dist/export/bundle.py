@@ -34,7 +34,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dml_dist.config.data import TransformConfig
+from dml_dist.config.data import ExifRule, TransformConfig
 from dml_dist.config.model import ModelConfig
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.files import read_json, sync_folder, write_json_atomic
@@ -97,6 +97,7 @@ class Bundle:
         manifest: Content of manifest.json.
         model: Configuration of the network.
         transform: Configuration of the preprocessing.
+        exif: Whether images are turned by their EXIF orientation.
         stored_ND: The gallery's float32 rows, (N, D), as in the index.
         keys: N keys of the samples.
         labels: (N,) int64.
@@ -108,6 +109,7 @@ class Bundle:
     manifest: Manifest
     model: ModelConfig
     transform: TransformConfig
+    exif: ExifRule
     stored_ND: Tensor
     keys: list[str]
     labels: np.ndarray
@@ -248,9 +250,12 @@ def read_bundle(path: Path) -> Bundle:
             )
     try:
         model = ModelConfig.model_validate_json(json.dumps(manifest.model))
+        steps = read_json(path / PREPROCESSING)
         transform: TransformConfig = TypeAdapter(TransformConfig).validate_json(
-            json.dumps(read_json(path / PREPROCESSING)["transform"])
+            json.dumps(steps["transform"])
         )
+        # Bundles of older versions have no such entry and were embedded without turning.
+        exif = TypeAdapter[ExifRule](ExifRule).validate_python(steps.get("exif", "ignore"))
         table = pq.read_table(path / GALLERY)
         stored_ND = _read_index(path / INDEX)
         names = {int(label): name for label, name in read_json(path / LABELS).items()}
@@ -259,6 +264,7 @@ def read_bundle(path: Path) -> Bundle:
             manifest=manifest,
             model=model,
             transform=transform,
+            exif=exif,
             stored_ND=stored_ND,
             keys=table.column("key").to_pylist(),
             labels=table.column("label").to_numpy(),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dml_dist.config.data import StandardTransformConfig, TransformConfig
+from dml_dist.config.data import ExifRule, StandardTransformConfig, TransformConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.decode import decode_image
 from dml_dist.data.pixels import rgb_image
@@ -130,14 +130,18 @@ def _write(
     model = model.to(context.topology.device)
     reader = ShardReader(context.index)
     gallery = _write_gallery(target, context, rows, model, reader, options, emit)
-    write_json_atomic(target / files.PREPROCESSING, preprocessing(config.data.transform))
+    write_json_atomic(
+        target / files.PREPROCESSING, preprocessing(config.data.transform, config.data.exif)
+    )
     cast(Any, model.cpu().float().eval()).to(memory_format=torch.contiguous_format)
     model.channels_last = False
     torch.save(model.state_dict(), target / files.WEIGHTS)
     embedder = files.Embedder(model, config.evaluation.distance == "cosine").eval()
     images = torch.stack(
         [
-            context.transform.evaluation(decode_image(reader.read(row), reader.describe(row)))
+            context.transform.evaluation(
+                decode_image(reader.read(row), reader.describe(row), context.index.exif)
+            )
             for row in (int(rows[i % len(rows)]) for i in range(_CHECKED_IMAGES))
         ]
     )
@@ -231,12 +235,15 @@ def _origin(
     }
 
 
-def preprocessing(config: TransformConfig) -> dict[str, Any]:
+def preprocessing(config: TransformConfig, exif: ExifRule) -> dict[str, Any]:
     """Return the steps from an image to an input of the network, as plain JSON values."""
-    values: dict[str, Any] = {"transform": config.model_dump(mode="json")}
+    values: dict[str, Any] = {"transform": config.model_dump(mode="json"), "exif": exif}
     if isinstance(config, StandardTransformConfig):
         values["steps"] = [
-            {"decode": "RGB, 8 bits a channel; of 16 the high byte; EXIF rotation not applied"},
+            {
+                "decode": "RGB, 8 bits a channel; of 16 the high byte; EXIF orientation "
+                f"{'applied' if exif == 'apply' else 'not applied'}"
+            },
             {
                 "resize": {
                     "shorter_side": config.resize or config.size,
@@ -270,7 +277,7 @@ def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) ->
         if total >= bound:
             emit(note(f"thumbnails of the first {number:,} images only: they take {total:,} bytes"))
             return found + [None] * (len(rows) - number)
-        data = thumbnail(reader.read(row))
+        data = thumbnail(reader.read(row), reader.index.exif)
         found.append(data)
         total += len(data)
         if number % 100 == 0 or number + 1 == len(rows):
@@ -278,14 +285,15 @@ def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) ->
     return found
 
 
-def thumbnail(data: bytes) -> bytes:
+def thumbnail(data: bytes, exif: ExifRule = "apply") -> bytes:
     """Return an image as a JPEG of THUMBNAIL_SIDE pixels at most, as a PNG if it is small.
 
     Args:
         data: An encoded image that can be decoded.
+        exif: Whether it is turned by its EXIF orientation.
     """
     with Image.open(io.BytesIO(data)) as opened:
-        picture = rgb_image(opened)
+        picture = rgb_image(opened, exif)
     small = max(picture.size) <= THUMBNAIL_SIDE // 2
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()

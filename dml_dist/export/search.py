@@ -92,7 +92,7 @@ def run_search(
     for image, neighbors in zip(images, found, strict=True):
         _print(image, bundle, neighbors, console)
     tiles = [
-        [Tile(data, image.name, "query"), *(_tile(bundle, item) for item in neighbors)]
+        [Tile(data, image.name, "query", bundle.exif), *(_tile(bundle, item) for item in neighbors)]
         for image, data, neighbors in zip(images, encoded, found, strict=True)
     ]
     title = f"{bundle.manifest.name}: nearest of {len(bundle.keys):,} images, {_measure(bundle)}"
@@ -213,7 +213,7 @@ def _read_image(path: Path) -> bytes:
 def _inputs(bundle: Bundle, encoded: Sequence[bytes], images: Sequence[Path]) -> Tensor:
     transform = build_transform(bundle.transform)
     views = [
-        transform.evaluation(decode_image(data, str(path)))
+        transform.evaluation(decode_image(data, str(path), bundle.exif))
         for data, path in zip(encoded, images, strict=True)
     ]
     return torch.stack(views)

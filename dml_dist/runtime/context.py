@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +214,7 @@ class RunContext:
 
 def open_context(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> RunContext:
     """Read the index and split its classes; `emit` is called on rank 0 only."""
-    index = open_index(config.data.path, config.data.cache)
+    index = replace(open_index(config.data.path, config.data.cache), exif=config.data.exif)
     return RunContext(
         config=config,
         index=index,
