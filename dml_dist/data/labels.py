@@ -4,13 +4,12 @@
 * Everything else is a text: spaces around it are dropped and Unicode is brought to its composed
   form (NFC). "007" is a text and not the number 7; so are "7a" and "1e3".
 * NaN, infinity, null, an empty text, lists and objects are no labels and are refused. So are the
-  texts "nan" and "NaN", as which programs write a missing number.
+  texts "nan", "NaN", "inf" and "-inf", as which programs write such numbers into tables.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dml_dist.errors import DataError
 
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
+_NO_LABELS = ("", "nan", "NaN", "inf", "-inf")
 _SHOWN = 3
 _log = logging.getLogger(__name__)
 
@@ -37,14 +37,13 @@ def class_text(value: object, what: str = "label") -> str:
     elif isinstance(value, int):
         text = str(value)
     elif isinstance(value, float):
-        text = str(int(value)) if math.isfinite(value) and value.is_integer() else str(value)
+        text = str(int(value)) if value.is_integer() else str(value)
     elif isinstance(value, str):
         text = unicodedata.normalize("NFC", value).strip()
     else:
         kind = "null" if value is None else type(value).__name__
         raise DataError(f"a {what} must be a number or a text, got {kind}; give each sample one")
-    is_number = isinstance(value, float)
-    if not text or text in ("nan", "NaN") or (is_number and not math.isfinite(float(text))):
+    if text in _NO_LABELS:
         raise DataError(
             f"the {what} {value!r} names no class (it is empty or not a number); correct it, or "
             "rename the class"

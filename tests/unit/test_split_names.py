@@ -1,0 +1,46 @@
+"""Splits of foreign tar shards by the names of folders and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dml_dist.data.build_index import build_index
+from dml_dist.data.split_names import split_of_names
+from tests.oracles_data import encoded_image, write_tar
+
+
+@pytest.mark.parametrize(
+    ("tar_shard", "key", "split"),
+    [
+        ("train/000.tar", "k", "train"),
+        ("photos/Validation/000.tar", "k", "val"),
+        ("test/train-000.tar", "k", "test"),
+        ("imagenet-train-000000.tar", "k", "train"),
+        ("cc_val000.tar", "k", "val"),
+        ("TESTING_1.tar", "k", "test"),
+        ("dev.tar", "test/1", "val"),
+        ("all.tar", "Train/cat/1", "train"),
+        ("all.tar", "train/cat/test/1", "test"),
+        ("train_test.tar", "k", None),
+        ("trains-1.tar", "contest/1", None),
+        ("all.tar", "train", None),
+    ],
+)
+def test_names(tar_shard: str, key: str, split: str | None) -> None:
+    assert split_of_names(tar_shard, key) == split
+
+
+def test_an_index_has_the_splits_of_folders(tmp_path: Path) -> None:
+    for folder, seed in (("train", 0), ("val", 4), ("test", 8), ("more", 12)):
+        members = []
+        for at in range(seed, seed + 4):
+            facts = b'{"label": 1, "split": "mine"}' if at == 3 else b'{"label": 1}'
+            members += [(f"k{at}.png", encoded_image(at)), (f"k{at}.json", facts)]
+        write_tar(tmp_path / folder / "0.tar", members)
+    index = build_index(tmp_path, processes=1)
+    counts = {name: int((index.split == name).sum()) for name in sorted(set(index.split))}
+    assert counts == {"mine": 1, "test": 4, "train": 7, "val": 4}
+    index = build_index(tmp_path, "all", processes=1)
+    assert sorted(set(index.split)) == ["all", "mine"]
