@@ -8,15 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image, features
 
+from dml_dist.config.data import CacheConfig
 from dml_dist.data import stored_images
 from dml_dist.data.build_index import build_index
 from dml_dist.data.image_check import inspect_image
 from dml_dist.data.index import read_index, write_index
-from dml_dist.data.verify import verify
+from dml_dist.data.remote_shards import open_index
+from dml_dist.data.verify import verify, verify_remote
 from dml_dist.errors import DataError
 from tests.oracles_data import encoded_image, write_tar
 
@@ -162,3 +165,17 @@ def test_verification_compares_the_size(tmp_path: Path) -> None:
     assert verify(tmp_path, processes=1).problems == [
         "a.tar: key 'a': index.parquet says 8 x 7 pixels, the image has 9 x 7"
     ]
+
+
+def test_verification_of_a_url_decodes_too(tmp_path: Path) -> None:
+    root = shards(tmp_path / "shards")
+    build_index(root, on_broken="skip", processes=1)
+    store = fsspec.filesystem("memory")
+    store.put(str(root), "/broken", recursive=True)
+    index = open_index("memory://broken", CacheConfig(folder=str(tmp_path / "cache")))
+    report = verify_remote(index)
+    assert report.problems == []
+    assert report.notes == verify(root, processes=1).notes
+    index.width[3] += 1
+    expected = "says 10 x 7 pixels, the image has 9 x 7"
+    assert [line[-len(expected) :] for line in verify_remote(index).problems] == [expected]
