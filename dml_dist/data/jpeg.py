@@ -18,8 +18,8 @@ _END, _SCAN, _RESTART_INTERVAL = 0xD9, 0xDA, 0xDD
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _PROGRESSIVE = 0xC2
 # Entropy-coded data end at a marker that is neither a stuffed byte, a fill byte nor a restart.
-_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _SMALL_BYTES = 1 << 14
 # Not 0xFF, which begins markers.
 _PADDING = bytes(number * 151 % 255 for number in range(1, 512))
