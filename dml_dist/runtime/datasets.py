@@ -220,6 +220,13 @@ def index_folder(
             on_broken=on_broken,
         )
     _print_counts(index, console)
+    if len(splits := set(index.split.tolist())) == 1:
+        _print(
+            console,
+            f"every image is in the split {splits.pop()!r}; training also evaluates "
+            "data.test_split: put tar shards into folders train/, val/ and test/, or give `split` "
+            "in the .json members",
+        )
     console.print(
         f"{len(index):,} images of {len(index.class_names):,} classes indexed: "
         f"{folder / INDEX_NAME}",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dml_dist.data.build_index import build_index
 from dml_dist.data.split_names import split_of_names
+from dml_dist.runtime.datasets import index_folder
 from tests.oracles_data import encoded_image, write_tar
 
 
@@ -42,5 +45,26 @@ def test_an_index_has_the_splits_of_folders(tmp_path: Path) -> None:
     index = build_index(tmp_path, processes=1)
     counts = {name: int((index.split == name).sum()) for name in sorted(set(index.split))}
     assert counts == {"mine": 1, "test": 4, "train": 7, "val": 4}
+    out = io.StringIO()
+    index_folder(str(tmp_path), None, Console(file=out, width=200))
+    text = out.getvalue()
+    for line in (
+        "train: 7 images of 1 classes",
+        "test: 4 images",
+        "val: 4 images",
+        "mine: 1 images",
+    ):
+        assert line in text
+    assert "every image" not in text
     index = build_index(tmp_path, "all", processes=1)
     assert sorted(set(index.split)) == ["all", "mine"]
+
+
+def test_one_split_is_said_when_indexing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.png", encoded_image(0)), ("a.cls", b"1")])
+    write_tar(tmp_path / "b.tar", [("b.png", encoded_image(1)[:60]), ("b.cls", b"1")])
+    out = io.StringIO()
+    index_folder(str(tmp_path), None, Console(file=out, width=300), on_broken="skip")
+    assert "every image is in the split 'train'; training also evaluates" in out.getvalue()
+    assert "skipped 1 broken images, all in" in out.getvalue()
+    assert "  b.tar: the image cannot be decoded" in out.getvalue()
