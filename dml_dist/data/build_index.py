@@ -68,7 +68,8 @@ def build_index(
     problems = [str(problem) for shard in shards.values() for problem in shard.problems]
     problems += scanned.repeated_keys(images, names)
     if not images and not problems:
-        raise DataError(f"{root}: the tar shards hold no image with a known extension")
+        seen = "".join(f"\n  {line}" for line in passed_over_lines(shards))
+        raise DataError(f"{root}: the tar shards hold no image with a known extension{seen}")
     _raise(root, problems)
     stored = inspect_images(
         root,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dml_dist.data.index import INDEX_NAME, Index, RemoteTarShards, read_index, skipped_keys
+from dml_dist.data.labels import class_text
 from dml_dist.data.pool import run_tasks
 from dml_dist.data.shard_scan import (
     ScannedImage,
@@ -224,13 +225,23 @@ def _difference(index: Index, row: int, image: ScannedImage, stored: StoredImage
     damage = _damage(index, row, stored)
     if damage is not None:
         return damage
-    expected = (index.class_names[index.label[row]], index.super_class[row], index.role[row])
+    name = index.class_names[index.label[row]]
+    # Older versions kept spaces, decomposed Unicode and 3.0 in the names that they imported.
+    name = image.class_text if _is_spelling(name, image.class_text) else name
+    expected = (name, index.super_class[row], index.role[row])
     found = (image.class_text, image.super_class, image.role)
     if expected != found:
         return f"{INDEX_NAME} says class, super_class, role {expected}, the tar file {found}"
     if image.split is not None and image.split != index.split[row]:
         return f"{INDEX_NAME} says split {index.split[row]!r}, the tar file {image.split!r}"
     return None
+
+
+def _is_spelling(name: str, text: str) -> bool:
+    try:
+        return name == text or class_text(name) == text
+    except DataError:
+        return False
 
 
 def _damage(index: Index, row: int, stored: StoredImage) -> str | None:

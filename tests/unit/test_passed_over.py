@@ -152,6 +152,14 @@ def test_labels_without_an_image_are_counted_and_named(
     assert [note.split(" ", 1)[0] for note in report.notes] == ["3", "4", "2"]
 
 
+def test_without_any_image_the_error_names_what_is_there(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.heic", b"..."), ("a.cls", b"1"), ("b.cls", b"2")])
+    with pytest.raises(DataError, match=r"hold no image") as caught:
+        build_index(tmp_path, processes=1)
+    assert "2 members belong to labelled samples" in str(caught.value)
+    assert "1 members are labels without an image" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["b.tar.gz", "x/b.tgz", "b.tar.bz2", "b.TAR.XZ", "b.tar.zst"])
 def test_compressed_tar_files_are_refused(tmp_path: Path, name: str) -> None:
     write_tar(tmp_path / "a.tar", samples("a"))

@@ -142,3 +142,12 @@ def test_shards_from_elsewhere(tmp_path: Path) -> None:
     build_index(tmp_path, processes=1)
     assert check(tmp_path).problems == []
     assert read_index(tmp_path).class_names == ("0", "10")
+
+
+def test_a_name_in_an_older_spelling_is_no_problem(tmp_path: Path) -> None:
+    facts = b'{"class": "cat ", "super_class": "", "split": "train"}'
+    write_tar(tmp_path / "a.tar", [("a.png", encoded_image(0)), ("a.json", facts)])
+    index = build_index(tmp_path, processes=1)
+    for name, problems in (("cat ", 0), ("cat", 0), ("cats", 1)):
+        write_index(dataclasses.replace(index, class_names=(name,)))
+        assert len(check(tmp_path).problems) == problems
