@@ -91,7 +91,7 @@ def build_index(
             images[at][1].key,
             splits[at],
             images[at][1].class_text,
-            f"{names[images[at][0]]}: {stored[at].damage}",
+            f"{names[images[at][0]]}: key {images[at][1].key!r}: {stored[at].damage}",
         )
         for at in damaged
     ]

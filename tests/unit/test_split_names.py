@@ -68,4 +68,4 @@ def test_one_split_is_said_when_indexing(tmp_path: Path) -> None:
     index_folder(str(tmp_path), None, Console(file=out, width=300), on_broken="skip")
     assert "every image is in the split 'train'; training also evaluates" in out.getvalue()
     assert "skipped 1 broken images, all in" in out.getvalue()
-    assert "  b.tar: the image cannot be decoded" in out.getvalue()
+    assert "  b.tar: key 'b': the image cannot be decoded" in out.getvalue()
