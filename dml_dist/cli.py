@@ -300,8 +300,11 @@ def report(
     ],
 ) -> None:
     """Write the report page of a run, comparison or search again."""
+    from dml_dist.runs.code_note import say_if_code
     from dml_dist.runs.comparison import ComparisonFolder
     from dml_dist.runs.tuning import TuningFolder
+
+    say_if_code(folder, console)
 
     if TuningFolder(folder).config_path.is_file():
         from dml_dist.studies.tune_page import write_tuning
@@ -352,11 +355,14 @@ def search(
         Literal["auto", "onnxruntime", "torch"],
         typer.Option("--runtime", help="Runtime that computes the embeddings."),
     ] = "auto",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the custom code that the bundle names, if any.")
+    ] = False,
 ) -> None:
     """Find the gallery images nearest to the given images; print a table and write a PNG."""
     from dml_dist.export.search import run_search
 
-    run_search(bundle, images, console, top=top, out=out, runtime=runtime)
+    run_search(bundle, images, console, top=top, out=out, runtime=runtime, trust=trust)
 
 
 @app.command("check-loss")

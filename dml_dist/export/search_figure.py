@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.files import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _draw(axes: Axes, tile: Tile, *, is_query: bool) -> None:
 
 def _pixels(data: bytes) -> np.ndarray:
     """Return an image padded with white to a square, uint8 (S, S, 3)."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         picture = rgb_image(opened)
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     side = max(picture.size)
