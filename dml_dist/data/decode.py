@@ -9,7 +9,6 @@ not applied, as in the reference pipelines of the benchmarks.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.errors import DataError
 
 _JPEG = b"\xff\xd8\xff"
@@ -67,7 +66,7 @@ def decode_image(data: bytes, where: str) -> Tensor:
 
 def _decode_pil(data: bytes, where: str) -> Tensor:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             pixels = np.array(rgb_image(image))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -6,16 +6,13 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
 
 from PIL import Image
 
 from dml_dist.data.fingerprint import fingerprint
-from dml_dist.data.pixels import check_levels, rgb_image
+from dml_dist.data.pixels import check_levels, open_image, rgb_image
 from dml_dist.errors import DataError
 
-# Those of IMAGE_EXTENSIONS; others that PIL knows (EPS, PDF) start programs or are no photographs.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # A fingerprint is taken from at least as many pixels a side.
 _MIN_DRAFT_PIXELS = 32
 _JPEG_QUALITY = 95
@@ -99,9 +96,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong with it is a DataError."""
     if not data:
         raise DataError("the image is empty (0 bytes)")
-    stream: IO[bytes] = io.BytesIO(data)
     try:
-        with Image.open(stream, formats=_FORMATS) as image:
+        with open_image(data) as image:
             check_levels(image)
             yield image
     except DataError:
