@@ -22,6 +22,7 @@ from rich.console import Console
 
 from dml_dist.cli_data import console, data_app
 from dml_dist.errors import DmlDistError, RunStopped
+from dml_dist.import_path import put_current_folder_last
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +58,7 @@ WorkersOption = Annotated[
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    put_current_folder_last()
     faulthandler.enable()  # When a library aborts the process, print what its threads were doing.
     # SIGTERM ends a command like Ctrl-C; `train` installs its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -7,13 +7,14 @@ import logging
 import math
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
+from dml_dist.import_path import search_path
+from dml_dist.orchestration.ray_private import job_config
 from dml_dist.runtime.progress import Emit, note
 
 # Read by Ray when it is imported or started. Values that the user has set are kept.
@@ -56,11 +57,14 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
         _require_resources(launch)
         yield
         return
-    import_path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+    folders = search_path()
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_config": ray.LoggingConfig(encoding="TEXT", log_level="ERROR"),
-        "runtime_env": None if launch.address else {"env_vars": {"PYTHONPATH": import_path}},
+        "job_config": job_config(),
+        "runtime_env": {"worker_process_setup_hook": _also_search(folders)}
+        if launch.address
+        else {"env_vars": {"PYTHONPATH": os.pathsep.join(folders)}},
     }
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -98,6 +102,20 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _also_search(folders: list[str]) -> Callable[[], None]:
+    """Return a function that lets a worker of another machine import from folders, at the end.
+
+    Ray sends a nested function whole: the worker calls it before it can import this package.
+    """
+
+    def append() -> None:
+        import sys
+
+        sys.path += [folder for folder in folders if folder not in sys.path]
+
+    return append
 
 
 def _require_answer(address: str) -> None:

@@ -35,6 +35,30 @@ def trainer_class() -> Any:
     return Trainer
 
 
+def job_config() -> Any:
+    """Return a job's configuration with which workers do not import from the current folder first.
+
+    Ray puts the driver's current folder in front of all others on every worker, and has no option
+    for it. Without the private name it still does.
+    """
+    from ray.job_config import JobConfig
+
+    with _private("files of the current folder can hide libraries on workers"):
+        _ = JobConfig()._py_driver_sys_path
+
+        class Config(JobConfig):
+            @property
+            def _py_driver_sys_path(self) -> list[str]:
+                return []  # A new list each time, so that what is appended has no effect.
+
+            @_py_driver_sys_path.setter
+            def _py_driver_sys_path(self, folders: list[str]) -> None:
+                pass
+
+        return Config()
+    return JobConfig()
+
+
 def torch_config_class() -> Any:
     """Return Ray's TorchConfig, whose ranks on several nodes meet at the nodes' Ray addresses.
 
