@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -70,7 +70,6 @@ def open_index(location: str, cache: CacheConfig) -> Index:
             raise DataError(
                 f"{remote.shown(INDEX_NAME)} cannot be used; a copy of it says: {error}"
             ) from error
-    _check_names(index, remote)
     root = shards.folder / f"{_digest(location.rstrip('/').encode())}-{_contents(index)}"
     root.mkdir(exist_ok=True)
     write_bytes_atomic(root / INDEX_NAME, data.getvalue())
@@ -236,18 +235,6 @@ class RemoteShards:
             if zlib.crc32(data) != int(index.crc32[row]):
                 return str(index.keys[row])
         return None
-
-
-def _check_names(index: Index, remote: RemoteFolder) -> None:
-    """Refuse names by which a downloaded file would be written outside of its folder."""
-    for name in index.tar_shards:
-        path = PurePosixPath(name)
-        hidden = any(part.startswith(".") for part in path.parts)
-        if path.is_absolute() or hidden or not path.parts or name == INDEX_NAME:
-            raise DataError(
-                f"{remote.shown(INDEX_NAME)} names the tar shard {name!r}, which is not a path "
-                "below the folder without '..' and hidden parts; index the folder again"
-            )
 
 
 def _digest(data: bytes) -> str:
