@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from dml_dist.cli_data import console, data_app
 from dml_dist.errors import DmlDistError, RunStopped
 from dml_dist.import_path import put_current_folder_last
+from dml_dist.terminal import log_to, open_console, say_styled
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
-error_console = Console(stderr=True)
+error_console = open_console(stderr=True)
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
@@ -59,6 +59,7 @@ WorkersOption = Annotated[
 def main() -> None:
     """Run the command line and end the process with its exit code."""
     put_current_folder_last()
+    log_to(error_console)
     faulthandler.enable()  # When a library aborts the process, print what its threads were doing.
     # SIGTERM ends a command like Ctrl-C; `train` installs its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -77,12 +78,10 @@ def _run() -> int:
             console.print(str(stop), highlight=False, markup=False, soft_wrap=True)
         return stop.exit_code
     except DmlDistError as error:
-        error_console.print(
-            f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
-        )
+        say_styled(error_console, "error:", "bold red", str(error))
         return error.exit_code
     except OSError as error:
-        error_console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        say_styled(error_console, "error:", "bold red", str(error))
         return 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
@@ -105,12 +104,6 @@ def _end_rank(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 def _overrides(

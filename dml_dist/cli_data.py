@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from dml_dist.errors import ConfigError
+from dml_dist.terminal import open_console
 
 data_app = typer.Typer(no_args_is_help=True, help="Import, index, verify and show data sets.")
-console = Console()
+console = open_console()
 
 DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
 SourceOption = Annotated[Path | None, typer.Option("--source", help="Folder or table to import.")]

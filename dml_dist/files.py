@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dml_dist.errors import DataError
+from dml_dist.urls import has_secret
 
 _RETRY_SECONDS = 0.1
 
@@ -44,10 +45,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends without an error.
 
-    The folder must exist. Permissions follow the umask, as with `open`.
+    The folder must exist. Permissions follow the umask, as with `open`; a private file can be read
+    by its owner alone.
 
     Raises:
         OSError: As by `open`, `write` and `rename`; the file at `path` is then unchanged.
@@ -55,7 +57,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=_open_private if private else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,15 +68,26 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write bytes to a file atomically."""
-    with open_atomic(path) as file:
+    with open_atomic(path, private=private) as file:
         file.write(data)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str, *, private: bool = False) -> None:
     """Write text as UTF-8 atomically, with its line ends unchanged."""
-    write_bytes_atomic(path, text.encode())
+    write_bytes_atomic(path, text.encode(), private=private)
+
+
+def write_config_atomic(path: Path, text: str) -> None:
+    """Write a configuration; with a secret in a URL, file and folder become its owner's alone."""
+    if private := has_secret(text):
+        path.parent.chmod(0o700)
+    write_text_atomic(path, text, private=private)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

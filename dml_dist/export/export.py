@@ -38,6 +38,7 @@ from dml_dist.search.exact import store_rows
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from dml_dist.train.checkpoint_files import MODEL, read_manifest
 from dml_dist.train.state import resolve_precision
+from dml_dist.urls import shown_url
 
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
@@ -193,7 +194,7 @@ def _write_gallery(
     return {
         "num_images": len(rows),
         "num_classes": len(used),
-        "data": config.data.path,
+        "data": shown_url(config.data.path),
         "embedded_in": str(precision.autocast or precision.dtype).removeprefix("torch."),
         "thumbnails": {
             "number": len(kept),

@@ -10,7 +10,6 @@ from typing import Literal, assert_never
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -236,11 +235,11 @@ def _shown(distance: float) -> str:
 
 
 def _print(image: Path, bundle: Bundle, neighbors: Sequence[Found], console: Console) -> None:
-    table = Table("#", title=escape(str(image)), title_justify="left")
+    table = Table("#", title=str(image), title_justify="left")
     table.add_column("class", overflow="fold")
     table.add_column(_measure(bundle))
     table.add_column("key", overflow="fold")
     for place, item in enumerate(neighbors, start=1):
-        texts = (escape(item.class_name), _shown(item.distance), escape(item.key))
+        texts = (item.class_name, _shown(item.distance), item.key)
         table.add_row(str(place), *texts)
     console.print(table)

@@ -14,7 +14,6 @@ from dml_dist.files import write_text_atomic
 from dml_dist.report.figures import Picture
 from dml_dist.report.formatting import MISSING, format_seconds
 from dml_dist.report.render import write_page
-from dml_dist.report.study.comparison_tables import csv_text
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.tuning import tune_section
 from dml_dist.studies.trials import STATES
@@ -43,6 +42,7 @@ from dml_dist.studies.tune_value_figures import (
     draw_slices,
     importances,
 )
+from dml_dist.terminal import csv_text
 
 FEW_TRIALS = 10
 """Complete trials below which the best one may be best by chance alone."""
