@@ -7,13 +7,16 @@ killed process leaves at most a hidden file `.<name>.<random>.tmp`, which nothin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import math
 import os
+import pwd
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +121,72 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def make_own_folder(path: Path) -> None:
+    """Make a folder that only this user can enter, or check one that is there.
+
+    Raises:
+        PermissionError: If it belongs to somebody else, or is a link of somebody else: whoever owns
+            a folder decides what its files are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    for status in (os.lstat(path), os.stat(path)):
+        if status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, f"it belongs to {_user(status.st_uid)}", str(path))
+    if status.st_mode & 0o022:  # Made by an earlier version, or with a wide umask.
+        path.chmod(status.st_mode & 0o755)
+
+
+def open_own(path: Path, *, create: bool = True) -> BinaryIO:
+    """Open a file to read and write; what is in it stays.
+
+    Args:
+        path: The file.
+        create: Whether to make it if it is missing.
+
+    Raises:
+        PermissionError: If it is a link, has another name elsewhere, belongs to somebody else, or
+            is no file: in a folder of many, what is written would go to another place.
+    """
+    return open(path, "r+b", opener=_open_or_create if create else _open_own)
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return _open_own(path, flags | os.O_CREAT)
+
+
+def _open_own(path: str, flags: int) -> int:
+    descriptor = _open_no_link(path, flags, 0o600)
+    status = os.fstat(descriptor)
+    why = None
+    if status.st_uid != os.geteuid():
+        why = f"it belongs to {_user(status.st_uid)}"
+    elif not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        why = "it is no file, or a second name of one"
+    if why is not None:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, why, path)
+    return descriptor
+
+
+def _open_no_link(path: str, flags: int, mode: int = 0o666) -> int:
+    """Open a file that is no link: whoever made one would choose which file is changed."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise PermissionError(errno.EPERM, "it is a link; remove it", path) from None
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"the user {uid}"
+
+
 @contextmanager
 def lock_file(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock on a file, also across machines that share its file system.
@@ -132,7 +201,7 @@ def lock_file(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     Raises:
         BlockingIOError: If another process holds it; `strerror` names the process.
     """
-    path = Path(path).resolve()
+    path = Path(path).parent.resolve() / path.name
     deadline = time.monotonic() + wait_seconds
     while (owner := _try_lock(path)) is not None:
         if time.monotonic() >= deadline:
@@ -149,7 +218,7 @@ def _try_lock(path: Path) -> str | None:
     me = f"process {os.getpid()} on {socket.gethostname()}"
     if path in _held:
         return me  # Closing a second descriptor of the file would release the lock.
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by lock_file)
+    file = open(path, "a+b", buffering=0, opener=_open_no_link)  # noqa: SIM115 (lock_file closes it)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)

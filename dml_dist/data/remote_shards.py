@@ -26,8 +26,8 @@ from dml_dist.config.data import CacheConfig
 from dml_dist.data.cache import ShardCache
 from dml_dist.data.index import INDEX_NAME, Index, bytes_needed, read_index
 from dml_dist.data.remote import IncompleteCopyError, RemoteFolder
-from dml_dist.errors import DataError
-from dml_dist.files import write_bytes_atomic
+from dml_dist.errors import ConfigError, DataError
+from dml_dist.files import make_own_folder, write_bytes_atomic
 from dml_dist.urls import local_path
 
 CONNECTIONS = 4
@@ -71,7 +71,13 @@ def open_index(location: str, cache: CacheConfig) -> Index:
                 f"{remote.shown(INDEX_NAME)} cannot be used; a copy of it says: {error}"
             ) from error
     root = shards.folder / f"{_digest(location.rstrip('/').encode())}-{_contents(index)}"
-    root.mkdir(exist_ok=True)
+    try:
+        make_own_folder(root)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {root} of the cache cannot be used ({error.strerror or error}); choose "
+            "another data.cache.folder, of your own"
+        ) from error
     write_bytes_atomic(root / INDEX_NAME, data.getvalue())
     index = replace(index, root=root)
     return replace(index, remote=RemoteShards(remote, shards, index))

@@ -70,7 +70,9 @@ def show_dataset(
         RunError: If the server of a URL does not answer.
     """
     shown = shown_url(str(location))
-    stem = Path(shown).name if is_url(location) else Path(location).absolute().name
+    stem = (
+        Path(shown.partition("?")[0]).name if is_url(location) else Path(location).absolute().name
+    )
     target = new_picture_path(out, f"{stem or 'data'}-show")
     index = open_index(str(location), CacheConfig())
     names = split_names(index)
