@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
 from dml_dist.cli_data import Commands, console, data_app
 from dml_dist.cli_jobs import SUBMIT_SETTINGS, job_app, submit
 from dml_dist.errors import DmlDistError, RunStopped
+from dml_dist.import_path import put_current_folder_last
+from dml_dist.terminal import log_to, open_console, say_styled
 from dml_dist.urls import output_path
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
 app.command(context_settings=SUBMIT_SETTINGS)(submit)
 
-error_console = Console(stderr=True)
+error_console = open_console(stderr=True)
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
@@ -68,6 +69,8 @@ WorkersOption = Annotated[
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    put_current_folder_last()
+    log_to(error_console)
     faulthandler.enable()  # When a library aborts the process, print what its threads were doing.
     # SIGTERM ends a command like Ctrl-C; `train` installs its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -86,14 +89,10 @@ def _run() -> int:
             console.print(str(stop), highlight=False, markup=False, soft_wrap=True)
         return stop.exit_code
     except DmlDistError as error:
-        error_console.print(
-            f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
-        )
+        say_styled(error_console, "error:", "bold red", str(error))
         return error.exit_code
     except OSError as error:
-        error_console.print(
-            f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
-        )
+        say_styled(error_console, "error:", "bold red", str(error))
         return 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
@@ -116,12 +115,6 @@ def _end_rank(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 def _overrides(
@@ -309,8 +302,11 @@ def report(
     ],
 ) -> None:
     """Write the report page of a run, comparison or search again."""
+    from dml_dist.runs.code_note import say_if_code
     from dml_dist.runs.comparison import ComparisonFolder
     from dml_dist.runs.tuning import TuningFolder
+
+    say_if_code(folder, console)
 
     if TuningFolder(folder).config_path.is_file():
         from dml_dist.studies.tune_page import write_tuning
@@ -370,11 +366,14 @@ def search(
         Literal["auto", "onnxruntime", "torch"],
         typer.Option("--runtime", help="Runtime that computes the embeddings."),
     ] = "auto",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the custom code that the bundle names, if any.")
+    ] = False,
 ) -> None:
     """Find the gallery images nearest to the given images; print a table and write a PNG."""
     from dml_dist.export.search import run_search
 
-    run_search(bundle, images, console, top=top, out=out, runtime=runtime)
+    run_search(bundle, images, console, top=top, out=out, runtime=runtime, trust=trust)
 
 
 @app.command("check-loss")

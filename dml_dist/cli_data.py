@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from dml_dist.errors import ConfigError, RunError
+from dml_dist.terminal import open_console
 from dml_dist.urls import output_path
 
 
@@ -28,7 +28,7 @@ class Commands(TyperGroup):
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Import, index, verify and show data sets.")
-console = Console()
+console = open_console()
 
 DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
 SourceOption = Annotated[Path | None, typer.Option("--source", help="Folder or table to import.")]

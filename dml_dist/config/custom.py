@@ -7,13 +7,41 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 from dml_dist.config.base import TARGET
 from dml_dist.config.shape import nearest
 from dml_dist.errors import ConfigError
+
+# A target within a text: a change of a method, such as "loss.target=my.losses:MyLoss".
+_IN_TEXT = re.compile(rf"\btarget['\"]?\s*[=:]\s*['\"]?({TARGET[1:-1]})")
+
+
+def named_targets(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the targets that plain values of a configuration name, valid or not.
+
+    Args:
+        value: Mappings, lists and texts, as read from a file.
+        path: Where it is in the configuration.
+
+    Yields:
+        `path: target` of each, such as `loss.target: my.losses:MyLoss`.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            below = f"{path}.{key}" if path else str(key)
+            if below.rpartition(".")[2] == "target" and isinstance(item, str):
+                yield f"{below}: {item}"
+            else:
+                yield from named_targets(item, below)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from named_targets(item, path)
+    elif isinstance(value, str):
+        for match in _IN_TEXT.finditer(value):
+            yield f"{path}: {match[1]}"
 
 
 def load_target(target: str) -> Any:

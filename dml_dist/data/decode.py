@@ -9,7 +9,6 @@ their EXIF orientation unless `data.exif` is `ignore`, as in the reference code 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dml_dist.config.data import ExifRule
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.errors import DataError
 
 _JPEG = b"\xff\xd8\xff"
@@ -69,7 +68,7 @@ def decode_image(data: bytes, where: str, exif: ExifRule = "apply") -> Tensor:
 
 def _decode_pil(data: bytes, where: str, exif: ExifRule) -> Tensor:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             pixels = np.array(rgb_image(image, exif))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
 
 from PIL import Image
 
 from dml_dist.data.fingerprint import fingerprint
 from dml_dist.data.jpeg import check_jpeg
-from dml_dist.data.pixels import check_levels, exif_orientation, orientation_mark, rgb_image
+from dml_dist.data.pixels import (
+    check_levels,
+    exif_orientation,
+    open_image,
+    orientation_mark,
+    rgb_image,
+)
 from dml_dist.errors import DataError
 
-# Those of IMAGE_EXTENSIONS; others that PIL knows (EPS, PDF) start programs or are no photographs.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # A fingerprint is taken from at least as many pixels a side.
 _MIN_DRAFT_PIXELS = 32
 _JPEG = b"\xff\xd8\xff"
@@ -86,21 +88,13 @@ def shrink_image(data: bytes, max_side: int) -> bytes | None:
         return stream.getvalue()
 
 
-@functools.cache
-def _readable_formats() -> tuple[str, ...]:
-    """Return the formats that this Pillow knows: before 11.3 it has no AVIF."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong with it is a DataError."""
     if not data:
         raise DataError("the image is empty (0 bytes)")
-    stream: IO[bytes] = io.BytesIO(data)
     try:
-        with Image.open(stream, formats=_readable_formats()) as image:
+        with open_image(data) as image:
             check_levels(image)
             yield image
     except DataError:

@@ -6,9 +6,7 @@ where there is one. They are written before the index, so a finished import has 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from dml_dist.data.duplicates import Copies
 from dml_dist.data.fingerprint import BITS, NEAR_BITS
 from dml_dist.data.index import Index
 from dml_dist.files import read_json, write_json_atomic, write_text_atomic
+from dml_dist.terminal import csv_text
 
 SUMMARY_NAME = "import.json"
 SKIPPED_NAME = "skipped.csv"
@@ -194,8 +193,4 @@ def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]
     if not rows:
         path.unlink(missing_ok=True)
         return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    write_text_atomic(path, text.getvalue())
+    write_text_atomic(path, csv_text(names, rows))

@@ -240,6 +240,16 @@ def _metadata(root: Path, name: bytes) -> str:
 
 
 def _check_values(index: Index, path: Path) -> None:
+    for name in index.tar_shards:
+        # A name is opened, and that of a remote folder also written, so it must stay below `root`.
+        # Links are followed: folders on several disks are joined by them.
+        parts = name.split("/")
+        if any(not part or part.startswith(".") or "\0" in part for part in parts):
+            raise index_table.unusable(
+                path,
+                f"it names the tar shard {name!r}, which is not a path below the folder, without "
+                "'..' and hidden parts",
+            )
     if len(set(index.keys.tolist())) != len(index):
         raise index_table.unusable(path, "keys must be unique, some occur twice")
     unknown = set(index.role.tolist()) - set(ROLES)

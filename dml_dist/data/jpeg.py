@@ -6,12 +6,12 @@ to an image with a grey rest, without an error.
 
 from __future__ import annotations
 
-import io
 import re
 from dataclasses import dataclass, field
 
 from PIL import Image
 
+from dml_dist.data.pixels import open_image
 from dml_dist.errors import DataError
 
 _END, _SCAN, _RESTART_INTERVAL = 0xD9, 0xDA, 0xDD
@@ -81,7 +81,7 @@ def check_jpeg(image: Image.Image, data: bytes, scaled: tuple[int, int]) -> None
 
 
 def _pixels(data: bytes, scaled: tuple[int, int] | None) -> bytes:
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+    with open_image(data) as image:
         if scaled is not None:
             image.draft("L", scaled)
         return image.tobytes()

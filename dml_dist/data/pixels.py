@@ -1,12 +1,19 @@
-"""Conversion of opened images to 8-bit RGB, without torch: reports use it too."""
+"""Opening of images and their conversion to 8-bit RGB, without torch: reports use it too."""
 
 from __future__ import annotations
+
+import functools
+import io
 
 import numpy as np
 from PIL import Image
 
 from dml_dist.config.data import ExifRule
 from dml_dist.errors import DataError
+
+# All that is ever opened. Others that PIL knows start programs (EPS runs Ghostscript), or are no
+# photographs.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 # PIL's word for 16 bits in these formats is its mode of 32 bits (PNG: before version 11).
 _WIDENED_FORMATS = ("PNG", "PPM")
@@ -20,6 +27,25 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an encoded image; the only place that does, since PIL by itself takes any format.
+
+    The caller closes it, or loads it whole.
+
+    Raises:
+        UnidentifiedImageError: If it is of none of these formats.
+        Exception: Of many kinds, if it is damaged.
+    """
+    return Image.open(io.BytesIO(data), formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Return the formats that this build of PIL reads; it raises KeyError for another."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def check_levels(image: Image.Image) -> None:

@@ -34,6 +34,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dml_dist.config.custom import named_targets
 from dml_dist.config.data import ExifRule, TransformConfig
 from dml_dist.config.model import ModelConfig
 from dml_dist.errors import ConfigError, DataError
@@ -53,6 +54,7 @@ INPUT, OUTPUT = "images", "embeddings"
 """Names of the ONNX network's input and output."""
 
 _BLOCK_BYTES = 1 << 22
+_FLAT_L2 = b"IxF2"  # first bytes of an IndexFlatL2
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,15 @@ def _flush(file: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, *, trust: bool = False) -> Bundle:
     """Read and verify a bundle.
 
+    Args:
+        path: Its folder.
+        trust: Whether it may name a custom network or transform: code that is then run.
+
     Raises:
+        ConfigError: If it names code and is not trusted.
         DataError: If the folder is no bundle, of another version, or damaged.
     """
     manifest = _read_manifest(path)
@@ -249,10 +256,13 @@ def read_bundle(path: Path) -> Bundle:
                 "again, or export it again"
             )
     try:
-        model = ModelConfig.model_validate_json(json.dumps(manifest.model))
         steps = read_json(path / PREPROCESSING)
+        preprocessing = steps["transform"]
+        if not trust:
+            _refuse_code(path, {MANIFEST: manifest.model, PREPROCESSING: preprocessing})
+        model = ModelConfig.model_validate_json(json.dumps(manifest.model))
         transform: TransformConfig = TypeAdapter(TransformConfig).validate_json(
-            json.dumps(steps["transform"])
+            json.dumps(preprocessing)
         )
         # Bundles of older versions have no such entry and were embedded without turning.
         exif = TypeAdapter[ExifRule](ExifRule).validate_python(steps.get("exif", "ignore"))
@@ -284,6 +294,19 @@ def read_bundle(path: Path) -> Bundle:
     return bundle
 
 
+def _refuse_code(path: Path, sections: Mapping[str, Any]) -> None:
+    """Refuse a bundle that is a program: search would import and run what it names.
+
+    Raises:
+        ConfigError: If a section names a target.
+    """
+    if named := [found for name, value in sections.items() for found in named_targets(value, name)]:
+        raise ConfigError(
+            f"the bundle {path} names code that search would run ({', '.join(named)}); if you "
+            "trust its author and that code, give --trust"
+        )
+
+
 def _read_manifest(path: Path) -> Manifest:
     found = "it does not exist"
     if path.exists():
@@ -313,5 +336,9 @@ def _read_index(path: Path) -> Tensor:
     """Return the rows in an index, (N, D) float32."""
     import faiss
 
+    # Other kinds may name files that Faiss opens, such as inverted lists on disk.
+    with open(path, "rb") as file:
+        if (kind := file.read(len(_FLAT_L2))) != _FLAT_L2:
+            raise ValueError(f"{path.name} begins with {kind!r}, not with {_FLAT_L2!r}")
     index = faiss.read_index(str(path))
     return torch.from_numpy(index.reconstruct_n(0, index.ntotal))

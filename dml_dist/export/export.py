@@ -18,7 +18,7 @@ from rich.console import Console
 from dml_dist.config.data import ExifRule, StandardTransformConfig, TransformConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.decode import decode_image
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.data.reader import ShardReader
 from dml_dist.errors import DataError
 from dml_dist.export import bundle as files
@@ -29,6 +29,7 @@ from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.artifacts import read_metrics
+from dml_dist.runs.code_note import say_if_code
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.provenance import git_revision, installed_versions
 from dml_dist.runtime.context import RunContext, open_context
@@ -37,7 +38,7 @@ from dml_dist.search.exact import store_rows
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from dml_dist.train.checkpoint_files import MODEL, read_manifest
 from dml_dist.train.state import resolve_precision
-from dml_dist.urls import output_path
+from dml_dist.urls import output_path, shown_url
 
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
@@ -86,6 +87,7 @@ def run_export(
     files.require_new(out)
     require_extra()
     folder = RunFolder.open(run_dir)
+    say_if_code(folder.path, console)
     config = evaluation_config(folder, overrides)
     checkpoint = select_checkpoint(folder.checkpoints, options.checkpoint)
     device = "cuda:0" if uses_gpu(config.launch, 1) else "cpu"
@@ -196,7 +198,7 @@ def _write_gallery(
     return {
         "num_images": len(rows),
         "num_classes": len(used),
-        "data": config.data.path,
+        "data": shown_url(config.data.path),
         "embedded_in": str(precision.autocast or precision.dtype).removeprefix("torch."),
         "thumbnails": {
             "number": len(kept),
@@ -292,7 +294,7 @@ def thumbnail(data: bytes, exif: ExifRule = "apply") -> bytes:
         data: An encoded image that can be decoded.
         exif: Whether it is turned by its EXIF orientation.
     """
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         picture = rgb_image(opened, exif)
     small = max(picture.size) <= THUMBNAIL_SIDE // 2
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dml_dist.config.data import ExifRule
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.files import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _draw(axes: Axes, tile: Tile, *, is_query: bool) -> None:
 
 def _pixels(data: bytes, exif: ExifRule) -> np.ndarray:
     """Return an image padded with white to a square, uint8 (S, S, 3)."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         picture = rgb_image(opened, exif)
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     side = max(picture.size)

@@ -33,6 +33,7 @@ from dml_dist.runtime.datasets import (
     ensure_imported,
     require_index,
     require_same_dataset,
+    warn_of_secrets,
 )
 from dml_dist.runtime.estimate import estimate_plan
 from dml_dist.runtime.loggers import check_loggers
@@ -43,7 +44,7 @@ from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import newest_checkpoint
 from dml_dist.train.resume import check_plan, resumable_differences
 from dml_dist.train.run_plan import RunPlan
-from dml_dist.urls import local_path
+from dml_dist.urls import local_path, shown_url
 
 
 def run_training(
@@ -139,6 +140,7 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     """Print the resolved plan of a run; nothing is written or started."""
     config = with_absolute_paths(config)
     check_loggers(config.loggers)
+    warn_of_secrets(config, console)
     plan, source = plan_without_data(config)
     table = Table("plan", config.name, title_justify="left")
     weights = describe_weights(config.model.backbone)
@@ -161,7 +163,7 @@ def plan_without_data(config: RunConfig) -> tuple[RunPlan, str]:
     folder = local_path(config.data.path)
     if folder is None or (folder / INDEX_NAME).exists():
         require_same_dataset(config.data)
-        return _plan(config, world_size), f"counted in {config.data.path}"
+        return _plan(config, world_size), f"counted in {shown_url(config.data.path)}"
     return estimate_plan(config, world_size)
 
 
@@ -197,12 +199,13 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
             found = newest_checkpoint(folder.checkpoints)
         if found is not None:
             check_plan(*found, config, plan)
+    warn_of_secrets(config, console)
     _announce(plan, config, console)
     return Assignment(
         kind="train",
         config=config,
         run_dir=str(folder.path),
-        command=shlex.join(sys.argv),
+        command=shlex.join(shown_url(sys.argv)),
         changes=changes,
         reason="continued by --resume" if resume else "",
     )

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dml_dist.config.data import ExifRule
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
 from dml_dist.random_streams import Stream, generator_of
@@ -242,8 +243,6 @@ def _is_plain(picture: Image.Image) -> bool:
 
 def _thumbnail(image: bytes | np.ndarray, row: int, exif: ExifRule) -> tuple[bytes, str]:
     """Return an image of THUMBNAIL_SIZE at most, encoded, and its file extension."""
-    from dml_dist.data.decode import rgb_image  # It imports torch, which readers do without.
-
     if isinstance(image, np.ndarray):
         shape = image.shape
         if image.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)):
@@ -254,7 +253,7 @@ def _thumbnail(image: bytes | np.ndarray, row: int, exif: ExifRule) -> tuple[byt
         picture: Image.Image = Image.fromarray(image)
     else:
         try:
-            picture = Image.open(io.BytesIO(image))
+            picture = open_image(image)
             picture.load()
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.files import lock_file, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.files import lock_file, sync_folder, write_config_atomic, write_json_atomic
 from dml_dist.runs.artifacts import write_metrics
 from dml_dist.runs.info import Attempt, Ended, RunInfo, RunStatus, now, read_run_info
 from dml_dist.runs.provenance import git_revision, installed_versions
-from dml_dist.urls import is_url
+from dml_dist.urls import is_url, shown_url
 
 # Ranks of a killed command end within seconds, when they detect missing peers or Ray's processes
 # detect that their owner is dead.
@@ -140,7 +140,7 @@ class RunFolder:
 
     def write_config(self, config: str) -> None:
         """Write the resolved configuration, YAML."""
-        write_text_atomic(self.config_path, config)
+        write_config_atomic(self.config_path, config)
 
     def require_new(self) -> None:
         """Check that the folder is missing or empty; `create` also checks it.
@@ -305,4 +305,4 @@ class RunFolder:
         return info.status.state == "failed" and not any(one.began for one in info.attempts)
 
     def _write(self, info: RunInfo) -> None:
-        write_json_atomic(self.info_path, asdict(info))
+        write_json_atomic(self.info_path, shown_url(asdict(info)))

@@ -26,11 +26,13 @@ from dml_dist.config.data import (
     StoredImagesSection,
     TableConfig,
 )
+from dml_dist.config.schema import RunConfig
 from dml_dist.config.shape import is_resumable
 from dml_dist.data.index import INDEX_NAME, Index, import_description
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.runtime.progress import Display, phase
-from dml_dist.urls import is_url, local_path
+from dml_dist.terminal import say
+from dml_dist.urls import has_secret, is_url, local_path, shown_url
 
 if TYPE_CHECKING:
     from dml_dist.data.tar_shard import OnBroken
@@ -112,7 +114,8 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
 
     if is_url(out):
         raise ConfigError(
-            f"data import cannot write to the URL {out}; import into a local folder, then upload it"
+            f"data import cannot write to the URL {shown_url(str(out))}; import into a local "
+            "folder, then upload it"
         )
     start = time.monotonic()
     stored = dataset if isinstance(dataset, StoredImagesSection) else StoredImagesSection()
@@ -148,6 +151,25 @@ def describe(dataset: DatasetConfig) -> str:
         and not (name == "max_side" and value is None)  # Older imports have no such field.
     }
     return json.dumps(fields, sort_keys=True)
+
+
+def warn_of_secrets(config: RunConfig, console: Console) -> None:
+    """Warn of a password or token in a URL: the configuration keeps it."""
+    places = {
+        "data.path": config.data.path,
+        **{
+            f"loggers.{at}.tracking_uri": getattr(logger, "tracking_uri", None) or ""
+            for at, logger in enumerate(config.loggers)
+        },
+    }
+    for place, url in places.items():
+        if has_secret(url):
+            say(
+                console,
+                f"warning: {place} {shown_url(url)} holds a password or token, which config.yaml "
+                "keeps, readable by you alone; give credentials by environment variables or the "
+                "configuration files of fsspec, s3fs, gcsfs or MLflow instead",
+            )
 
 
 def require_same_dataset(config: DataConfig) -> None:
@@ -209,8 +231,8 @@ def index_folder(
     folder = local_path(location)
     if folder is None:
         raise ConfigError(
-            f"data index cannot write {INDEX_NAME} to the URL {location}; index the tar shards in "
-            f"a local folder, then upload {INDEX_NAME}"
+            f"data index cannot write {INDEX_NAME} to the URL {shown_url(location)}; index the "
+            f"tar shards in a local folder, then upload {INDEX_NAME}"
         )
     with Display(console) as display:
         index = build_index(
@@ -271,7 +293,7 @@ def verify_folder(location: str, console: Console) -> bool:
     )
     console.print(
         f"{result.num_samples:,} samples, {result.num_bytes / 2**20:,.1f} MiB: {verdict}: "
-        f"{folder or location}",
+        f"{folder or shown_url(location)}",
         highlight=False,
         soft_wrap=True,
     )

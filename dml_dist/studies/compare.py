@@ -38,7 +38,7 @@ from dml_dist.runs.comparison import (
     searched_paths,
     trial_config,
 )
-from dml_dist.runtime.datasets import ensure_imported
+from dml_dist.runtime.datasets import ensure_imported, warn_of_secrets
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, Emit, note, phase
 from dml_dist.studies.pool import Pool
@@ -70,6 +70,7 @@ def run_comparison(
     folder = ComparisonFolder((run_dir or Path("runs") / config.name).absolute())
     folder.check(config, resume=resume)
     plans = _check_methods(config)
+    warn_of_secrets(config, console)
     if local_path(config.data.path) is not None:
         ensure_imported(config.data, console)
     with folder.lock():

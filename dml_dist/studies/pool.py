@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
-
 from dml_dist.config.load import load_config
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.errors import ConfigError
@@ -27,6 +25,7 @@ from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.study import StudyFolder, StudyKind, digest, fixed_differences
 from dml_dist.runtime.signals import StopRequest
+from dml_dist.terminal import open_console
 
 Value = TypeVar("Value")
 
@@ -73,7 +72,7 @@ def execute_run(
     started = RunFolder(folder).info_path.is_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as file:
-        console = Console(file=file, width=100)
+        console = open_console(file=file, width=100)
         return run_training(
             config,
             console,

@@ -18,7 +18,7 @@ from dml_dist.errors import ConfigError, RunError, RunStopped
 from dml_dist.orchestration.ray_tune import PRUNED, TIME_LIMIT, Outcome, Payload, run_trials
 from dml_dist.report.parts import try_to_write
 from dml_dist.runs.tuning import TuningFolder, trial_configs, tune_section
-from dml_dist.runtime.datasets import ensure_imported
+from dml_dist.runtime.datasets import ensure_imported, warn_of_secrets
 from dml_dist.runtime.progress import Display
 from dml_dist.runtime.signals import stop_on_signals
 from dml_dist.studies.final import check_final, print_final, run_final, write_best
@@ -64,6 +64,7 @@ def run_tuning(
     folder = TuningFolder((run_dir or Path("runs") / config.name).absolute())
     check_tuning(config, folder, source)
     plan = check_search(config)
+    warn_of_secrets(config, console)
     if local_path(config.data.path) is not None:
         ensure_imported(config.data, console)
     with folder.lock():

@@ -15,7 +15,6 @@ from dml_dist.report.figures import Picture
 from dml_dist.report.formatting import MISSING, format_seconds
 from dml_dist.report.parts import Parts
 from dml_dist.report.render import write_page
-from dml_dist.report.study.comparison_tables import csv_text
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.tuning import tune_section
 from dml_dist.studies.trials import STATES
@@ -44,6 +43,7 @@ from dml_dist.studies.tune_value_figures import (
     draw_slices,
     importances,
 )
+from dml_dist.terminal import csv_text
 
 FEW_TRIALS = 10
 """Complete trials below which the best one may be best by chance alone."""

@@ -15,7 +15,6 @@ from dml_dist.report.parts import Parts
 from dml_dist.report.render import write_page
 from dml_dist.report.study.comparison_tables import (
     comparison_rows,
-    csv_text,
     difference_notes,
     difference_rows,
     plain_differences,
@@ -27,6 +26,7 @@ from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
 from dml_dist.report.study.references import ReferenceRow, own_protocols
 from dml_dist.report.study.stats import LEVEL, format_interval
 from dml_dist.runs.comparison import ComparisonFolder, compare_section
+from dml_dist.terminal import csv_text
 
 
 def write_comparison(path: Path) -> Path:
