@@ -9,11 +9,8 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -21,6 +18,15 @@ import typer
 
 from dml_dist.cli_data import Commands, console, data_app
 from dml_dist.cli_jobs import SUBMIT_SETTINGS, job_app, submit
+from dml_dist.cli_options import (
+    ConfigArgument,
+    LauncherOption,
+    RunDirOption,
+    SetOption,
+    WorkersOption,
+    overrides_of,
+)
+from dml_dist.cli_studies import compare, tune
 from dml_dist.errors import DmlDistError, RunStopped
 from dml_dist.import_path import put_current_folder_last
 from dml_dist.terminal import log_to, open_console, say_styled
@@ -35,36 +41,14 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
+app.command()(compare)
+app.command()(tune)
 app.command(context_settings=SUBMIT_SETTINGS)(submit)
 
 error_console = open_console(stderr=True)
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set a field, e.g. optim.lr=1e-3; repeatable."
-    ),
-]
-RunDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-dir",
-        parser=output_path,
-        metavar="DIR",
-        help="New folder; default runs/NAME.",
-    ),
-]
-Launcher = Literal["ray", "torchrun", "inprocess"]
-LauncherOption = Annotated[
-    Launcher | None, typer.Option("--launcher", help="Launcher that starts the ranks.")
-]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Number of ranks under Ray.")
-]
 
 
 def main() -> None:
@@ -117,32 +101,6 @@ def _end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _overrides(
-    changes: list[str] | None, launcher: Launcher | None, workers: int | None
-) -> list[str]:
-    """Return all overrides; ranks under torchrun are detected by their environment."""
-    result = list(changes or [])
-    if launcher is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = "torchrun"
-    if launcher is not None:
-        result.append(f"launch.launcher={launcher}")
-    if workers is not None:
-        result.append(f"launch.num_workers={workers}")
-    return result
-
-
-@contextmanager
-def _repeatable(more: list[str]) -> Iterator[None]:
-    """Say how to continue a study that was stopped: with this command line and `more`."""
-    try:
-        yield
-    except RunStopped as stop:
-        what = str(stop).partition("\n")[0]
-        program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
-        again = shlex.join([*sys.argv[1:], *more])
-        raise RunStopped(f"{what}\ncontinue with: {program} {again}") from None
-
-
 @app.command()
 def quickstart(
     run_dir: RunDirOption = None,
@@ -152,7 +110,7 @@ def quickstart(
     """Import glyphs, train on two Ray workers, evaluate and write a report, in a few minutes."""
     from dml_dist.orchestration.train import run_quickstart
 
-    run_quickstart(console, run_dir=run_dir, overrides=_overrides(changes, None, workers))
+    run_quickstart(console, run_dir=run_dir, overrides=overrides_of(changes, None, workers))
 
 
 @app.command()
@@ -173,7 +131,7 @@ def train(
     from dml_dist.config.load import load_config
     from dml_dist.orchestration.train import dry_run_table, run_training
 
-    resolved = load_config(config, _overrides(changes, launcher, workers))
+    resolved = load_config(config, overrides_of(changes, launcher, workers))
     if dry_run:
         dry_run_table(resolved, console)
         return
@@ -199,100 +157,8 @@ def evaluate(
         console,
         split=split,
         checkpoint=checkpoint,
-        overrides=_overrides(changes, launcher, workers),
+        overrides=overrides_of(changes, launcher, workers),
     )
-
-
-@app.command()
-def compare(
-    config: ConfigArgument,
-    changes: SetOption = None,
-    run_dir: RunDirOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a comparison that was stopped.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and their plans, and exit.")
-    ] = False,
-    parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", min=1, help="Number of parallel runs, each in one process."),
-    ] = None,
-    launcher: LauncherOption = None,
-    workers: WorkersOption = None,
-) -> None:
-    """Compare methods over seeds at equal steps, with a report of tables and curves."""
-    from dml_dist.config.load import load_config
-    from dml_dist.studies.compare import dry_run_comparison, run_comparison
-
-    overrides = _overrides(changes, launcher, workers)
-    if parallel is not None:
-        overrides.append(f"compare.parallel={parallel}")
-    resolved = load_config(config, overrides)
-    if dry_run:
-        dry_run_comparison(resolved, console)
-        return
-    with _repeatable([] if resume else ["--resume"]):
-        run_comparison(resolved, console, run_dir=run_dir, resume=resume)
-
-
-@app.command()
-def tune(
-    config: ConfigArgument,
-    changes: SetOption = None,
-    run_dir: RunDirOption = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Number of trials of the whole search.")
-    ] = None,
-    parallel: Annotated[
-        int | None, typer.Option("--parallel", min=1, help="Number of trials at a time.")
-    ] = None,
-    hours: Annotated[
-        float | None, typer.Option("--hours", help="Time limit of this call of the command.")
-    ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="DIR", help="Search whose best values are tried first."),
-    ] = None,
-    final: Annotated[
-        bool,
-        typer.Option(
-            "--final", help="At the end train the best values again and evaluate test classes."
-        ),
-    ] = False,
-    continue_trial: Annotated[
-        int | None,
-        typer.Option("--continue-trial", min=0, help="Train a pruned trial to its end."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the space and the cost, and exit.")
-    ] = False,
-    launcher: LauncherOption = None,
-    workers: WorkersOption = None,
-) -> None:
-    """Search hyper-parameters on validation classes; the same command continues a search."""
-    from dml_dist.config.load import load_config
-
-    overrides = _overrides(changes, launcher, workers)
-    options = {"trials": trials, "parallel": parallel, "hours": hours}
-    overrides += [f"tune.{key}={value}" for key, value in options.items() if value is not None]
-    resolved = load_config(config, overrides)
-    if dry_run:
-        from dml_dist.studies.tune_check import dry_run_tuning
-
-        dry_run_tuning(resolved, console)
-        return
-    from dml_dist.studies.tune import run_tuning
-
-    with _repeatable([]):
-        run_tuning(
-            resolved,
-            console,
-            run_dir=run_dir,
-            source=source,
-            final=final,
-            continue_trial=continue_trial,
-        )
 
 
 @app.command()
@@ -345,7 +211,7 @@ def export(
     from dml_dist.export.export import ExportOptions, run_export
 
     options = ExportOptions(split, checkpoint, thumbnails_mb)
-    run_export(run, out, console, options, overrides=_overrides(changes, "inprocess", None))
+    run_export(run, out, console, options, overrides=overrides_of(changes, "inprocess", None))
 
 
 @app.command()

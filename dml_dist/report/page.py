@@ -66,13 +66,11 @@ def write_report(run_dir: Path) -> Path:
     classes = parts.read("results per class", lambda: read_class_results(folder))
     space = parts.read("embeddings", lambda: read_space(folder, distance))
     proxies = parts.read("proxy statistics", lambda: read_proxy_facts(folder))
-
     curves = parts.make("curves", lambda: draw_curves(summary), [])
     class_pictures = _drawn(parts, "figure of classes", classes, lambda x: [draw_classes(x)])
     space_pictures = _drawn(parts, "embedding space", space, lambda x: draw_space(x, classes, seed))
     proxy_pictures = _drawn(parts, "figures of proxies", proxies, draw_proxies)
     tiles = TileMaker(gallery)
-    history = summary.history
     table = parts.make("results", summary.table, [])
     headline = parts.make("headline", lambda: _headline(summary), [])
     class_tiles = parts.make("classes", lambda: tiles.by_class(gallery.classes), [])
@@ -80,7 +78,7 @@ def write_report(run_dir: Path) -> Path:
     sections: list[tuple[str, str, bool]] = [
         ("results", "Results", bool(table)),
         ("curves", "Curves", bool(curves)),
-        ("history", history.title, bool(history.title)),
+        ("history", summary.history.title, bool(summary.history.title)),
         ("classes", "Classes", bool(class_pictures or class_tiles)),
         ("retrieval", "Retrieval", bool(gallery.queries)),
         ("space", "Embedding space", bool(space_pictures)),
@@ -107,7 +105,7 @@ def write_report(run_dir: Path) -> Path:
         best=summary.best_validation,
         curves=_of_size(curves, small=False),
         small_curves=_of_size(curves, small=True),
-        history=history,
+        history=summary.history,
         class_pictures=class_pictures,
         weakest=[] if classes is None else weakest_rows(classes),
         classes=class_tiles,

@@ -29,7 +29,7 @@ LAYERS: dict[int, set[str]] = {
     5: {"orchestration"},
     6: {"studies", "export", "jobs"},
     # "": dml_dist/__init__.py, the names for other programs.
-    7: {"cli", "cli_data", "cli_jobs", "__main__", ""},
+    7: {"cli", "cli_data", "cli_jobs", "cli_options", "cli_studies", "__main__", ""},
 }
 
 # Importer -> what it may import of its own layer.
@@ -37,7 +37,8 @@ ALLOWED_SIDEWAYS: dict[str, set[str]] = {
     **{name: LAYERS[0] - {name} for name in LAYERS[0]},  # values and small functions
     "data": {"parallel.comm"},  # the type through which ranks talk
     "search": {"parallel.comm"},
-    "cli": {"cli_data", "cli_jobs"},
+    "cli": {"cli_data", "cli_jobs", "cli_options", "cli_studies"},
+    "cli_studies": {"cli_data", "cli_options"},
     "__main__": {"cli"},
 }
 
@@ -45,7 +46,7 @@ ALLOWED_SIDEWAYS: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "ray": {"orchestration", "jobs"},
     "optuna": {"studies"},
-    "typer": {"cli", "cli_data", "cli_jobs"},
+    "typer": {"cli", "cli_data", "cli_jobs", "cli_options", "cli_studies"},
 }
 NEVER_AT_TOP = {"onnx", "onnxruntime", "onnxscript", "faiss", "webdataset", "zuko", "matplotlib"}
 NO_TORCH = LAYERS[0] | {"runs"}
