@@ -28,12 +28,12 @@ from torch import Tensor
 from dml_dist.losses.miners import distance_weights, draw_weighted, uniforms
 from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype
 from dml_dist.losses.one_process import check_labels
+from dml_dist.losses.pair_distances import pair_distances
 from dml_dist.losses.pairs import (
     AnchorBatch,
     Reduction,
     active_share,
     mined_counts,
-    pair_distances,
     reduced,
     sum_and_counts,
     sum_merges,

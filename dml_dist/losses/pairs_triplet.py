@@ -23,13 +23,13 @@ from torch.autograd.function import once_differentiable
 
 from dml_dist.losses.miners import hardest_triplets, semi_hard
 from dml_dist.losses.numerics import Merge, Statistics
+from dml_dist.losses.pair_distances import pair_distances
 from dml_dist.losses.pairs import (
     MINED_MERGES,
     AnchorBatch,
     Reduction,
     active_share,
     mined_counts,
-    pair_distances,
     reduced,
     sum_and_counts,
     sum_merges,

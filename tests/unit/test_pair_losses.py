@@ -17,7 +17,8 @@ import dml_dist
 from dml_dist.config.objective import LossConfig
 from dml_dist.losses.build_loss import build_loss
 from dml_dist.losses.miners import distance_weights, draw_weighted
-from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, contrastive_loss, pair_distances
+from dml_dist.losses.pair_distances import pair_distances
+from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, contrastive_loss
 from dml_dist.losses.pairs_margin import margin_loss
 from dml_dist.losses.pairs_multi_similarity import multi_similarity_loss
 from dml_dist.losses.pairs_triplet import triplet_loss

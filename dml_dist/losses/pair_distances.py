@@ -1,0 +1,132 @@
+"""Distances of the pairs of a batch of unit rows, whose choices do not depend on the partition.
+
+    d_ij = |x_i - x_j|, with gradient 0 where d_ij = 0
+
+The exact form computes a distance from its two rows alone, in a fixed order, so that its bits do
+not depend on how anchors are partitioned. A matrix product is faster, but its last bits depend on
+the shape of the block, and it loses digits of small distances. So distances come from a product,
+
+    d^2 = |x_i|^2 + |x_j|^2 - 2 x_i . x_j
+
+and pairs are computed again in the exact form where they are near, or where a choice of the loss
+(a hinge, a miner) could come out differently within the error bound below. What is chosen is then
+what the exact form chooses.
+
+Bound (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1; u = eps / 2, rows
+of length <= 1): a sum of D products errs by at most D u / (1 - D u) times the sum of the absolute
+products, in any order, fused or not. Together the three sums of the product err by 4 D u, and the
+squared distance of the exact form by 4 D u, so that with
+
+    bound = 1.05 (8 D + 128) u,    |d^2 - d_exact^2| <= bound,    |d - d_exact| <= bound / d
+
+The factor 1.05 covers second-order terms and 128 all roundings beside the sums, those of sums and
+differences of two distances and a margin included. All of this needs `full_precision`.
+
+Shape legend: G rows of the global batch, A anchors of this part, D embedding size, Q pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dml_dist.losses.numerics import full_precision
+
+OpenChoices = Callable[[Tensor, Tensor], Tensor]
+"""(distances, their largest errors) -> which pairs a choice depends on that the errors leave open.
+
+All are (A, G).
+"""
+
+_NEAR = 1e-2
+"""Products lose digits by 1 / d in the gradient and 1 / d^2 in the distance: at most to this."""
+
+_DENSE = 4
+"""Above a 1 / 4 of all pairs, single pairs take longer than the exact form of all."""
+
+
+def pair_distances(
+    anchors_AD: Tensor, rows_GD: Tensor, open_choices: OpenChoices | None = None
+) -> Tensor:
+    """Return |a_i - x_j|, (A, G), differentiable once; the gradient is 0 at distance 0.
+
+    Args:
+        anchors_AD: Rows of length <= 1, (A, D).
+        rows_GD: Rows of length <= 1, (G, D).
+        open_choices: Names the pairs to compute again in the exact form, see above; None computes
+            all pairs in the exact form.
+    """
+    distances: Tensor = _PairDistances.apply(anchors_AD, rows_GD, open_choices)
+    return distances
+
+
+class _PairDistances(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchors_AD: Tensor, rows_GD: Tensor, open_choices: OpenChoices | None
+    ) -> Tensor:
+        if open_choices is None:
+            distances_AG = _exact(anchors_AD, rows_GD)
+        else:
+            distances_AG = _by_product(anchors_AD, rows_GD, open_choices)
+        ctx.save_for_backward(anchors_AD, rows_GD, distances_AG)
+        return distances_AG
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AG: Tensor) -> tuple[Tensor, Tensor, None]:
+        anchors_AD, rows_GD, distances_AG = ctx.saved_tensors
+        weights_AG = (grad_AG / distances_AG).masked_fill_(distances_AG == 0, 0.0)
+        near_AG = (distances_AG < _NEAR) & (weights_AG != 0)
+        far_AG = weights_AG.masked_fill(near_AG, 0.0)
+        # sum_j w_ij (a_i - x_j) by products, which are far faster than (A, G, D) differences.
+        of_anchors = anchors_AD * far_AG.sum(dim=1, keepdim=True) - far_AG @ rows_GD
+        of_rows = rows_GD * far_AG.sum(dim=0)[:, None] - far_AG.T @ anchors_AD
+        # Near pairs by differences, since the two products above would cancel.
+        for i_Q, j_Q in _pairs(near_AG):
+            pulls_QD = weights_AG[i_Q, j_Q, None] * (anchors_AD[i_Q] - rows_GD[j_Q])
+            of_anchors.index_add_(0, i_Q, pulls_QD)
+            of_rows.index_add_(0, j_Q, pulls_QD, alpha=-1)
+        return of_anchors, of_rows, None
+
+
+def _exact(anchors: Tensor, rows: Tensor) -> Tensor:
+    """Return distances by differences; a pair's bits are the same in any block and batch."""
+    return torch.cdist(anchors, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _by_product(anchors_AD: Tensor, rows_GD: Tensor, open_choices: OpenChoices) -> Tensor:
+    squares_A, squares_G = (x.square().sum(dim=1) for x in (anchors_AD, rows_GD))
+    distances_AG = squares_A[:, None] + squares_G
+    with full_precision(rows_GD.device):
+        distances_AG.addmm_(anchors_AD, rows_GD.T, alpha=-2)
+    near_AG = distances_AG < _NEAR
+    distances_AG.clamp_min_(0.0).sqrt_()
+    _make_exact(distances_AG, near_AG, anchors_AD, rows_GD)
+    bound = 1.05 * (4 * rows_GD.shape[1] + 64) * torch.finfo(distances_AG.dtype).eps
+    errors_AG = (bound / distances_AG).masked_fill_(near_AG, 0.0)
+    _make_exact(distances_AG, open_choices(distances_AG, errors_AG), anchors_AD, rows_GD)
+    return distances_AG
+
+
+def _make_exact(
+    distances_AG: Tensor, chosen_AG: Tensor, anchors_AD: Tensor, rows_GD: Tensor
+) -> None:
+    """Replace the chosen distances by those of the exact form."""
+    if int(chosen_AG.count_nonzero()) > chosen_AG.numel() // _DENSE:
+        distances_AG.copy_(_exact(anchors_AD, rows_GD))
+        return
+    for i_Q, j_Q in _pairs(chosen_AG):
+        distances_AG[i_Q, j_Q] = _exact(anchors_AD[i_Q, None], rows_GD[j_Q, None])[:, 0, 0]
+
+
+def _pairs(chosen_AG: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the chosen pairs, at most G at a time: their rows take no more memory than the batch."""
+    i_P, j_P = chosen_AG.nonzero().unbind(dim=1)
+    size = chosen_AG.shape[1]
+    return list(zip(i_P.split(size), j_P.split(size), strict=True)) if size else []
