@@ -89,7 +89,8 @@ class _PairDistances(Function):
         of_rows = rows_GD * far_AG.sum(dim=0)[:, None] - far_AG.T @ anchors_AD
         # Near pairs by differences, since the two products above would cancel.
         for i_Q, j_Q in _pairs(near_AG):
-            pulls_QD = weights_AG[i_Q, j_Q, None] * (anchors_AD[i_Q] - rows_GD[j_Q])
+            pulls_QD = anchors_AD.index_select(0, i_Q) - rows_GD.index_select(0, j_Q)
+            pulls_QD *= weights_AG[i_Q, j_Q, None]
             of_anchors.index_add_(0, i_Q, pulls_QD)
             of_rows.index_add_(0, j_Q, pulls_QD, alpha=-1)
         return of_anchors, of_rows, None
@@ -122,11 +123,12 @@ def _make_exact(
         distances_AG.copy_(_exact(anchors_AD, rows_GD))
         return
     for i_Q, j_Q in _pairs(chosen_AG):
-        distances_AG[i_Q, j_Q] = _exact(anchors_AD[i_Q, None], rows_GD[j_Q, None])[:, 0, 0]
+        i_QD, j_QD = anchors_AD.index_select(0, i_Q), rows_GD.index_select(0, j_Q)
+        distances_AG[i_Q, j_Q] = _exact(i_QD[:, None], j_QD[:, None])[:, 0, 0]
 
 
 def _pairs(chosen_AG: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the chosen pairs, at most G at a time: their rows take no more memory than the batch."""
-    i_P, j_P = chosen_AG.nonzero().unbind(dim=1)
+    """Return the chosen pairs, at most G at a time, whose rows fit the memory of the batch."""
+    i_P, j_P = chosen_AG.nonzero(as_tuple=True)
     size = chosen_AG.shape[1]
     return list(zip(i_P.split(size), j_P.split(size), strict=True)) if size else []

@@ -130,8 +130,8 @@ def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
     kept = torch.where(counted, terms, 0.0)
     return {
         f"{name}_sum": kept.sum(),
-        f"{name}_nonzero": (kept > 0).sum().to(kept.dtype),
-        f"{name}_count": counted.sum().to(kept.dtype),
+        f"{name}_nonzero": (kept > 0).count_nonzero().to(kept.dtype),
+        f"{name}_count": counted.count_nonzero().to(kept.dtype),
     }
 
 
@@ -251,8 +251,8 @@ class Contrastive:
         }
 
     def _open_hinges(self, distances_AG: Tensor, errors_AG: Tensor) -> Tensor:
-        return ((distances_AG - self.positive_margin).abs() <= errors_AG) | (
-            (distances_AG - self.negative_margin).abs() <= errors_AG
+        return ((distances_AG - self.positive_margin).abs() < errors_AG) | (
+            (distances_AG - self.negative_margin).abs() < errors_AG
         )
 
 
