@@ -38,21 +38,38 @@ def hardest_triplets(batch: AnchorBatch, distances_AG: Tensor) -> tuple[Tensor, 
     Returns:
         Row of the positive, row of the negative, and whether there is a triplet, (A,) each.
     """
+    found = [_hardest(distances_AG, *masks) for masks in _ways(batch)]
+    p_A, n_A, found_A, gap_A = found[0]
+    for p2_A, n2_A, found2_A, gap2_A in found[1:]:
+        second_A = found2_A & (~found_A | (gap2_A > gap_A))
+        p_A, n_A = torch.where(second_A, p2_A, p_A), torch.where(second_A, n2_A, n_A)
+        found_A = found_A | found2_A
+    return p_A, n_A, found_A
+
+
+@torch.no_grad()
+def maybe_hardest(batch: AnchorBatch, distances_AG: Tensor, errors_AG: Tensor) -> Tensor:
+    """Return the pairs that `hardest_triplets` could choose within the errors, (A, G) bool."""
+    least_AG, most_AG = distances_AG - errors_AG, distances_AG + errors_AG
+    maybe_AG = torch.zeros_like(distances_AG, dtype=torch.bool)
+    for positive_AG, negative_AG in _ways(batch):
+        far_A1 = least_AG.masked_fill(~positive_AG, -torch.inf).amax(dim=1, keepdim=True)
+        near_A1 = most_AG.masked_fill(~negative_AG, torch.inf).amin(dim=1, keepdim=True)
+        maybe_AG |= positive_AG & (most_AG >= far_A1)
+        maybe_AG |= negative_AG & (least_AG <= near_A1)
+    return maybe_AG
+
+
+def _ways(batch: AnchorBatch) -> list[tuple[Tensor, Tensor]]:
+    """Return the positives and negatives that may be combined freely, (A, G) bool each."""
     same_AG = batch.same_class()
     rows_G = torch.arange(len(batch.labels_G), device=batch.labels_G.device)
     positive_AG = same_AG & (rows_G[batch.low : batch.high, None] != rows_G)
     if batch.is_representative_G is None:
-        return _hardest(distances_AG, positive_AG, ~same_AG)[:3]
+        return [(positive_AG, ~same_AG)]
     held_AG = batch.holds_representative()
-    # The representative is anchor or positive, or anchor or negative: take the harder of the two.
-    p_A, n_A, found_A, gap_A = _hardest(distances_AG, positive_AG & held_AG, ~same_AG)
-    p2_A, n2_A, found2_A, gap2_A = _hardest(distances_AG, positive_AG, ~same_AG & held_AG)
-    second_A = found2_A & (~found_A | (gap2_A > gap_A))
-    return (
-        torch.where(second_A, p2_A, p_A),
-        torch.where(second_A, n2_A, n_A),
-        found_A | found2_A,
-    )
+    # The representative is anchor or positive, or anchor or negative: the harder of the two.
+    return [(positive_AG & held_AG, ~same_AG), (positive_AG, ~same_AG & held_AG)]
 
 
 def _hardest(

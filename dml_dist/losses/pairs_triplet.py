@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dml_dist.losses.miners import hardest_triplets, semi_hard
+from dml_dist.losses.miners import hardest_triplets, maybe_hardest, semi_hard
 from dml_dist.losses.numerics import Merge, Statistics
 from dml_dist.losses.pair_distances import pair_distances
 from dml_dist.losses.pairs import (
@@ -76,7 +77,8 @@ class Triplet:
         unit_GD = batch.unit_rows()
         anchors_AD = unit_GD[batch.low : batch.high]
         if self.mining == "hard":
-            return self._hard(batch, unit_GD, pair_distances(anchors_AD, unit_GD))
+            distances_AG = pair_distances(anchors_AD, unit_GD, partial(maybe_hardest, batch))
+            return self._hard(batch, unit_GD, distances_AG)
         same_AG = batch.same_class()
         others_AG = same_AG.clone()
         others_AG[:, batch.low : batch.high].fill_diagonal_(False)
