@@ -90,11 +90,42 @@ def multi_similarity_pairs(
     S > min over positives - epsilon. An anchor without positives keeps no
     negatives, and vice versa.
     """
-    hardest_negative_A1 = cosines_AG.masked_fill(~negative_AG, -torch.inf).amax(1, keepdim=True)
-    hardest_positive_A1 = cosines_AG.masked_fill(~positive_AG, torch.inf).amin(1, keepdim=True)
+    top_A1, bottom_A1 = _hardest_cosines(cosines_AG, positive_AG, negative_AG)
     return (
-        positive_AG & (cosines_AG - epsilon < hardest_negative_A1),
-        negative_AG & (cosines_AG + epsilon > hardest_positive_A1),
+        positive_AG & (cosines_AG - epsilon < top_A1),
+        negative_AG & (cosines_AG + epsilon > bottom_A1),
+    )
+
+
+@torch.no_grad()
+def open_multi_similarity_pairs(
+    cosines_AG: Tensor, error: float, positive_AG: Tensor, negative_AG: Tensor, epsilon: float
+) -> Tensor:
+    """Return the pairs on which an open choice of `multi_similarity_pairs` depends, (A, G) bool.
+
+    Args:
+        cosines_AG: Cosines of the anchors with all rows.
+        error: Largest error of a cosine.
+        positive_AG: Which pairs are positive.
+        negative_AG: Which pairs are negative.
+        epsilon: Slack of the miner.
+    """
+    top_A1, bottom_A1 = _hardest_cosines(cosines_AG, positive_AG, negative_AG)
+    # Both sides of the miner's comparison have an error.
+    open_AG = positive_AG & ((cosines_AG - (top_A1 + epsilon)).abs() <= 2.0 * error)
+    open_AG |= negative_AG & ((cosines_AG - (bottom_A1 - epsilon)).abs() <= 2.0 * error)
+    hardest_AG = negative_AG & (cosines_AG >= top_A1 - 2.0 * error)
+    hardest_AG |= positive_AG & (cosines_AG <= bottom_A1 + 2.0 * error)
+    return open_AG | (hardest_AG & open_AG.any(dim=1, keepdim=True))
+
+
+def _hardest_cosines(
+    cosines_AG: Tensor, positive_AG: Tensor, negative_AG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the largest of each anchor's negatives and the least of its positives, (A, 1) each."""
+    return (
+        cosines_AG.masked_fill(~negative_AG, -torch.inf).amax(dim=1, keepdim=True),
+        cosines_AG.masked_fill(~positive_AG, torch.inf).amin(dim=1, keepdim=True),
     )
 
 

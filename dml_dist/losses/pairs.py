@@ -61,6 +61,11 @@ class AnchorBatch:
         dtype = accurate_dtype(self.embeddings_GD)
         return normalize_rows(self.embeddings_GD.to(dtype))
 
+    def of_anchors(self, rows_GD: Tensor) -> Tensor:
+        """Return the anchors' rows, (A, D); the same tensor if all rows are anchors."""
+        whole = self.low == 0 and self.high == len(rows_GD)
+        return rows_GD if whole else rows_GD[self.low : self.high]
+
     def same_class(self) -> Tensor:
         """Return which rows have the anchor's class, the anchor included, (A, G) bool."""
         return self.labels_G[self.low : self.high, None] == self.labels_G
@@ -228,7 +233,7 @@ class Contrastive:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums and counts over the pairs of the anchors."""
         unit_GD = batch.unit_rows()
-        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD, self._open_hinges)
+        distances_AG = pair_distances(batch.of_anchors(unit_GD), unit_GD, self._open_hinges)
         positive_AG, negative_AG = batch.pair_masks()
         pulls_AG = (distances_AG - self.positive_margin).relu()
         pushes_AG = (self.negative_margin - distances_AG).relu()

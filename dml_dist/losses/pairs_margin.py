@@ -74,7 +74,7 @@ class Margin:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums and counts over the anchors' positives and drawn negatives."""
         unit_GD = batch.unit_rows()
-        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        distances_AG = pair_distances(batch.of_anchors(unit_GD), unit_GD)
         betas_A = batch.betas_A
         if betas_A is None:
             betas_A = distances_AG.new_full((len(distances_AG),), self.beta)

@@ -75,7 +75,7 @@ class Triplet:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return the sum and counts over the triplets of the anchors."""
         unit_GD = batch.unit_rows()
-        anchors_AD = unit_GD[batch.low : batch.high]
+        anchors_AD = batch.of_anchors(unit_GD)
         if self.mining == "hard":
             distances_AG = pair_distances(anchors_AD, unit_GD, partial(maybe_hardest, batch))
             return self._hard(batch, unit_GD, distances_AG)
