@@ -22,6 +22,7 @@ from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, contrastive_loss
 from dml_dist.losses.pairs_margin import margin_loss
 from dml_dist.losses.pairs_multi_similarity import multi_similarity_loss
 from dml_dist.losses.pairs_triplet import triplet_loss
+from tests.boundary_pairs import boundary_rows, exact_distances
 from tests.oracles_pairs import (
     contrastive_oracle,
     drawn_negatives,
@@ -270,6 +271,37 @@ def test_memory_of_a_part(values: dict[str, Any]) -> None:
     with LargestTensor() as largest:
         loss.finish(loss.anchor_partial(AnchorBatch(x, labels, 60, 120))).backward()
     assert largest.elements <= 60 * 240
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_of_distances_are_within_their_bound(dtype: torch.dtype) -> None:
+    """Near pairs have the bits of the exact form, others differ by less than the callback is told.
+
+    Also under bf16 autocast, which must not reach the product.
+    """
+    x = torch.nn.functional.normalize(boundary_rows(dtype))
+    exact = exact_distances(x)
+    told = []
+
+    def open_choices(distances: Tensor, errors: Tensor) -> Tensor:
+        told.append(((distances - exact).abs(), errors.clone()))
+        return exact > 1.5
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pair_distances(x, x, open_choices)
+    ((differences, errors),) = told
+    assert bool((differences <= errors).all())
+    assert float(differences.max()) > 0
+    near = exact < 0.09
+    for made_again in (near, exact > 1.5):
+        assert int(made_again.sum()) > len(x)
+        assert torch.equal(found[made_again], exact[made_again])
+
+
+def test_collapsed_rows_have_exact_distances() -> None:
+    x = torch.nn.functional.normalize(1 + 1e-3 * torch.randn(30, 8))
+    found = pair_distances(x, x, lambda distances, errors: distances < 0)
+    assert torch.equal(found, exact_distances(x))
 
 
 def test_near_rows_keep_their_gradient_in_float32() -> None:
