@@ -47,7 +47,7 @@ _NEAR = 1e-2
 """Products lose digits by 1 / d in the gradient and 1 / d^2 in the distance: at most to this."""
 
 _DENSE = 4
-"""Above a 1 / 4 of all pairs, single pairs take longer than the exact form of all."""
+"""Above 1 / 4 of all pairs, single pairs take longer than the exact form of all."""
 
 
 def pair_distances(
@@ -74,6 +74,33 @@ def cosines(anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
     """
     products: Tensor = _Cosines.apply(anchors_AD, rows_GD)
     return products
+
+
+def cosines_for_choices(
+    cosines_AG: Tensor,
+    anchors_AD: Tensor,
+    rows_GD: Tensor,
+    open_choices: Callable[[Tensor, float], Tensor],
+) -> Tensor:
+    """Return cosines by which the same is chosen in every partition, (A, G), without gradient.
+
+    The exact form is the sum of a pair's D products in a fixed order. It and the matrix product
+    err by D u each, so that they differ by at most 1.05 (2 D + 64) u.
+
+    Args:
+        cosines_AG: `cosines` of both.
+        anchors_AD: Rows of length <= 1, (A, D).
+        rows_GD: Rows of length <= 1, (G, D).
+        open_choices: (cosines, largest error) -> the pairs to compute again, (A, G) bool.
+    """
+    with torch.no_grad():
+        error = 1.05 * (rows_GD.shape[1] + 32) * torch.finfo(cosines_AG.dtype).eps
+        pairs = _pairs(open_choices(cosines_AG, error))
+        chosen_AG = cosines_AG.clone() if pairs else cosines_AG.detach()
+        for i_Q, j_Q in pairs:
+            products_QD = anchors_AD.index_select(0, i_Q) * rows_GD.index_select(0, j_Q)
+            chosen_AG[i_Q, j_Q] = products_QD.sum(dim=1)
+        return chosen_AG
 
 
 class _PairDistances(Function):
@@ -162,33 +189,6 @@ def _make_exact(
     for i_Q, j_Q in _pairs(chosen_AG):
         i_QD, j_QD = anchors_AD.index_select(0, i_Q), rows_GD.index_select(0, j_Q)
         distances_AG[i_Q, j_Q] = _exact(i_QD[:, None], j_QD[:, None])[:, 0, 0]
-
-
-def cosines_for_choices(
-    cosines_AG: Tensor,
-    anchors_AD: Tensor,
-    rows_GD: Tensor,
-    open_choices: Callable[[Tensor, float], Tensor],
-) -> Tensor:
-    """Return cosines by which the same is chosen in every partition, (A, G), without gradient.
-
-    The exact form is the sum of a pair's D products in a fixed order. It and the matrix product
-    err by D u each, so that they differ by at most 1.05 (2 D + 64) u.
-
-    Args:
-        cosines_AG: The product of both, computed with `full_precision`.
-        anchors_AD: Rows of length <= 1, (A, D).
-        rows_GD: Rows of length <= 1, (G, D).
-        open_choices: (cosines, largest error) -> the pairs to compute again, (A, G) bool.
-    """
-    with torch.no_grad():
-        error = 1.05 * (rows_GD.shape[1] + 32) * torch.finfo(cosines_AG.dtype).eps
-        pairs = _pairs(open_choices(cosines_AG, error))
-        chosen_AG = cosines_AG.clone() if pairs else cosines_AG.detach()
-        for i_Q, j_Q in pairs:
-            products_QD = anchors_AD.index_select(0, i_Q) * rows_GD.index_select(0, j_Q)
-            chosen_AG[i_Q, j_Q] = products_QD.sum(dim=1)
-        return chosen_AG
 
 
 def _pairs(chosen_AG: Tensor) -> list[tuple[Tensor, Tensor]]:
