@@ -1,8 +1,9 @@
-"""Shared numerics of the losses: row normalization, merging of partial statistics."""
+"""Shared numerics: row normalization, precision of products, merging of partial statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, assert_never
 
 import torch
@@ -28,6 +29,24 @@ def accurate_dtype(*tensors: Tensor) -> torch.dtype:
     """Return float64 if any tensor has it, else float32: losses never run in half precision."""
     found = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if found else torch.float32
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute float32 matrix products in true float32 inside the context.
+
+    Overrides the caller's matmul precision and autocast.
+
+    Args:
+        device: Device of the products.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def normalize_rows(x_ND: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ from torch import Tensor
 from dml_dist.losses.miners import distance_weights, draw_weighted, uniforms
 from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype
 from dml_dist.losses.one_process import check_labels
+from dml_dist.losses.pair_distances import pair_distances
 from dml_dist.losses.pairs import (
     AnchorBatch,
     Reduction,
     active_share,
     mined_counts,
-    pair_distances,
     reduced,
     sum_and_counts,
     sum_merges,
@@ -75,7 +75,7 @@ class Margin:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums and counts over the anchors' positives and drawn negatives."""
         unit_GD = batch.unit_rows()
-        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        distances_AG = pair_distances(batch.of_anchors(unit_GD), unit_GD)
         betas_A = batch.betas_A
         if betas_A is None:
             betas_A = distances_AG.new_full((len(distances_AG),), self.beta)
