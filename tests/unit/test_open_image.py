@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image
 
 import dml_dist
 from dml_dist.data.decode import decode_image
-from dml_dist.data.image_check import check_image, inspect_image, shrink_image
+from dml_dist.data.image_check import inspect_image, shrink_image
 from dml_dist.data.pixels import open_image
 from dml_dist.errors import DataError
 from dml_dist.export.export import thumbnail
@@ -57,7 +57,6 @@ def _gallery(data: bytes, folder: Path) -> None:
 
 ENTRANCES: dict[str, Callable[[bytes, Path], Any]] = {
     "decode": lambda data, folder: decode_image(data, "an image"),
-    "header": lambda data, folder: check_image(data, whole=False),
     "import": lambda data, folder: inspect_image(data),
     "shrink": lambda data, folder: shrink_image(data, 8),
     "export": lambda data, folder: thumbnail(data),
