@@ -114,6 +114,18 @@ CASES = [
         oracles.dynamic_nca_oracle,
         MARGIN | {"margin_reduction": "sum"},
     ),
+    Case(
+        "dynamic, all positives",
+        dml_dist.dynamic_proxy_nca_loss,
+        oracles.dynamic_nca_oracle,
+        {"positives": "all", "denominator": "negatives"},
+    ),
+    Case(
+        "dynamic, another draw",
+        dml_dist.dynamic_proxy_nca_loss,
+        oracles.dynamic_nca_oracle,
+        {"seed": 3, "step": 8},
+    ),
 ]
 IDS = [case.name for case in CASES]
 
@@ -307,7 +319,10 @@ def test_defaults_of_config_and_of_the_losses_are_the_same() -> None:
             {"name": "proxy_nca", "assignment": "dynamic", "label_smoothing": 0.1},
             "got assignment: dynamic",
         ),
-        ({"name": "proxy_nca", "revive_dead": True}, "revive_dead True needs assignment: dynamic"),
+        (
+            {"name": "proxy_nca", "revive_dead": False},
+            "revive_dead False needs assignment: dynamic",
+        ),
     ],
 )
 def test_settings_outside_their_range_are_rejected(loss: dict[str, Any], text: str) -> None:
