@@ -274,7 +274,7 @@ def _traffic(
             world_size,
         ),
     }
-    if model.batch_norm == "synchronized" and (channels := batch_norm_channels(model)):
+    if channels := batch_norm_channels(model, "synchronized"):
         layers = (batch_norm_traffic(size, world_size, dtype) for size in channels)
         sent["batch normalisation"] = sum(layers, Traffic())
     return sent
