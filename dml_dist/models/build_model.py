@@ -68,7 +68,8 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
         backbone=backbone,
         pool=build_pooling(config.pooling, config.gem_power),
         norm=norm,
-        head=nn.Linear(num_features, config.embedding_size),
+        # Batch normalisation subtracts a bias again: it would only follow rounding errors.
+        head=nn.Linear(num_features, config.embedding_size, bias=config.normalize == "none"),
         normalize=(
             nn.BatchNorm1d(config.embedding_size, affine=False)
             if config.normalize == "batch"
