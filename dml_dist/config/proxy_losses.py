@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,6 +66,14 @@ class ProxyNCAConfig(Section):
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, values: Any) -> Any:
+        """Read run folders from before `positives`: all of Proxy-NCA have `use_labels: true`."""
+        if isinstance(values, dict) and values.get("use_labels") is True:
+            return {name: value for name, value in values.items() if name != "use_labels"}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> ProxyNCAConfig:
         if self.label_smoothing > 0 and self.denominator == "negatives":
@@ -88,7 +96,8 @@ class ProxyNCAConfig(Section):
         self._only("surrogate", ("margin",), ("margin", "margin_reduction"))
         self._only("assignment", ("static",), ("proxies_per_class",))
         self._only("assignment", ("fractional", "dynamic"), ("proxy_share",))
-        dynamic = ("positives", "dead_after_steps", "revive_dead")
+        # Not revive_dead: run folders from when its default was false have it.
+        dynamic = ("positives", "dead_after_steps")
         self._only("assignment", ("dynamic",), dynamic)
         self._only("class_weighting", ("effective_number",), ("effective_number_beta",))
         return self
