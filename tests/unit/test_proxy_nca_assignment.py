@@ -354,3 +354,16 @@ def test_counts_are_in_checkpoints(tmp_path: Path) -> None:
         assert torch.equal(counts[name].values, buffer.values)
         assert (buffer.values > 0).any()
     assert set(whole_snapshot(again.state)) == set(whole_snapshot(run.state))
+
+
+def test_a_run_warns_of_one_shared_proxy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new network's embeddings lie in a narrow cone; normalised by the batch they do not."""
+    monkeypatch.setattr("dml_dist.train.dynamic_assignment._WARN_AFTER", 4)
+    loss = "{name: proxy_nca, assignment: dynamic, proxy_share: 0.3}"
+    spread = small_config(loss=loss, model__normalize="batch")
+    small_run(tmp_path / "spread", spread).train()
+    assert caplog.messages == []
+    small_run(tmp_path / "narrow", small_config(loss=loss)).train()
+    assert ["had the same nearest proxy for 4 steps" in text for text in caplog.messages] == [True]
