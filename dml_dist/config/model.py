@@ -260,6 +260,12 @@ class ModelConfig(Section):
     embedding_size: PositiveInt = 128
     """D, the dimension of an embedding."""
 
+    normalize: Literal["none", "batch"] = "none"
+    """Normalisation behind the linear head: batch normalisation without weights spreads embeddings
+    from the first step on, which dynamic assignment needs. Its statistics are those of the global
+    batch, or per rank if `backbone.batch_norm.statistics` is `per_rank`.
+    """
+
     channels_last: bool = False
     """Memory format of images and weights; faster on CUDA with convolutional networks."""
 

@@ -55,7 +55,8 @@ def build_loss(
         config: The loss section.
         num_classes: Training classes, C.
         class_sizes: Images of each training class; needed for class weights.
-        seed: Seed of the class-to-proxy map of fractional assignment.
+        seed: Seed of the class-to-proxy map of fractional assignment, and of the positives that
+            dynamic assignment draws.
         device: Device of the class-to-proxy map and the class weights.
 
     Raises:
@@ -128,9 +129,10 @@ def _proxy_nca(
     if config.assignment == "dynamic":
         return DynamicProxyNCA(
             units,
-            **config.model_dump(include=memory | nca | {"surrogate", "margin", "use_labels"}),
+            **config.model_dump(include=memory | nca | {"surrogate", "margin", "positives"}),
             reduction=config.margin_reduction,
             class_weights=weights,
+            seed=seed,
         )
     if config.assignment == "fractional":
         rows = fractional_rows(num_classes, units, seed).to(device)

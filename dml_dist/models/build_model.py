@@ -18,7 +18,7 @@ from dml_dist.config.model import (
     ModelConfig,
 )
 from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
-from dml_dist.models.embedding import EmbeddingModel, freeze_affine
+from dml_dist.models.embedding import BatchNormStatistics, EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
 from dml_dist.random_streams import Stream, seed_of
 
@@ -68,7 +68,13 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
         backbone=backbone,
         pool=build_pooling(config.pooling, config.gem_power),
         norm=norm,
-        head=nn.Linear(num_features, config.embedding_size),
+        # Batch normalisation subtracts a bias again: it would only follow rounding errors.
+        head=nn.Linear(num_features, config.embedding_size, bias=config.normalize == "none"),
+        normalize=(
+            nn.BatchNorm1d(config.embedding_size, affine=False)
+            if config.normalize == "batch"
+            else nn.Identity()
+        ),
         batch_norm="frozen" if batch_norm is None else batch_norm.statistics,
         has_own_buffers=isinstance(config.backbone, CustomBackboneConfig),
         channels_last=config.channels_last,
@@ -98,7 +104,7 @@ _STATISTICS = {
 
 def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
     """Return (label, value) rows on batch normalization and random layers, if there are any."""
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in model.backbone.modules() if isinstance(layer, _BatchNorm)]
     rows = []
     if layers:
         trained = any(
@@ -112,6 +118,9 @@ def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
                 f"{_STATISTICS[model.batch_norm]}",
             )
         )
+    if isinstance(model.normalize, _BatchNorm):
+        statistics = _STATISTICS[model.normalize_statistics]
+        rows.append(("batch normalisation of embeddings", f"no weights, statistics {statistics}"))
     if draws := [name for name, is_active in _random_layers(model).items() if is_active]:
         rows.append(("random layers", f"{', '.join(draws)}; each rank for its own images"))
     return tuple(rows)
@@ -126,6 +135,13 @@ def _random_layers(model: nn.Module) -> dict[str, bool]:
     }
 
 
-def batch_norm_channels(model: nn.Module) -> list[int]:
-    """Return the number of channels of each batch normalization layer."""
-    return [layer.num_features for layer in model.modules() if isinstance(layer, _BatchNorm)]
+def batch_norm_channels(model: EmbeddingModel, statistics: BatchNormStatistics) -> list[int]:
+    """Return the channels of each batch normalization layer with such statistics in training."""
+    parts = ((model.backbone, model.batch_norm), (model.normalize, model.normalize_statistics))
+    return [
+        layer.num_features
+        for part, of_part in parts
+        if of_part == statistics
+        for layer in part.modules()
+        if isinstance(layer, _BatchNorm)
+    ]

@@ -23,6 +23,7 @@ from dml_dist.random_streams import Stream, seed_of
 from dml_dist.train.checkpoint import delete_interrupted, load_checkpoint, save_checkpoint
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
+from dml_dist.train.dynamic_assignment import SharedProxyWarning
 from dml_dist.train.hooks import ProgressEvent, TrainHooks, TrainResult
 from dml_dist.train.meter import EmbeddingNorms, Meter, Reading
 from dml_dist.train.optim import learning_rate_factor
@@ -105,6 +106,7 @@ class _Loop:
         )
         self.meter = Meter()
         self.norms = EmbeddingNorms()
+        self.shared_proxy = SharedProxyWarning()
         record = config.train.record_spans
         self.spans = Spans.on(state.comm.device) if record else Spans.off()
 
@@ -283,6 +285,8 @@ class _Loop:
                 lr=lr,
                 **values,
             )
+        if self.state.comm.topology.is_main:
+            self.shared_proxy.see(step, num_steps, values)
         self._report(values["loss"], values["images_per_second"])
         if reading.first_bad is not None:
             raise self._non_finite(step, first, reading)

@@ -123,6 +123,8 @@ def build_state(
         ).to(comm.device)
         if model.batch_norm == "synchronized":
             model.backbone = synchronize_batch_norm(model.backbone, comm)
+        if model.normalize_statistics == "synchronized":
+            model.normalize = synchronize_batch_norm(model.normalize, comm)
         objective = build_objective(
             config.loss,
             num_classes=num_classes,

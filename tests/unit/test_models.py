@@ -21,7 +21,7 @@ from dml_dist.config.model import (
 )
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import check_weights, describe_weights, require_weights
-from dml_dist.models.build_model import build_model
+from dml_dist.models.build_model import batch_norm_channels, build_model
 from dml_dist.models.embedding import parameter_kinds
 from dml_dist.models.pooling import build_pooling
 
@@ -94,6 +94,44 @@ def test_conv4_with_batch_norm() -> None:
             Conv4Config(norm="batch", batch_norm=settings)
     with pytest.raises(ValidationError, match=r"needs norm: batch, got norm: group"):
         Conv4Config(batch_norm={"statistics": "per_rank"})
+
+
+def test_embeddings_normalised_by_the_batch() -> None:
+    """Each dimension has mean 0 and variance 1 over the batch, without weights of its own."""
+    plain = ModelConfig(backbone=Conv4Config(width=8), embedding_size=5)
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model, narrow = (
+        build_model(plain.model_copy(update={"normalize": name}), seed=0)
+        for name in ("batch", "none")
+    )
+    lost = dict(narrow.named_parameters()).keys() - dict(model.named_parameters()).keys()
+    assert lost == {"head.bias"}
+    embeddings = model(images)
+    x = narrow(images)
+    expected = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model.eval()(images), expected, atol=0.1)  # running statistics
+    model.train().freeze_backbone(True)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "statistics", "changes"),
+    [
+        (Conv4Config(width=8), "synchronized", False),
+        (ResNetConfig(batch_norm=BatchNormConfig(statistics="per_rank")), "per_rank", True),
+        (ResNetConfig(weights="IMAGENET1K_V1"), "synchronized", False),
+    ],
+)
+def test_statistics_of_embeddings_follow_the_backbone(
+    backbone: BackboneConfig, statistics: str, changes: bool
+) -> None:
+    config = ModelConfig(backbone=backbone, embedding_size=5, normalize="batch")
+    with torch.device("meta"):
+        model = build_model(config, seed=0, pretrained=False)
+    assert model.normalize_statistics == statistics
+    assert model.has_changing_buffers == changes
+    assert batch_norm_channels(model, model.normalize_statistics)[-1] == 5
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

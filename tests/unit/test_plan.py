@@ -11,6 +11,7 @@ from dml_dist.config.load import parse_config
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, DataError, TopologyError
 from dml_dist.models.build_model import build_model
+from dml_dist.train.dynamic_assignment import SharedProxyWarning
 from dml_dist.train.run_plan import resolve
 
 
@@ -113,6 +114,36 @@ def test_batch_norm_and_draws_are_described() -> None:
     labels = [label for label, _ in plan.describe()]
     assert "random layers" in labels
     assert "batch normalisation" not in labels
+
+
+def test_dynamic_assignment_needs_two_images_of_a_class() -> None:
+    dynamic = {"loss": "{name: proxy_nca, assignment: dynamic}", "model__normalize": "batch"}
+    alone = "{name: balanced, classes_per_batch: 10, samples_per_class: 1}"
+    run = config(data__batches=alone, **dynamic)
+    with pytest.raises(ConfigError, match=r"dynamic takes a positive .*samples_per_class is 1\."):
+        resolve(run, train_class_sizes=[4] * 12, world_size=1)
+    # 45 pairs of a batch; 100 of the 100 x 199 pairs of images are of a class.
+    few = r"batches of 10 of 200 images in 100 classes hold 0\.23 pairs of a class on average"
+    with pytest.raises(ConfigError, match=few):
+        resolve(config(**dynamic), train_class_sizes=[2] * 100, world_size=1)
+    plan = resolve(config(**dynamic), train_class_sizes=SIZES, world_size=2)
+    row = ("batch normalisation of embeddings", "no weights, statistics of the global batch")
+    assert row in plan.describe()
+    sent = (1 + 2 * 32) * 8 + 2 * 32 * 4  # moments in float64, two sums in float32
+    assert plan.traffic["batch normalisation"].total == sent
+
+
+def test_a_proxy_that_all_images_share_is_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
+    warning = SharedProxyWarning()
+    warning.see(40, 40, {"chosen_proxies": 1.0})
+    warning.see(50, 10, {"chosen_proxies": 1.1})
+    warning.see(70, 20, {"chosen_proxies": 1.0})
+    assert caplog.messages == []
+    for step in (100, 130, 160):
+        warning.see(step, 30, {"chosen_proxies": 1.0})
+    assert len(caplog.messages) == 1
+    assert "for 50 steps (noticed at step 100)" in caplog.messages[0]
+    assert "model.normalize: batch" in caplog.messages[0]
 
 
 def test_resnet50_is_counted_without_its_memory() -> None:
