@@ -206,17 +206,18 @@ def check_batch_norm(model: EmbeddingModel, num_images: int, batches: Sequence[l
     Raises:
         ConfigError: If it would; torch itself raises only where such an image has one position.
     """
-    if model.batch_norm == "frozen" or not batch_norm_channels(model):
+    per_rank = bool(batch_norm_channels(model, "per_rank"))
+    if not per_rank and not batch_norm_channels(model, "synchronized"):
         return
     for sizes in batches:
-        if model.batch_norm == "per_rank" and min(sizes) < 2:
+        if per_rank and min(sizes) < 2:
             of = f"rank {sizes.index(min(sizes))} has {min(sizes)} of the {sum(sizes)} images"
         elif sum(sizes) < 2:
             of = "there is only 1 image"
         else:
             continue
         raise ConfigError(
-            f"Batch normalisation with {model.batch_norm} statistics needs at least 2 images, but "
+            f"Batch normalisation with {'per_rank' if per_rank else 'synchronized'} statistics needs at least 2 images, but "
             f"{of} in a batch ({num_images:,} images in batches of {sum(batches[0])} on "
             f"{len(sizes)} {'rank' if len(sizes) == 1 else 'ranks'}). Set data.batches.last: drop, "
             "change train.global_batch_size or the number of ranks, or freeze the statistics."

@@ -1,4 +1,4 @@
-"""NIR and alternating projections in the plan of a run: what must fit together, and what is shown."""
+"""NIR and alternating projections in the plan of a run: what must fit, and what is shown."""
 
 from __future__ import annotations
 
