@@ -1,4 +1,4 @@
-"""NIR and alternating projections in the plan of a run: what must fit, and what is shown."""
+"""Methods in the plan of a run: what must fit together, and what is shown."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from dml_dist.config.data import BalancedBatchesConfig, DataConfig
 from dml_dist.config.projections import ProjectionsConfig
 from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.errors import ConfigError, DataError
+from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.objective import Objective
+from dml_dist.train.dynamic_assignment import check_batches
 
 
-def check_methods(config: RunConfig, class_sizes: np.ndarray) -> None:
-    """Raise if the settings of NIR or projections do not fit each other; reads no data.
+def check_methods(config: RunConfig, objective: Objective, class_sizes: np.ndarray) -> None:
+    """Raise if the settings of a method do not fit each other, or not the data; reads no data.
 
     Args:
         config: The run's configuration.
+        objective: Its objective.
         class_sizes: Images of each training class.
 
     Raises:
         ConfigError: If settings do not fit each other.
         DataError: If more than half the classes have one image, under projections.
     """
+    if isinstance(objective, DynamicProxyObjective):
+        check_batches(config.data.batches, class_sizes, config.train.global_batch_size)
     if config.nir is not None and config.nir.link == "exp" and config.train.max_grad_norm is None:
         raise ConfigError(
             "nir.link exp needs train.max_grad_norm, which is not set: gradients of the "

@@ -23,14 +23,12 @@ from dml_dist.data.plans import build_plan
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.models.build_model import batch_norm_channels, build_model, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
-from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.batch_norm import batch_norm_traffic, check_batch_norm
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
-from dml_dist.train.dynamic_assignment import check_batches
 from dml_dist.train.micro_batches import check_micro_batches
 from dml_dist.train.plan_methods import check_methods, describe_methods
 from dml_dist.train.state import resolve_precision
@@ -183,9 +181,7 @@ def resolve(
         global_batch_size=config.train.global_batch_size,
         world_size=world_size,
     )
-    if isinstance(objective, DynamicProxyObjective):
-        check_batches(config.data.batches, sizes, config.train.global_batch_size)
-    check_methods(config, sizes)
+    check_methods(config, objective, sizes)
     total_steps = config.train.steps or (config.train.epochs or 0) * batches.steps_per_epoch
     _check_course(config, total_steps, batches.steps_per_epoch)
     model = _model_without_memory(config)
