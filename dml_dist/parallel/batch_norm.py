@@ -209,6 +209,7 @@ def check_batch_norm(model: EmbeddingModel, num_images: int, batches: Sequence[l
     per_rank = bool(batch_norm_channels(model, "per_rank"))
     if not per_rank and not batch_norm_channels(model, "synchronized"):
         return
+    statistics = "per_rank" if per_rank else "synchronized"
     for sizes in batches:
         if per_rank and min(sizes) < 2:
             of = f"rank {sizes.index(min(sizes))} has {min(sizes)} of the {sum(sizes)} images"
@@ -217,7 +218,7 @@ def check_batch_norm(model: EmbeddingModel, num_images: int, batches: Sequence[l
         else:
             continue
         raise ConfigError(
-            f"Batch normalisation with {'per_rank' if per_rank else 'synchronized'} statistics needs at least 2 images, but "
+            f"Batch normalisation with {statistics} statistics needs at least 2 images, but "
             f"{of} in a batch ({num_images:,} images in batches of {sum(batches[0])} on "
             f"{len(sizes)} {'rank' if len(sizes) == 1 else 'ranks'}). Set data.batches.last: drop, "
             "change train.global_batch_size or the number of ranks, or freeze the statistics."
