@@ -148,7 +148,7 @@ def test_check_loss_refuses_what_is_no_loss(target: str) -> None:
         ("", "path of an output is empty"),
         (" ", "path of an output is empty"),
         ("s3://bucket/x", "not to the URL s3://bucket/x"),
-        ("https://me:secret@host/x", "not to the URL https://host/x"),
+        ("https://me:secret@host/x", "not to the URL https://***@host/x"),
     ],
 )
 def test_outputs_are_paths(

@@ -198,8 +198,15 @@ def test_the_rendered_command_is_what_is_sent(head: RayHead, project: Path) -> N
     ],
 )
 def test_a_cluster_that_is_too_small(
-    nodes: Any, changes: Any, settings: Any, words: str, head: RayHead, project: Path
+    nodes: Any,
+    changes: Any,
+    settings: Any,
+    words: str,
+    head: RayHead,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ray_jobs, "_SECONDS_FOR_NODES", 0.0)
     head.nodes = nodes
     with pytest.raises(TopologyError, match=words):
         target(head, project, **settings).check(replace(REQUEST, **changes))

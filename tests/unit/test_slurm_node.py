@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pytest
 from dml_dist.errors import RunError
 from dml_dist.jobs import slurm_node
 from dml_dist.jobs.slurm_node import Node, run_head, run_node, run_worker
-from dml_dist.jobs.slurm_ray import Signals, free_ports, kill_tree
+from dml_dist.jobs.slurm_ray import free_ports, kill_tree
 from dml_dist.jobs.slurm_requeue import (
     Ending,
     ending,
@@ -152,11 +151,11 @@ def test_missing_nodes_are_named(
 @pytest.mark.parametrize(
     ("info", "again"),
     [
-        (job(preempt="2026-11-29T10:10:00"), True),
-        (job(minutes=5), True),
-        (job(), False),  # `scancel --signal=TERM`.
-        (job("COMPLETING", minutes=0), False),  # `scancel`.
-        (job("COMPLETING", restarts=1), False),  # SLURM has queued it again already.
+        (lambda: job(preempt="2026-11-29T10:10:00"), True),
+        (lambda: job(minutes=5), True),
+        (lambda: job(), False),  # `scancel --signal=TERM`.
+        (lambda: job("COMPLETING", minutes=0), False),  # `scancel`.
+        (lambda: job("COMPLETING", restarts=1), False),  # SLURM has queued it again already.
     ],
 )
 def test_a_stopped_command_is_queued_again(
@@ -164,7 +163,7 @@ def test_a_stopped_command_is_queued_again(
     requeued: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    info: str,
+    info: Callable[[], str],
     again: bool,
 ) -> None:
     """The command gets SIGINT, once, and ends like a training with a checkpoint."""
@@ -173,7 +172,7 @@ def test_a_stopped_command_is_queued_again(
         "for i in {1..500}; do sleep 0.02; done"
     )
     told = command(tmp_path, monkeypatch, body)
-    monkeypatch.setattr(slurm_node, "job_info", lambda job_id: info)
+    monkeypatch.setattr(slurm_node, "job_info", lambda job_id: info())
     assert run_head(node(), options, FakeSignals(told.exists)) == 1
     assert told.read_text() == "started\nstopped\n"
     assert requeued == (["scontrol requeue 7"] if again else [])
@@ -254,25 +253,29 @@ def test_a_finished_run_is_not_started_again(
 # ---------------------------------------------------------------- processes and ports
 
 
-@pytest.fixture
-def signals() -> Iterator[Signals]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    handler = signal.getsignal(signal.SIGINT)
-    yield Signals()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    signal.signal(signal.SIGINT, handler)
+def test_sigterm_ends_neither_a_process_nor_its_children() -> None:
+    """In a process of its own: threads of this one could take the signal."""
+    script = """
+import os, signal, subprocess
+from dml_dist.jobs.slurm_ray import Signals
 
-
-def test_sigterm_ends_neither_this_process_nor_its_children(signals: Signals) -> None:
-    child = subprocess.Popen(["sleep", "20"])
-    child.terminate()
-    with pytest.raises(subprocess.TimeoutExpired):
-        child.wait(0.2)
-    assert not signals.wait(0.01)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.wait(5.0)
-    child.send_signal(signal.SIGINT)
-    assert child.wait(5.0) == -signal.SIGINT
+signals = Signals()
+child = subprocess.Popen(["sleep", "20"])
+child.terminate()
+try:
+    child.wait(0.2)
+except subprocess.TimeoutExpired:
+    print("the child lives")
+print(signals.wait(0.01))
+os.kill(os.getpid(), signal.SIGTERM)
+print(signals.wait(5.0))
+child.send_signal(signal.SIGINT)
+print(child.wait(5.0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == ["the child lives", "False", "True", f"{-signal.SIGINT}"]
 
 
 def test_a_process_is_killed_with_all_its_descendants() -> None:
