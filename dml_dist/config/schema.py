@@ -16,9 +16,9 @@ from dml_dist.config.base import (
     Section,
     resumable,
 )
-from dml_dist.config.data import BalancedBatchesConfig, DataConfig, StandardTransformConfig
+from dml_dist.config.data import BalancedBatchesConfig, DataConfig
 from dml_dist.config.loggers import LoggerConfig
-from dml_dist.config.model import ModelConfig, ViTConfig
+from dml_dist.config.model import ModelConfig, check_images
 from dml_dist.config.nir import NIRConfig
 from dml_dist.config.objective import (
     AdamConfig,
@@ -332,14 +332,7 @@ class RunConfig(Section):
             raise ValueError(f"loggers must have different names, got {', '.join(names)}")
         self._check_compare()
         self._check_tune()
-        backbone, transform = self.model.backbone, self.data.transform
-        # The positional embedding of a Vision Transformer has one size.
-        side = backbone.image_size if isinstance(backbone, ViTConfig) else None
-        if side and isinstance(transform, StandardTransformConfig) and transform.size != side:
-            raise ValueError(
-                f"data.transform.size must equal the image_size {side} of "
-                f"model.backbone {backbone.name}, got {transform.size}"
-            )
+        check_images(self.model.backbone, self.data.transform)
         if self.launch.launcher == "ray" and self.launch.num_workers > self.train.global_batch_size:
             raise ValueError(
                 f"train.global_batch_size {self.train.global_batch_size} must be at least "

@@ -16,10 +16,12 @@ from dml_dist.config.model import (
     Conv4Config,
     CustomBackboneConfig,
     ModelConfig,
+    TimmConfig,
 )
 from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
 from dml_dist.models.embedding import EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
+from dml_dist.models.timm_backbone import build_timm
 from dml_dist.random_streams import Stream, seed_of
 
 
@@ -81,6 +83,8 @@ def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module
             return build_conv4(config)
         case CustomBackboneConfig():
             return build_custom(config)
+        case TimmConfig():
+            return build_timm(config, pretrained=pretrained)
         case _:
             return build_torchvision(config, pretrained=pretrained)
 
@@ -99,7 +103,7 @@ _STATISTICS = {
 def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
     """Return (label, value) rows on batch normalization and random layers, if there are any."""
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    rows = []
+    rows = [*getattr(model.backbone, "facts", ())]
     if layers:
         trained = any(
             parameter.requires_grad for layer in layers for parameter in layer.parameters()

@@ -25,6 +25,7 @@ from dml_dist.data.plans import build_plan
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.models.build_model import batch_norm_channels, build_model, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
+from dml_dist.models.timm_backbone import network_transform
 from dml_dist.parallel.batch_norm import batch_norm_traffic
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
@@ -240,6 +241,7 @@ def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> 
 
 def _model_without_memory(config: RunConfig) -> EmbeddingModel:
     """Return the network without memory for its parameters: for its shapes alone."""
+    network_transform(config.data.transform, config.model.backbone)  # Refuses another size.
     # A custom backbone may read files or compute in its constructor: it is built on the CPU.
     device = "cpu" if config.model.backbone.name == "custom" else "meta"
     with torch.device(device):

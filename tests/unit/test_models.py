@@ -215,21 +215,18 @@ def test_weights_are_not_loaded_before_a_checkpoint(tmp_path: Path) -> None:
         build_model(config, seed=0)
 
 
-def test_weights_are_checked_before_anything_is_built(
+def test_weights_are_checked_without_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build_nothing(**_: Any) -> None:
         raise AssertionError("a network was built")
 
     monkeypatch.setattr(torchvision.models, "get_model", build_nothing)
-    path = tmp_path / "weights.pth"
-    path.touch()
     for backbone in (
         Conv4Config(),
         ResNetConfig(norm="group"),
         ResNetConfig(weights="IMAGENET1K_V1"),
         ResNetConfig(name="resnet50", weights="IMAGENET1K_V2"),
-        ResNetConfig(name="resnet50", weights=str(path)),
         CustomBackboneConfig(target="nowhere:nothing"),
     ):
         check_weights(backbone)
@@ -246,6 +243,9 @@ def test_wrong_weight_files(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
     with pytest.raises(ConfigError, match=r"does not fit the network"):
         build_model(config, seed=0)
+    with pytest.raises(ConfigError, match=r"does not fit the network"):
+        check_weights(config.backbone)
+    check_weights(ResNetConfig(name="resnet50", weights=str(path)))
     torch.save([1, 2], path)
     with pytest.raises(ConfigError, match=r"not a state dict \(names to tensors\)"):
         build_model(config, seed=0)
