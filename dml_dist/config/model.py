@@ -234,7 +234,7 @@ class TimmConfig(Section):
 
     name: Literal["timm"] = "timm"
 
-    model: Annotated[str, Field(min_length=1)]
+    model: str
     """Name of the network, one of timm.list_models(), with or without the tag of its weights."""
 
     weights: str = "none"
@@ -296,6 +296,9 @@ class ModelConfig(Section):
 
     layer_norm: bool = False
     """LayerNorm without learned parameters between pooling and the linear head."""
+
+    head: Literal["linear", "none"] = "linear"
+    """What follows: a linear layer, or nothing, so that the features are the embedding."""
 
     embedding_size: PositiveInt = 128
     """D, the dimension of an embedding."""

@@ -18,6 +18,7 @@ from dml_dist.config.model import (
     ModelConfig,
     TimmConfig,
 )
+from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
 from dml_dist.models.embedding import EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
@@ -70,11 +71,23 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
         backbone=backbone,
         pool=build_pooling(config.pooling, config.gem_power),
         norm=norm,
-        head=nn.Linear(num_features, config.embedding_size),
+        head=_build_head(config, num_features),
+        embedding_size=config.embedding_size,
         batch_norm="frozen" if batch_norm is None else batch_norm.statistics,
         has_own_buffers=isinstance(config.backbone, CustomBackboneConfig),
         channels_last=config.channels_last,
     )
+
+
+def _build_head(config: ModelConfig, num_features: int) -> nn.Module:
+    if config.head == "linear":
+        return nn.Linear(num_features, config.embedding_size)
+    if config.embedding_size != num_features:
+        raise ConfigError(
+            f"model.embedding_size is {config.embedding_size}, but model.head none makes the "
+            f"network's {num_features} features the embedding; set embedding_size: {num_features}"
+        )
+    return nn.Identity()
 
 
 def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module, int]:

@@ -10,15 +10,7 @@ import numpy as np
 import torch
 
 from dml_dist.config.data import BalancedBatchesConfig, DataConfig
-from dml_dist.config.objective import (
-    AdamConfig,
-    AdamWConfig,
-    CosineScheduleConfig,
-    CustomOptimizerConfig,
-    OptimizerConfig,
-    RMSpropConfig,
-    SGDConfig,
-)
+from dml_dist.config.objective import CosineScheduleConfig
 from dml_dist.config.projections import ProjectionsConfig
 from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.data.plans import build_plan
@@ -33,6 +25,7 @@ from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
 from dml_dist.train.micro_batches import check_micro_batches
+from dml_dist.train.optim import describe_learning_rates, state_slots
 from dml_dist.train.state import resolve_precision
 
 
@@ -60,7 +53,7 @@ class RunPlan:
         num_backbone_parameters: Parameters of the backbone.
         num_head_parameters: Parameters of pooling and head.
         network: Further facts about the network, as labels and values.
-        methods: Label and value of regularisation and alternating projections.
+        methods: Label and value of learning rates, regularisation and alternating projections.
     """
 
     world_size: int
@@ -172,6 +165,7 @@ def resolve(
         dtype=dtype,
         nir=config.nir,
         class_sizes=sizes.tolist(),
+        initial_std=config.proxies.initial_std,
     )
     labels = np.repeat(np.arange(len(sizes)), sizes)
     batches = build_plan(
@@ -206,7 +200,10 @@ def resolve(
         num_backbone_parameters=backbone,
         num_head_parameters=head,
         network=describe_network(model),
-        methods=tuple(describe_methods(config, objective, sizes)),
+        methods=(
+            *describe_learning_rates(config, objective, batches.steps_per_epoch),
+            *describe_methods(config, objective, sizes),
+        ),
     )
 
 
@@ -224,6 +221,8 @@ def _check_classes(sizes: np.ndarray) -> None:
 
 
 def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> None:
+    if not total_steps:
+        return  # The network is evaluated as it is.
     warmup = config.schedule.warmup_steps
     if isinstance(config.schedule, CosineScheduleConfig) and warmup >= total_steps:
         raise ConfigError(
@@ -286,24 +285,11 @@ def _proxy_bytes(
     config: RunConfig, rows: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[int, ...] | None:
     """Return the bytes of each rank's proxies with their optimiser state, if that is known."""
-    slots = _state_slots(config.optim)
+    slots = state_slots(config.optim)
     if slots is None:
         return None
     row_bytes = config.model.embedding_size * dtype.itemsize
     return tuple(size * row_bytes * (1 + slots) for size in rows)
-
-
-def _state_slots(config: OptimizerConfig) -> int | None:
-    """Return how many values the optimiser keeps per element of a parameter; None if unknown."""
-    match config:
-        case AdamConfig() | AdamWConfig():
-            return 2
-        case SGDConfig():
-            return 1 if config.momentum else 0
-        case RMSpropConfig():
-            return 2 if config.momentum else 1
-        case CustomOptimizerConfig():
-            return None
 
 
 def _describe_traffic(traffic: Traffic) -> str:

@@ -97,8 +97,6 @@ def train_step(
                 micro_batches.backward(embeddings)
         state.objective.sum_replicated_gradients()
     with spans("optimizer"):
-        if not update_backbone:
-            state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no state.
         touched = state.objective.touched_rows()
         norm = None
         if max_grad_norm is not None:

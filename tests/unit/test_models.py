@@ -22,7 +22,7 @@ from dml_dist.config.model import (
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import check_weights
 from dml_dist.models.build_model import build_model
-from dml_dist.models.embedding import parameter_kinds
+from dml_dist.models.embedding import PooledFeatures, parameter_kinds
 from dml_dist.models.pooling import build_pooling
 
 
@@ -167,6 +167,33 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
     model = build_model(plain.model_copy(update={"channels_last": True}), seed=0)
     assert model.backbone[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(model(images), build_model(plain, seed=0)(images), atol=1e-5)
+
+
+def test_a_frozen_backbone_has_no_backward_pass() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = build_model(ModelConfig(backbone=Conv4Config(width=8)), seed=0)
+    model(images).square().sum().backward()
+    expected = model.head.weight.grad.clone()
+    model.zero_grad(set_to_none=True)
+    model.freeze_backbone(True)
+    assert not model.features(images).requires_grad
+    model(images).square().sum().backward()
+    assert torch.equal(model.head.weight.grad, expected)
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    model.freeze_backbone(False)
+    assert model.features(images).requires_grad
+
+
+def test_a_network_without_a_head_gives_its_pooled_features() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    config = ModelConfig(backbone=Conv4Config(width=8), head="none", embedding_size=8)
+    model = build_model(config, seed=0)
+    whole = build_model(ModelConfig(backbone=Conv4Config(width=8)), seed=0)
+    expected = model.backbone(images).mean(dim=(2, 3))
+    assert torch.equal(model(images), expected)
+    assert torch.equal(PooledFeatures(whole)(images), expected)
+    with pytest.raises(ConfigError, match=r"8 features the embedding; set embedding_size: 8"):
+        build_model(config.model_copy(update={"embedding_size": 5}), seed=0)
 
 
 def test_parameter_kinds() -> None:
