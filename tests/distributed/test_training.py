@@ -230,7 +230,7 @@ def test_a_run_of_no_steps_keeps_the_network_as_it_is_given(tmp_path: Path) -> N
     config = small_config(train__steps=0, schedule="{name: cosine, warmup_steps: 3}")
     for evaluated in ([("validation", 0)], []):  # The second finds the checkpoint of the first.
         run = SmallRun(Topology(), Comm.single(), config, tmp_path)
-        result = run.train()
+        result = run.train(resume=True)
         assert (result.state.step, result.last.name) == (0, "step_00000000-a1")
         assert run.evaluated == evaluated
     initial = build_model(config.model, seed=config.seed).state_dict()
