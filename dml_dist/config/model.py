@@ -304,7 +304,9 @@ class ModelConfig(Section):
     """D, the dimension of an embedding."""
 
     channels_last: bool = False
-    """Memory format of images and weights; faster on CUDA with convolutional networks."""
+    """Memory format of images and weights; faster on CUDA, and on a CPU for networks of depthwise
+    convolutions (EfficientNet-Lite0: 0.8 s a step instead of 1.1 s).
+    """
 
     @model_validator(mode="after")
     def _check_pooling(self) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, assert_never
@@ -168,8 +167,7 @@ def check_weights(config: BackboneConfig) -> None:
     """
     if isinstance(config, Conv4Config | CustomBackboneConfig):
         return
-    # The ranks report what they load.
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with torch.device("meta"):
         if isinstance(config, TimmConfig):
             build_timm(config, pretrained=True)
         elif _find_weights(config) is not None:

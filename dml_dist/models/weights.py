@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dml_dist.config.model import PACKAGE
 from dml_dist.errors import ConfigError
+
+_LOGGER = logging.getLogger(__name__)
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Where training programs put a state dict in what they save.
@@ -125,7 +127,8 @@ def load_weights(
         if name in own or not name.startswith(_CLASSIFIERS)
     }
     try:
-        network.load_state_dict(kept)
+        # Without memory for parameters nothing can be copied; shapes are checked all the same.
+        network.load_state_dict(kept, assign=next(iter(own.values())).is_meta)
     except RuntimeError as error:
         text = str(error)
         raise ConfigError(
@@ -161,11 +164,12 @@ def _in_order(
     pairs = list(zip(names, given, strict=False))
     if any(own[name].shape != state[other].shape for name, other in pairs):
         return state
-    warnings.warn(
-        f"the {len(names)} tensors of {source} have other names than the network's and were "
-        f"assigned by their order, as all shapes agree ({pairs[0][1]} to {pairs[0][0]}, ...)",
-        stacklevel=2,
-    )
+    if not own[names[0]].is_meta:  # Else it is a check before the run.
+        _LOGGER.warning(
+            "the %d tensors of %s have other names than the network's and were assigned by their "
+            "order, as all shapes agree (%s to %s, ...)",
+            *(len(names), source, pairs[0][1], pairs[0][0]),
+        )
     return {name: state[other] for name, other in pairs}
 
 

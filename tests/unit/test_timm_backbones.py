@@ -73,7 +73,9 @@ def test_features_are_those_of_timm(model: str, tmp_path: Path) -> None:
     assert all(p.grad is not None for p in built.parameters() if p.requires_grad)
 
 
-def test_forms_of_weight_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_of_weight_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Prefixes, nesting, safetensors, packages and other names give the same network."""
     from safetensors.torch import save_file
 
@@ -93,11 +95,14 @@ def test_forms_of_weight_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         built = build_model(config_of(MAP, str(tmp_path / source)), seed=0)
         assert torch.equal(built.backbone.network.conv_stem.weight, expected), source
     for source in ("package:ships-weights", "package:ships_weights/d.pth"):
-        with pytest.warns(UserWarning, match=r"assigned by their order.*_conv_stem.weight to conv"):
-            built = build_model(config_of(MAP, source), seed=0)
+        caplog.clear()
+        built = build_model(config_of(MAP, source), seed=0)
+        assert "by their order, as all shapes agree (_conv_stem.weight to conv_stem" in caplog.text
         assert torch.equal(built.backbone.network.conv_stem.weight, expected)
         assert torch.equal(built.backbone.network.bn2.norm.running_var, state["bn2.running_var"])
+    caplog.clear()
     check_weights(TimmConfig(model=MAP, weights="package:ships_weights"))
+    assert not caplog.text  # The run will say it.
     (package / "e.pt").touch()
     with pytest.raises(ConfigError, match=r"which has 2: d\.pth, e\.pt; give package:ships_w"):
         check_weights(TimmConfig(model=MAP, weights="package:ships_weights"))
