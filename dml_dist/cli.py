@@ -1,7 +1,7 @@
 """The command line: each subcommand calls one function.
 
 Heavy libraries are imported inside the subcommands, so that `--help` is fast. Exit codes:
-0 success, 1 the run failed or was stopped (its last checkpoint is kept), 2 invalid input.
+0 success, 1 the run failed or was stopped (its last checkpoint, if any, is kept), 2 invalid input.
 """
 
 from __future__ import annotations
@@ -9,22 +9,31 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
 
-from dml_dist.cli_data import console, data_app
+from dml_dist.cli_data import Commands, console, data_app
 from dml_dist.cli_jobs import SUBMIT_SETTINGS, job_app, submit
+from dml_dist.cli_options import (
+    ConfigArgument,
+    LauncherOption,
+    RunDirOption,
+    SetOption,
+    WorkersOption,
+    overrides_of,
+)
+from dml_dist.cli_studies import compare, tune
 from dml_dist.errors import DmlDistError, RunStopped
+from dml_dist.import_path import put_current_folder_last
+from dml_dist.terminal import log_to, open_console, say_styled
+from dml_dist.urls import output_path
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,34 +41,20 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
+app.command()(compare)
+app.command()(tune)
 app.command(context_settings=SUBMIT_SETTINGS)(submit)
 
-error_console = Console(stderr=True)
+error_console = open_console(stderr=True)
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM ended."""
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set a field, e.g. optim.lr=1e-3; repeatable."
-    ),
-]
-RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="Run folder; default runs/NAME.")
-]
-Launcher = Literal["ray", "torchrun", "inprocess"]
-LauncherOption = Annotated[
-    Launcher | None, typer.Option("--launcher", help="Launcher that starts the ranks.")
-]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Number of ranks under Ray.")
-]
-
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    put_current_folder_last()
+    log_to(error_console)
     faulthandler.enable()  # When a library aborts the process, print what its threads were doing.
     # SIGTERM ends a command like Ctrl-C; `train` installs its own handlers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -78,14 +73,10 @@ def _run() -> int:
             console.print(str(stop), highlight=False, markup=False, soft_wrap=True)
         return stop.exit_code
     except DmlDistError as error:
-        error_console.print(
-            f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
-        )
+        say_styled(error_console, "error:", "bold red", str(error))
         return error.exit_code
     except OSError as error:
-        error_console.print(
-            f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True
-        )
+        say_styled(error_console, "error:", "bold red", str(error))
         return 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
@@ -110,38 +101,6 @@ def _end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
-
-
-def _overrides(
-    changes: list[str] | None, launcher: Launcher | None, workers: int | None
-) -> list[str]:
-    """Return all overrides; ranks under torchrun are detected by their environment."""
-    result = list(changes or [])
-    if launcher is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = "torchrun"
-    if launcher is not None:
-        result.append(f"launch.launcher={launcher}")
-    if workers is not None:
-        result.append(f"launch.num_workers={workers}")
-    return result
-
-
-@contextmanager
-def _repeatable(more: list[str]) -> Iterator[None]:
-    """Say how to continue a study that was stopped: with this command line and `more`."""
-    try:
-        yield
-    except RunStopped as stop:
-        what = str(stop).partition("\n")[0]
-        program = "python -m dml_dist" if Path(sys.argv[0]).name == "__main__.py" else "dml-dist"
-        again = shlex.join([*sys.argv[1:], *more])
-        raise RunStopped(f"{what}\ncontinue with: {program} {again}") from None
-
-
 @app.command()
 def quickstart(
     run_dir: RunDirOption = None,
@@ -151,7 +110,7 @@ def quickstart(
     """Import glyphs, train on two Ray workers, evaluate and write a report, in a few minutes."""
     from dml_dist.orchestration.train import run_quickstart
 
-    run_quickstart(console, run_dir=run_dir, overrides=_overrides(changes, None, workers))
+    run_quickstart(console, run_dir=run_dir, overrides=overrides_of(changes, None, workers))
 
 
 @app.command()
@@ -172,7 +131,7 @@ def train(
     from dml_dist.config.load import load_config
     from dml_dist.orchestration.train import dry_run_table, run_training
 
-    resolved = load_config(config, _overrides(changes, launcher, workers))
+    resolved = load_config(config, overrides_of(changes, launcher, workers))
     if dry_run:
         dry_run_table(resolved, console)
         return
@@ -198,104 +157,8 @@ def evaluate(
         console,
         split=split,
         checkpoint=checkpoint,
-        overrides=_overrides(changes, launcher, workers),
+        overrides=overrides_of(changes, launcher, workers),
     )
-
-
-@app.command()
-def compare(
-    config: ConfigArgument,
-    changes: SetOption = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder of the comparison; default runs/NAME.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a comparison that was stopped.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and their plans, and exit.")
-    ] = False,
-    parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", min=1, help="Number of parallel runs, each in one process."),
-    ] = None,
-    launcher: LauncherOption = None,
-    workers: WorkersOption = None,
-) -> None:
-    """Compare methods over seeds at equal steps, with a report of tables and curves."""
-    from dml_dist.config.load import load_config
-    from dml_dist.studies.compare import dry_run_comparison, run_comparison
-
-    overrides = _overrides(changes, launcher, workers)
-    if parallel is not None:
-        overrides.append(f"compare.parallel={parallel}")
-    resolved = load_config(config, overrides)
-    if dry_run:
-        dry_run_comparison(resolved, console)
-        return
-    with _repeatable([] if resume else ["--resume"]):
-        run_comparison(resolved, console, run_dir=run_dir, resume=resume)
-
-
-@app.command()
-def tune(
-    config: ConfigArgument,
-    changes: SetOption = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder of the search; default runs/NAME.")
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Number of trials of the whole search.")
-    ] = None,
-    parallel: Annotated[
-        int | None, typer.Option("--parallel", min=1, help="Number of trials at a time.")
-    ] = None,
-    hours: Annotated[
-        float | None, typer.Option("--hours", help="Time limit of this call of the command.")
-    ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="DIR", help="Search whose best values are tried first."),
-    ] = None,
-    final: Annotated[
-        bool,
-        typer.Option(
-            "--final", help="At the end train the best values again and evaluate test classes."
-        ),
-    ] = False,
-    continue_trial: Annotated[
-        int | None,
-        typer.Option("--continue-trial", min=0, help="Train a pruned trial to its end."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the space and the cost, and exit.")
-    ] = False,
-    launcher: LauncherOption = None,
-    workers: WorkersOption = None,
-) -> None:
-    """Search hyper-parameters on validation classes; the same command continues a search."""
-    from dml_dist.config.load import load_config
-
-    overrides = _overrides(changes, launcher, workers)
-    options = {"trials": trials, "parallel": parallel, "hours": hours}
-    overrides += [f"tune.{key}={value}" for key, value in options.items() if value is not None]
-    resolved = load_config(config, overrides)
-    if dry_run:
-        from dml_dist.studies.tune_check import dry_run_tuning
-
-        dry_run_tuning(resolved, console)
-        return
-    from dml_dist.studies.tune import run_tuning
-
-    with _repeatable([]):
-        run_tuning(
-            resolved,
-            console,
-            run_dir=run_dir,
-            source=source,
-            final=final,
-            continue_trial=continue_trial,
-        )
 
 
 @app.command()
@@ -305,8 +168,11 @@ def report(
     ],
 ) -> None:
     """Write the report page of a run, comparison or search again."""
+    from dml_dist.runs.code_note import say_if_code
     from dml_dist.runs.comparison import ComparisonFolder
     from dml_dist.runs.tuning import TuningFolder
+
+    say_if_code(folder, console)
 
     if TuningFolder(folder).config_path.is_file():
         from dml_dist.studies.tune_page import write_tuning
@@ -326,7 +192,10 @@ def report(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="BUNDLE", help="Folder to create.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", parser=output_path, metavar="BUNDLE", help="Folder to create."),
+    ],
     split: Annotated[
         str, typer.Option("--split", help="Split that provides the gallery images.")
     ] = "test",
@@ -342,7 +211,7 @@ def export(
     from dml_dist.export.export import ExportOptions, run_export
 
     options = ExportOptions(split, checkpoint, thumbnails_mb)
-    run_export(run, out, console, options, overrides=_overrides(changes, "inprocess", None))
+    run_export(run, out, console, options, overrides=overrides_of(changes, "inprocess", None))
 
 
 @app.command()
@@ -351,17 +220,26 @@ def search(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Number of neighbors per image.")] = 10,
     out: Annotated[
-        Path | None, typer.Option("--out", help="New PNG file; default search.png or search-N.png.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=output_path,
+            metavar="FILE",
+            help="New PNG file; default search.png or search-N.png.",
+        ),
     ] = None,
     runtime: Annotated[
         Literal["auto", "onnxruntime", "torch"],
         typer.Option("--runtime", help="Runtime that computes the embeddings."),
     ] = "auto",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the custom code that the bundle names, if any.")
+    ] = False,
 ) -> None:
     """Find the gallery images nearest to the given images; print a table and write a PNG."""
     from dml_dist.export.search import run_search
 
-    run_search(bundle, images, console, top=top, out=out, runtime=runtime)
+    run_search(bundle, images, console, top=top, out=out, runtime=runtime, trust=trust)
 
 
 @app.command("check-loss")

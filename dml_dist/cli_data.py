@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
-from dml_dist.errors import ConfigError
+from dml_dist.errors import ConfigError, RunError
+from dml_dist.terminal import open_console
+from dml_dist.urls import output_path
+
+
+class Commands(TyperGroup):
+    """The subcommands. They end by typer's own exceptions, never by SystemExit."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a subcommand; user code that ends the process is an error, not a success."""
+        try:
+            return super().invoke(ctx)
+        except SystemExit as end:
+            raise RunError(
+                f"A custom target or a library ended the process with exit code {end.code or 0} "
+                "before the command was done. Custom code must not call sys.exit."
+            ) from end
+
 
 data_app = typer.Typer(no_args_is_help=True, help="Import, index, verify and show data sets.")
-console = Console()
+console = open_console()
 
 DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
 SourceOption = Annotated[Path | None, typer.Option("--source", help="Folder or table to import.")]
@@ -56,7 +72,12 @@ PartialOption = Annotated[
 @data_app.command("import")
 def data_import(
     dataset: Annotated[DataSet, typer.Argument(help="Data set.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for tar shards and index.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", parser=output_path, metavar="DIR", help="Folder for tar shards and index."
+        ),
+    ],
     source: SourceOption = None,
     split: SplitOption = None,
     by: ByOption = None,
@@ -112,13 +133,19 @@ def _share(text: str | None) -> float | None:
 def data_index(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of tar shards.")],
     split: Annotated[
-        str, typer.Option("--split", help="Split of samples without a split.")
-    ] = "train",
+        str | None,
+        typer.Option(
+            "--split",
+            help="Split of samples without one; by default from the names of folders and tar "
+            "files (train, val, test), else train.",
+        ),
+    ] = None,
+    on_broken: OnBrokenOption = None,
 ) -> None:
-    """Index existing tar shards (labels from .cls or .json)."""
+    """Index existing tar shards (labels from .cls or .json); decodes every image."""
     from dml_dist.runtime.datasets import index_folder
 
-    index_folder(folder, split, console)
+    index_folder(folder, split, console, on_broken=on_broken or "raise")
 
 
 @data_app.command("verify")
@@ -127,11 +154,11 @@ def data_verify(
         str, typer.Argument(metavar="DIR", help="Folder or URL of shards and index.")
     ],
 ) -> None:
-    """Read every sample and compare it with the index."""
+    """Read and decode every sample and compare it with the index."""
     from dml_dist.runtime.datasets import verify_folder
 
     if not verify_folder(folder, console):
-        sys.exit(2)
+        raise typer.Exit(2)
 
 
 @data_app.command("show")
@@ -141,7 +168,12 @@ def data_show(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="PNG file; default DIR-show.png in the current folder."),
+        typer.Option(
+            "--out",
+            parser=output_path,
+            metavar="FILE",
+            help="PNG file; default DIR-show.png in the current folder.",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="Tar shards shuffled together.")

@@ -7,10 +7,10 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from dml_dist.errors import ConfigError, DataError, DmlDistError
+from dml_dist.terminal import open_console, say
 
 if TYPE_CHECKING:
     from dml_dist.jobs.records import JobRecord, JobRecords
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dml_dist.jobs.target import JobRequest, Target
 
 job_app = typer.Typer(no_args_is_help=True, help="List, show, follow and stop submitted jobs.")
-console = Console()
+console = open_console()
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Job, as `submit` named it.")]
 
@@ -201,4 +201,4 @@ def _read(id: str) -> tuple[JobRecord, Target, JobRecords]:
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(console, text)

@@ -38,9 +38,13 @@ class CheckpointError(DmlDistError):
 
 
 class RunError(DmlDistError):
-    """A run failed after its start; its last checkpoint is kept."""
+    """A run failed after its start; its last checkpoint, if any, is kept."""
 
     exit_code = 1
+
+
+class DivergedError(RunError):
+    """Loss, embeddings, gradients or weights are not finite."""
 
 
 class LoaderLostError(RunError):

@@ -7,13 +7,16 @@ killed process leaves at most a hidden file `.<name>.<random>.tmp`, which nothin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import math
 import os
+import pwd
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dml_dist.errors import DataError
+from dml_dist.urls import has_secret
 
 _RETRY_SECONDS = 0.1
 
@@ -44,10 +48,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends without an error.
 
-    The folder must exist. Permissions follow the umask, as with `open`.
+    The folder must exist. Permissions follow the umask, as with `open`; a private file can be read
+    by its owner alone.
 
     Raises:
         OSError: As by `open`, `write` and `rename`; the file at `path` is then unchanged.
@@ -55,7 +60,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=_open_private if private else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,15 +71,26 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write bytes to a file atomically."""
-    with open_atomic(path) as file:
+    with open_atomic(path, private=private) as file:
         file.write(data)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str, *, private: bool = False) -> None:
     """Write text as UTF-8 atomically, with its line ends unchanged."""
-    write_bytes_atomic(path, text.encode())
+    write_bytes_atomic(path, text.encode(), private=private)
+
+
+def write_config_atomic(path: Path, text: str) -> None:
+    """Write a configuration; with a secret in a URL, file and folder become its owner's alone."""
+    if private := has_secret(text):
+        path.parent.chmod(0o700)
+    write_text_atomic(path, text, private=private)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -105,6 +121,72 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def make_own_folder(path: Path) -> None:
+    """Make a folder that only this user can enter, or check one that is there.
+
+    Raises:
+        PermissionError: If it belongs to somebody else, or is a link of somebody else: whoever owns
+            a folder decides what its files are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    for status in (os.lstat(path), os.stat(path)):
+        if status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, f"it belongs to {_user(status.st_uid)}", str(path))
+    if status.st_mode & 0o022:  # Made by an earlier version, or with a wide umask.
+        path.chmod(status.st_mode & 0o755)
+
+
+def open_own(path: Path, *, create: bool = True) -> BinaryIO:
+    """Open a file to read and write; what is in it stays.
+
+    Args:
+        path: The file.
+        create: Whether to make it if it is missing.
+
+    Raises:
+        PermissionError: If it is a link, has another name elsewhere, belongs to somebody else, or
+            is no file: in a folder of many, what is written would go to another place.
+    """
+    return open(path, "r+b", opener=_open_or_create if create else _open_own)
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return _open_own(path, flags | os.O_CREAT)
+
+
+def _open_own(path: str, flags: int) -> int:
+    descriptor = _open_no_link(path, flags, 0o600)
+    status = os.fstat(descriptor)
+    why = None
+    if status.st_uid != os.geteuid():
+        why = f"it belongs to {_user(status.st_uid)}"
+    elif not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        why = "it is no file, or a second name of one"
+    if why is not None:
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, why, path)
+    return descriptor
+
+
+def _open_no_link(path: str, flags: int, mode: int = 0o666) -> int:
+    """Open a file that is no link: whoever made one would choose which file is changed."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise PermissionError(errno.EPERM, "it is a link; remove it", path) from None
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"the user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"the user {uid}"
+
+
 @contextmanager
 def lock_file(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock on a file, also across machines that share its file system.
@@ -119,7 +201,7 @@ def lock_file(path: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     Raises:
         BlockingIOError: If another process holds it; `strerror` names the process.
     """
-    path = Path(path).resolve()
+    path = Path(path).parent.resolve() / path.name
     deadline = time.monotonic() + wait_seconds
     while (owner := _try_lock(path)) is not None:
         if time.monotonic() >= deadline:
@@ -136,7 +218,7 @@ def _try_lock(path: Path) -> str | None:
     me = f"process {os.getpid()} on {socket.gethostname()}"
     if path in _held:
         return me  # Closing a second descriptor of the file would release the lock.
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by lock_file)
+    file = open(path, "a+b", buffering=0, opener=_open_no_link)  # noqa: SIM115 (lock_file closes it)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)

@@ -66,6 +66,9 @@ class Stream(IntEnum):
     CHECK_LOSS_INPUTS = 36  # size of the batch
     IMPORTANCES = 37  # number of the objective
 
+    # Networks and losses, added later.
+    DYNAMIC_POSITIVES = 38  # step
+
 
 def generator_of(stream: Stream, seed: int, *indices: int) -> np.random.Generator:
     """Return a new generator at the start of a stream.

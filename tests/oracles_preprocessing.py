@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def apply_steps(preprocessing: Mapping[str, Any], data: bytes) -> np.ndarray:
@@ -25,9 +25,10 @@ def apply_steps(preprocessing: Mapping[str, Any], data: bytes) -> np.ndarray:
     decode, resize, crop, scale, normalize = (
         step[name] for step, name in zip(preprocessing["steps"], names, strict=True)
     )
-    assert decode == "RGB, 8 bits a channel; of 16 the high byte; EXIF rotation not applied"
+    begin = "RGB, 8 bits a channel; of 16 the high byte; EXIF orientation "
+    applied = {"applied": True, "not applied": False}[decode.removeprefix(begin)]
     with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB")
+        image = (ImageOps.exif_transpose(opened) if applied else opened).convert("RGB")
     assert (resize["interpolation"], resize["antialias"]) == ("bilinear", True)
     shorter = min(image.size)
     width, height = (resize["shorter_side"] * side // shorter for side in image.size)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dml_dist.random_streams import Stream, generator_of
 from tests.oracles_losses import unit
 
 
@@ -177,18 +178,28 @@ def dynamic_nca_oracle(
     labels: Tensor,
     proxies: Tensor,
     *,
-    use_labels: bool = True,
+    positives: str = "drawn",
+    seed: int = 0,
+    step: int = 0,
     class_weights: Sequence[float] | None = None,
     **surrogate: object,
 ) -> Tensor:
-    """Proxy-NCA, dynamic: the nearest of all proxies; a sample without negatives adds 0."""
+    """Proxy-NCA, dynamic: p(y) is the positive; a sample without y or negatives adds 0."""
     rows = cosines(embeddings, proxies)
     nearest = [max(range(len(row)), key=lambda p, row=row: (row[p].item(), -p)) for row in rows]
+    uniforms = generator_of(Stream.DYNAMIC_POSITIVES, seed, step).random(len(rows))
+    classes = labels.tolist()
     terms = []
     for i, row in enumerate(rows):
-        chosen = set(range(len(proxies)))
-        if use_labels:
-            chosen = {nearest[z] for z in range(len(rows)) if labels[z] != labels[i]}
-        negatives = sorted(chosen - {nearest[i]})
-        terms.append(nca_terms(row, nearest[i], negatives, **surrogate))  # type: ignore[arg-type]
+        # The others of the class, from the next one on.
+        others = [(i + k) % len(rows) for k in range(1, len(rows))]
+        mates = [z for z in others if classes[z] == classes[i]]
+        if positives == "drawn" and mates:
+            mates = [mates[int(uniforms[i] * len(mates))]]
+        chosen = {nearest[z] for z in others if classes[z] != classes[i]}
+        of_mates = [
+            nca_terms(row, nearest[y], sorted(chosen - {nearest[y]}), **surrogate)  # type: ignore[arg-type]
+            for y in mates
+        ]
+        terms.append(torch.stack(of_mates).mean() if mates else 0 * row[0])
     return weighted(terms, labels, class_weights)

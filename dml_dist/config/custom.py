@@ -7,12 +7,41 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 from dml_dist.config.base import TARGET
 from dml_dist.config.shape import nearest
 from dml_dist.errors import ConfigError
+
+# A target within a text: a change of a method, such as "loss.target=my.losses:MyLoss".
+_IN_TEXT = re.compile(rf"\btarget['\"]?\s*[=:]\s*['\"]?({TARGET[1:-1]})")
+
+
+def named_targets(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the targets that plain values of a configuration name, valid or not.
+
+    Args:
+        value: Mappings, lists and texts, as read from a file.
+        path: Where it is in the configuration.
+
+    Yields:
+        `path: target` of each, such as `loss.target: my.losses:MyLoss`.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            below = f"{path}.{key}" if path else str(key)
+            if below.rpartition(".")[2] == "target" and isinstance(item, str):
+                yield f"{below}: {item}"
+            else:
+                yield from named_targets(item, below)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from named_targets(item, path)
+    elif isinstance(value, str):
+        for match in _IN_TEXT.finditer(value):
+            yield f"{path}: {match[1]}"
 
 
 def load_target(target: str) -> Any:
@@ -43,6 +72,23 @@ def load_target(target: str) -> Any:
             f"({getattr(module, '__file__', None) or 'no file'}) does not define {name}"
             + (f"; did you mean {module_name}:{close}?" if close else "")
         ) from None
+
+
+def call_target(target: str, *arguments: Any, options: Mapping[str, Any]) -> Any:
+    """Import an object from user code, call it, and return its result.
+
+    Raises:
+        ConfigError: If it cannot be imported, or ends the process, as `sys.exit` does: the command
+            would end without a word.
+    """
+    factory = load_target(target)
+    try:
+        return factory(*arguments, **options)
+    except SystemExit as error:
+        raise ConfigError(
+            f"target {target!r} ended the process when it was called; name a "
+            "class or function that returns the object"
+        ) from error
 
 
 def _import(module_name: str, target: str) -> ModuleType:

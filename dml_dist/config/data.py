@@ -309,6 +309,9 @@ class CacheConfig(Section):
 # ---------------------------------------------------------------- the section
 
 
+ExifRule = Literal["apply", "ignore"]
+
+
 class DataConfig(Section):
     """The images of a run."""
 
@@ -327,6 +330,11 @@ class DataConfig(Section):
     test_split: str = "test"
     """Name of the split of the final evaluation."""
 
+    exif: ExifRule = "apply"
+    """Apply: images are turned upright by their EXIF orientation, as viewers do. Ignore: they are
+    read as stored, as in the reference code of most papers.
+    """
+
     batches: BatchesConfig = ShuffledBatchesConfig()
     """How global batches are formed."""
 
@@ -344,6 +352,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_location(self) -> DataConfig:
+        if not self.path.strip():
+            raise ValueError(
+                "path is empty, which would mean the current folder; give the folder of the tar "
+                "shards, or . for the current one"
+            )
         if self.dataset is not None and local_path(self.path) is None:
             raise ValueError(
                 f"dataset is imported into a folder of this machine, got the URL {self.path}; "

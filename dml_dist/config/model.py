@@ -303,6 +303,13 @@ class ModelConfig(Section):
     embedding_size: PositiveInt = 128
     """D, the dimension of an embedding."""
 
+    normalize: Literal["none", "batch"] = "none"
+    """Normalisation of embeddings, also with `head: none`: batch normalisation without weights
+    spreads them from the first step on, which dynamic assignment needs. Its statistics are those of
+    the global batch, or per rank if `backbone.batch_norm.statistics` is `per_rank`. Before the
+    first step it changes nothing.
+    """
+
     channels_last: bool = False
     """Memory format of images and weights; faster on CUDA, and on a CPU for networks of depthwise
     convolutions (EfficientNet-Lite0: 0.8 s a step instead of 1.1 s).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,9 @@ class ProxyNCAConfig(Section):
     """How `surrogate: margin` reduces over a sample's negatives."""
 
     assignment: Literal["static", "fractional", "dynamic"] = "static"
-    """A class's own proxies; one shared by classes by a random map; or the nearest of all."""
+    """A class's own proxies; one shared by classes by a random map; or, dynamic, the proxy that is
+    nearest to another image of the class in the global batch.
+    """
 
     proxies_per_class: PositiveInt = 1
     """K; the nearest of the class's K proxies is the positive, the others are not negatives."""
@@ -54,14 +56,14 @@ class ProxyNCAConfig(Section):
     proxy_share: Annotated[float, Field(gt=0, le=16)] = 1.0
     """Ratio of proxies to classes, for fractional (at most 1) and dynamic assignment."""
 
-    use_labels: bool = True
-    """Dynamic: negatives are proxies nearest to the batch's other classes; else all but one."""
+    positives: Literal["drawn", "all"] = "drawn"
+    """Dynamic: the other image is drawn in each step, or the loss is the mean over all of them."""
 
     dead_after_steps: PositiveInt = 1000
     """Dynamic: a proxy that has not been the nearest of a sample for this many steps is dead."""
 
-    revive_dead: bool = False
-    """Dynamic: every `dead_after_steps` steps, move dead proxies to random samples."""
+    revive_dead: bool = True
+    """Dynamic: every `dead_after_steps` steps, move dead proxies to random images of the batch."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over the negative proxies; needs `denominator: all`."""
@@ -74,6 +76,14 @@ class ProxyNCAConfig(Section):
 
     logit_memory_mb: PositiveFloat = 64.0
     """Bound on the memory for logits, in MiB; proxies are processed in chunks of this size."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, values: Any) -> Any:
+        """Read run folders from before `positives`: all of Proxy-NCA have `use_labels: true`."""
+        if isinstance(values, dict) and values.get("use_labels") is True:
+            return {name: value for name, value in values.items() if name != "use_labels"}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> ProxyNCAConfig:
@@ -97,7 +107,8 @@ class ProxyNCAConfig(Section):
         self._only("surrogate", ("margin",), ("margin", "margin_reduction"))
         self._only("assignment", ("static",), ("proxies_per_class",))
         self._only("assignment", ("fractional", "dynamic"), ("proxy_share",))
-        dynamic = ("use_labels", "dead_after_steps", "revive_dead")
+        # Not revive_dead: run folders from when its default was false have it.
+        dynamic = ("positives", "dead_after_steps")
         self._only("assignment", ("dynamic",), dynamic)
         self._only("class_weighting", ("effective_number",), ("effective_number_beta",))
         return self

@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from dml_dist.config.base import PATTERN_DESCRIPTIONS, Section
 from dml_dist.config.schema import RunConfig
+from dml_dist.urls import shown_url
 
 
 def members(annotation: Any) -> tuple[type[Section], ...]:
@@ -216,7 +217,7 @@ def _text(value: Any, depth: int) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return repr(value[:1000])
+        return repr(shown_url(value)[:1000])
     if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write long ones
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, int | float):

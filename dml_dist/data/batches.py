@@ -169,12 +169,12 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
     def _decoded(self, row: int) -> Tensor:
         image = None if self.decoded is None else self.decoded.get(row)
         if image is None:
-            data = self._reader.read(row)
+            data, exif = self._reader.read(row), self.index.exif
             try:
-                image = decode_image(data, "")
+                image = decode_image(data, "", exif)
             except DataError:
                 # Decode again for the message: describing every image costs 10 % of a small one.
-                image = decode_image(data, self._reader.describe(row))
+                image = decode_image(data, self._reader.describe(row), exif)
             if self.decoded is not None:
                 self.decoded.put(row, image)
         return image

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import secrets
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.files import sync_folder
+from dml_dist.files import make_own_folder, open_own, sync_folder
 
 WAIT_SECONDS = 600.0
 """How long a process waits for space, or for a file that another process copies without progress;
@@ -57,13 +58,14 @@ class ShardCache:
 
     def __post_init__(self) -> None:
         try:
-            (self.folder / _LEASES).mkdir(parents=True, exist_ok=True)
+            make_own_folder(self.folder)
+            make_own_folder(self.folder / _LEASES)
             with self._locked():
                 pass
         except OSError as error:
             raise ConfigError(
                 f"data.cache.folder {self.folder} cannot be written and locked "
-                f"({error.strerror or error}); choose another folder"
+                f"({error.strerror or error}); choose another folder, of your own"
             ) from error
         self._own = _Leases(self.folder / _LEASES)
 
@@ -88,7 +90,7 @@ class ShardCache:
         deadline = _Deadline(path, self.wait_seconds)
         while True:
             with self._locked():
-                if path.is_file():
+                if self.has(path):
                     self._own.add(self._name(path))
                     os.utime(path)
                     return
@@ -115,8 +117,8 @@ class ShardCache:
                 os.utime(path)
 
     def has(self, path: Path) -> bool:
-        """Tell whether a file is there now."""
-        return path.is_file()
+        """Tell whether a file is there now; a link is none, as its target is not ours."""
+        return path.is_file() and not path.is_symlink()
 
     def _fill(self, path: Path, part: BinaryIO, copy: Callable[[BinaryIO], None]) -> None:
         try:
@@ -150,10 +152,13 @@ class ShardCache:
         if not self._make_room(size):
             return None
         with self._writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(part, "w+b")  # noqa: SIM115  (handed on)
+            place = self.folder
+            for name in path.parent.relative_to(self.folder).parts:
+                make_own_folder(place := place / name)
+            file = open_own(part)
             # Locked before the cache's lock is released, so that nobody takes it for a leftover.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
             file.truncate(size)
             return file
 
@@ -232,7 +237,7 @@ class ShardCache:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the cache's lock; each holder opens the file, so that threads exclude each other."""
-        with open(self.folder / _LOCK, "w", encoding="utf-8") as file:
+        with open_own(self.folder / _LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -290,7 +295,7 @@ class _Leases:
         if self._file is None:
             own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
             self.path = self.folder / own
-            self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  (kept)
+            self._file = io.TextIOWrapper(open_own(self.path), encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._file.seek(0)
         self._file.truncate()
@@ -314,7 +319,7 @@ def part_path(path: Path) -> Path:
 def _remove_if_unlocked(path: Path) -> bool:
     """Remove a lease or part whose process has ended; return whether it no longer exists."""
     try:
-        with open(path, "r+b") as file:
+        with open_own(path, create=False) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
             return True

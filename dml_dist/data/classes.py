@@ -17,6 +17,7 @@ from dml_dist.config.schema import (
     ValidationConfig,
 )
 from dml_dist.data.index import Index
+from dml_dist.data.labels import class_text
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.partition import part_bounds
 from dml_dist.random_streams import Stream, generator_of
@@ -124,6 +125,8 @@ def _named(
     index: Index, data: DataConfig, names: tuple[str, ...], classes: np.ndarray
 ) -> np.ndarray:
     label_of = {index.class_names[label]: label for label in classes.tolist()}
+    # Written as the index writes classes; an older index may have other spellings.
+    names = tuple(name if name in label_of else class_text(name, "class") for name in names)
     for name in names:
         if name not in label_of:
             near = get_close_matches(name, label_of, n=1, cutoff=0.0)[0]

@@ -3,13 +3,12 @@
 JPEG and PNG go through torchvision.io, two to three times as fast as PIL with the same pixels; PIL
 takes all other formats and whatever torchvision refuses. Every image becomes three channels: grey
 levels and palettes are expanded, CMYK is converted, transparency is dropped without blending, of
-16-bit channels the high byte is kept, of an animation the first frame. Rotation marks (EXIF) are
-not applied, as in the reference pipelines of the benchmarks.
+16-bit channels the high byte is kept, of an animation the first frame. Images are turned upright by
+their EXIF orientation unless `data.exif` is `ignore`, as in the reference code of most papers.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dml_dist.data.pixels import rgb_image
+from dml_dist.config.data import ExifRule
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.errors import DataError
 
 _JPEG = b"\xff\xd8\xff"
@@ -42,12 +42,13 @@ def _torchvision_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
 _decode_torchvision = _torchvision_decoder()
 
 
-def decode_image(data: bytes, where: str) -> Tensor:
+def decode_image(data: bytes, where: str, exif: ExifRule = "apply") -> Tensor:
     """Decode an image file's bytes; the content decides on the format, not the name.
 
     Args:
         data: The whole file.
         where: Names the image in an error, as "sample 'a' of shard.tar".
+        exif: Whether the image is turned by its EXIF orientation.
 
     Returns:
         (3, H, W) uint8 RGB.
@@ -58,17 +59,17 @@ def decode_image(data: bytes, where: str) -> Tensor:
     if _decode_torchvision is not None and data.startswith((_JPEG, _PNG)):
         try:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = _decode_torchvision(buffer, _RGB, False)
+            image = _decode_torchvision(buffer, _RGB, exif == "apply")
         except RuntimeError:  # PIL may still decode it, and has the better messages.
-            return _decode_pil(data, where)
+            return _decode_pil(data, where, exif)
         return _high_byte(image) if image.dtype == torch.uint16 else image
-    return _decode_pil(data, where)
+    return _decode_pil(data, where, exif)
 
 
-def _decode_pil(data: bytes, where: str) -> Tensor:
+def _decode_pil(data: bytes, where: str, exif: ExifRule) -> Tensor:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(rgb_image(image))
+        with open_image(data) as image:
+            pixels = np.array(rgb_image(image, exif))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     # PIL reports damage by any of these, depending on the format.

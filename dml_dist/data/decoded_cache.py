@@ -35,10 +35,14 @@ class DecodedCache:
         self._place = np.full(len(index), -1, dtype=np.int64)
         self._place[rows[:count]] = np.concatenate([[0], ends[:count]])[:count]
         # Anonymous pages take no memory until they are written.
-        self._memory = mmap.mmap(-1, max(total + _ALIGNED_BYTES * len(index), 1))
+        self._memory = mmap.mmap(-1, max(total + (_ALIGNED_BYTES + 1) * len(index), 1))
         self._sums = np.frombuffer(self._memory, np.uint64, len(index))
         self._pixels = np.frombuffer(
             self._memory, np.uint8, total, offset=_ALIGNED_BYTES * len(index)
+        )
+        # Of images that EXIF turned a quarter, height and width are swapped.
+        self._swapped = np.frombuffer(
+            self._memory, np.bool_, len(index), offset=_ALIGNED_BYTES * len(index) + total
         )
         self.num_images = count
         """Images that there is room for."""
@@ -52,14 +56,17 @@ class DecodedCache:
         pixels = self._pixels[place : place + 3 * height * width]
         if _checksum(pixels) != expected:
             return None
+        if self._swapped[row]:
+            height, width = width, height
         return torch.from_numpy(pixels).view(height, width, 3).permute(2, 0, 1)
 
     def put(self, row: int, image: Tensor) -> None:
-        """Keep a decoded image, if it has a place and the size that the index says."""
+        """Keep a decoded image, if it has a place and the size that the index says, or its turn."""
         place = self._place[row]
         height, width = int(self._index.height[row]), int(self._index.width[row])
-        if place < 0 or image.shape != (3, height, width):
+        if place < 0 or image.shape not in ((3, height, width), (3, width, height)):
             return
+        self._swapped[row] = image.shape != (3, height, width)
         pixels = self._pixels[place : place + 3 * height * width]
         pixels[:] = image.permute(1, 2, 0).reshape(-1).numpy()
         self._sums[row] = _checksum(pixels)

@@ -6,18 +6,23 @@ import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
 
 from PIL import Image
 
 from dml_dist.data.fingerprint import fingerprint
-from dml_dist.data.pixels import check_levels, rgb_image
+from dml_dist.data.jpeg import check_jpeg
+from dml_dist.data.pixels import (
+    check_levels,
+    exif_orientation,
+    open_image,
+    orientation_mark,
+    rgb_image,
+)
 from dml_dist.errors import DataError
 
-# Those of IMAGE_EXTENSIONS; others that PIL knows (EPS, PDF) start programs or are no photographs.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # A fingerprint is taken from at least as many pixels a side.
 _MIN_DRAFT_PIXELS = 32
+_JPEG = b"\xff\xd8\xff"
 _JPEG_QUALITY = 95
 
 
@@ -34,46 +39,33 @@ class ImageFacts:
     fingerprint: str | None
     """Of `dml_dist.data.fingerprint`; None if it is all one colour."""
 
-
-def check_image(data: bytes, *, whole: bool) -> tuple[int, int]:
-    """Return the width and height of an encoded image, in pixels.
-
-    Args:
-        data: The encoded image.
-        whole: Also decode it, so that a truncated file is found; otherwise its header is all that
-            is read.
-
-    Raises:
-        DataError: If it is no image, damaged or truncated, or has pixels of 32 bits; the
-            message says why, not where.
-    """
-    if whole:
-        facts = inspect_image(data)
-        return facts.width, facts.height
-    with _opened(data) as image:
-        return image.size
+    orientation: int
+    """EXIF orientation 1..8; 1 is upright."""
 
 
 def inspect_image(data: bytes) -> ImageFacts:
     """Decode an image, JPEG at an eighth of its size, which still reads every byte.
 
     Raises:
-        DataError: As `check_image`, or if its colours cannot become RGB.
+        DataError: If it is no image, damaged or truncated, has pixels of 32 bits, or its colours
+            cannot become RGB; the message says why, not where.
     """
     with _opened(data) as image:
         width, height = image.size
         smallest = (max(_MIN_DRAFT_PIXELS, width // 8), max(_MIN_DRAFT_PIXELS, height // 8))
         image.draft("L", smallest)
         image.load()
+        if data.startswith(_JPEG):
+            check_jpeg(image, data, smallest)
         grey_or_rgb = image if image.mode == "L" else rgb_image(image)
-        return ImageFacts(width, height, fingerprint(grey_or_rgb))
+        return ImageFacts(width, height, fingerprint(grey_or_rgb), exif_orientation(image))
 
 
 def shrink_image(data: bytes, max_side: int) -> bytes | None:
     """Return an image as JPEG with its longer side of `max_side` pixels; None if it is no larger.
 
-    Resampled bicubically with antialiasing, in RGB, and stored at quality 95. Like reading, it does
-    not apply rotation marks (EXIF), and drops them.
+    Resampled bicubically with antialiasing, in RGB, and stored at quality 95. Of EXIF data
+    only the orientation is kept, so that the image is read upright, or not, as before.
 
     Args:
         data: The encoded image.
@@ -90,7 +82,9 @@ def shrink_image(data: bytes, max_side: int) -> bytes | None:
         width, height = (max(1, round(side * max_side / longer)) for side in image.size)
         small = rgb_image(image).resize((width, height), Image.Resampling.BICUBIC)
         stream = io.BytesIO()
-        small.save(stream, "JPEG", quality=_JPEG_QUALITY)
+        mark = exif_orientation(image)
+        exif = {} if mark == 1 else {"exif": orientation_mark(mark)}
+        small.save(stream, "JPEG", quality=_JPEG_QUALITY, **exif)
         return stream.getvalue()
 
 
@@ -99,9 +93,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong with it is a DataError."""
     if not data:
         raise DataError("the image is empty (0 bytes)")
-    stream: IO[bytes] = io.BytesIO(data)
     try:
-        with Image.open(stream, formats=_FORMATS) as image:
+        with open_image(data) as image:
             check_levels(image)
             yield image
     except DataError:

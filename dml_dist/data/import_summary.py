@@ -1,4 +1,4 @@
-"""The summary of an import: skipped and duplicate images.
+"""The summary of an import or of indexing: skipped and duplicate images, EXIF orientations.
 
 `import.json` holds the numbers; `skipped.csv` and `duplicates.csv` list every case and exist only
 where there is one. They are written before the index, so a finished import has them.
@@ -6,9 +6,7 @@ where there is one. They are written before the index, so a finished import has 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from dml_dist.data.duplicates import Copies
 from dml_dist.data.fingerprint import BITS, NEAR_BITS
 from dml_dist.data.index import Index
 from dml_dist.files import read_json, write_json_atomic, write_text_atomic
+from dml_dist.terminal import csv_text
 
 SUMMARY_NAME = "import.json"
 SKIPPED_NAME = "skipped.csv"
@@ -26,14 +25,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """A broken image that an import left out."""
+    """A broken image that an import, or indexing, left out."""
 
     key: str
     split: str
     class_name: str
 
     reason: str
-    """Names the file and says what is wrong with it."""
+    """Names the file and says what is wrong with the image."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,9 @@ class ImportSummary:
     copies: tuple[CopyCount, ...]
     """Splits and pairs of splits with copies."""
 
+    num_turned: int = 0
+    """Images with an EXIF orientation other than upright."""
+
     def lines(self, root: Path) -> list[str]:
         """Return the lines to show after an import, none if there is nothing to report."""
         lines = []
@@ -82,6 +84,11 @@ class ImportSummary:
             lines.append(
                 f"{len(self.lost_classes):,} classes have only broken images and are left out: "
                 f"{named}{', ...' if len(self.lost_classes) > _SHOWN else ''}"
+            )
+        if self.num_turned:
+            lines.append(
+                f"{self.num_turned:,} images have an EXIF orientation; `data.exif: apply` (the "
+                "default) turns them upright, `ignore` reads them as stored"
             )
         for count in self.copies:
             where = (
@@ -105,6 +112,7 @@ def write_summary(
     skipped: Sequence[SkippedImage],
     lost_classes: Sequence[str],
     copies: Sequence[Copies],
+    num_turned: int,
 ) -> None:
     """Write the summary and its lists, before the index is written."""
     skips = [(item.key, item.split, item.class_name, item.reason) for item in skipped]
@@ -120,6 +128,7 @@ def write_summary(
         first_skipped=tuple(item.reason for item in skipped[:_SHOWN]),
         lost_classes=tuple(lost_classes),
         copies=tuple(_count(index, item) for item in found),
+        num_turned=num_turned,
     )
     write_json_atomic(index.root / SUMMARY_NAME, dataclasses.asdict(summary))
 
@@ -141,6 +150,7 @@ def read_summary(root: Path) -> ImportSummary | None:
         copies=tuple(
             CopyCount(**{**item, "first": tuple(item["first"])}) for item in values["copies"]
         ),
+        num_turned=values.get("num_turned", 0),  # older imports did not count them
     )
 
 
@@ -183,8 +193,4 @@ def _write_csv(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]
     if not rows:
         path.unlink(missing_ok=True)
         return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    write_text_atomic(path, text.getvalue())
+    write_text_atomic(path, csv_text(names, rows))

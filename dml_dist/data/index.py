@@ -8,7 +8,7 @@ so nothing has to parse tar files after this.
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dml_dist.data import index_table, scanned
-from dml_dist.data.pool import run_tasks
+from dml_dist.config.data import ExifRule
+from dml_dist.data import index_table
 from dml_dist.data.sample import ROLES
-from dml_dist.data.shard_scan import ScannedImage, ScanTask, list_tar_shards, scan_tar_shard
 from dml_dist.errors import DataError
 from dml_dist.files import open_atomic
 
@@ -34,8 +33,7 @@ INDEX_NAME = "index.parquet"
 PROGRESS_FOLDER = ".import"
 _DIGEST = b"dml_dist.import"
 _DESCRIPTION = b"dml_dist.description"
-_SHOWN = 20
-_log = logging.getLogger(__name__)
+_SKIPPED = b"dml_dist.skipped"
 
 
 class RemoteTarShards(Protocol):
@@ -87,10 +85,10 @@ class Index:
     """(N,) str objects: "jpg", "png", ..."""
 
     width: np.ndarray
-    """(N,) int32 pixels."""
+    """(N,) int32 pixels of the image as stored, before it is turned by its EXIF orientation."""
 
     height: np.ndarray
-    """(N,) int32 pixels."""
+    """(N,) int32 pixels, likewise."""
 
     label: np.ndarray
     """(N,) int64 in 0..C-1, every one of them used."""
@@ -106,6 +104,9 @@ class Index:
 
     role: np.ndarray
     """(N,) str objects: both, query or gallery."""
+
+    exif: ExifRule = "apply"
+    """Whether images are turned by their EXIF orientation when they are read; not in the file."""
 
     remote: RemoteTarShards | None = None
     """Copies tar shards into `root`; None for a local folder."""
@@ -129,13 +130,16 @@ class Index:
         return rows
 
 
-def write_index(index: Index, *, digest: str = "", description: str = "") -> None:
+def write_index(
+    index: Index, *, digest: str = "", description: str = "", skipped: Sequence[str] = ()
+) -> None:
     """Write index.parquet into the index's folder atomically.
 
     Args:
         index: What to write.
         digest: Identifies the import that made the shards; empty for shards of other programs.
         description: Describes what was imported; empty when unknown.
+        skipped: Keys of broken images that the tar shards hold and the index does not.
     """
     label = pa.array(index.label.astype(np.int32))
     columns: dict[str, pa.Array] = {
@@ -156,6 +160,8 @@ def write_index(index: Index, *, digest: str = "", description: str = "") -> Non
         "role": pa.array(index.role, pa.string()).dictionary_encode(),
     }
     metadata = {_DIGEST: digest.encode(), _DESCRIPTION: description.encode()}
+    if skipped:
+        metadata[_SKIPPED] = json.dumps(list(skipped)).encode()
     table = pa.table(columns).replace_schema_metadata(metadata)
     with open_atomic(index.root / INDEX_NAME) as file:
         pq.write_table(table, file, compression="zstd")
@@ -192,6 +198,7 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
         tar_shard=position.reshape(-1)[codes].astype(np.int32),
         class_names=index_table.class_names(numbers["label"], *texts["class"], path),
         remote=None,
+        exif="apply",
         **numbers,
         **{
             name: texts[name][0][texts[name][1]]
@@ -202,92 +209,6 @@ def read_index(root: Path, *, check_shards: bool = True) -> Index:
     if check_shards:
         _check_shards(index)
     return index
-
-
-def build_index(
-    root: Path,
-    split: str = "train",
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    processes: int | None = None,
-) -> Index:
-    """Read all tar shards below a folder and write their index.parquet.
-
-    A sample is an image with `<key>.cls` or `<key>.json` (label, class, super_class, split, role)
-    beside it. Whole-number labels keep their order and become dense; texts become class names.
-    Tar shards sorted by class are accepted with a warning in the log.
-
-    Args:
-        root: The folder.
-        split: Split of the images whose .json does not name one.
-        progress: Called with (tar shards read, all tar shards).
-        processes: Number of reading processes; None takes one for each CPU core.
-
-    Raises:
-        DataError: If there are no tar shards, an import into the folder was not finished, or a
-            sample cannot be used; tar file and key named.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give the folder that holds the tar shards")
-    if (root / PROGRESS_FOLDER).exists():
-        raise DataError(
-            f"{root}: an import into this folder was not finished; run the import again, finished "
-            "tar shards are kept and the import writes the index"
-        )
-    names = list_tar_shards(root)
-    if not names:
-        raise DataError(f"{root} holds no tar shards (*.tar); check the path")
-    tasks = [ScanTask(root, name, measure=True) for name in names]
-    found: dict[int, tuple[ScannedImage, ...]] = {}
-    problems: list[str] = []
-    for at, shard in run_tasks(scan_tar_shard, tasks, processes):
-        found[at] = shard.images
-        problems += [str(problem) for problem in shard.problems]
-        if progress is not None:
-            progress(len(found), len(tasks))
-    images = [(at, image) for at in range(len(names)) for image in found[at]]
-    problems += scanned.repeated_keys(images, names)
-    if not images and not problems:
-        raise DataError(f"{root}: the tar shards hold no image with a known extension")
-    if problems:
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DataError(
-            f"{root}: the tar shards cannot be indexed:\n  "
-            + "\n  ".join(sorted(problems)[:_SHOWN])
-            + more
-        )
-    used, columns, class_names = scanned.columns(images, names, root)
-    index = Index(
-        root=root,
-        tar_shards=used,
-        class_names=class_names,
-        remote=None,
-        split=np.array([image.split or split for _, image in images], dtype=object),
-        **columns,
-    )
-    write_index(index)
-    for line in class_sorted_warnings(index):
-        _log.warning("%s", line)
-    return index
-
-
-def class_sorted_warnings(index: Index) -> list[str]:
-    """Return a warning for each split whose tar shards are sorted by class.
-
-    A shuffled epoch reads a few tar shards at a time, so its batches see only their classes.
-    """
-    lines = []
-    for split in sorted(set(index.split.tolist())):
-        rows = index.rows(split)
-        typical, mixed = scanned.classes_per_shard(index.tar_shard[rows], index.label[rows])
-        if typical < mixed / 2:
-            lines.append(
-                f"{index.root}: the tar shards of the split {split!r} are sorted by class: "
-                f"a tar shard holds {typical:.0f} classes (median), a shuffled one would hold "
-                f"{mixed:.0f}; batches of a shuffled epoch see only the classes of its window of "
-                "tar shards. Rewrite them in shuffled order, or choose balanced batches"
-            )
-    return lines
 
 
 def import_digest(root: Path) -> str | None:
@@ -302,6 +223,11 @@ def import_description(root: Path) -> str:
     return _metadata(root, _DESCRIPTION) if (root / INDEX_NAME).exists() else ""
 
 
+def skipped_keys(root: Path) -> frozenset[str]:
+    """Return the keys given to `write_index` as skipped."""
+    return frozenset(json.loads(_metadata(root, _SKIPPED) or "[]"))
+
+
 def bytes_needed(index: Index) -> np.ndarray:
     """Return the size that each tar shard must have at least, (num_tar_shards,) int64."""
     needed = np.zeros(len(index.tar_shards), dtype=np.int64)
@@ -314,6 +240,16 @@ def _metadata(root: Path, name: bytes) -> str:
 
 
 def _check_values(index: Index, path: Path) -> None:
+    for name in index.tar_shards:
+        # A name is opened, and that of a remote folder also written, so it must stay below `root`.
+        # Links are followed: folders on several disks are joined by them.
+        parts = name.split("/")
+        if any(not part or part.startswith(".") or "\0" in part for part in parts):
+            raise index_table.unusable(
+                path,
+                f"it names the tar shard {name!r}, which is not a path below the folder, without "
+                "'..' and hidden parts",
+            )
     if len(set(index.keys.tolist())) != len(index):
         raise index_table.unusable(path, "keys must be unique, some occur twice")
     unknown = set(index.role.tolist()) - set(ROLES)

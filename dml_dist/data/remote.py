@@ -20,7 +20,7 @@ from tenacity import (
 )
 
 from dml_dist.errors import ConfigError, DataError, DmlDistError, RunError
-from dml_dist.urls import join_url, protocol_of, redact_url
+from dml_dist.urls import join_url, protocol_of, shown_url
 
 BLOCK_BYTES = 8 * 2**20
 """Bytes of one request; after a fault the copy resumes at the first missing block."""
@@ -55,7 +55,7 @@ class RemoteFolder:
 
     def shown(self, name: str = "") -> str:
         """Return the URL of the folder or of a file in it for messages, without secrets."""
-        return redact_url(join_url(self.url, name) if name else self.url)
+        return str(shown_url(join_url(self.url, name) if name else self.url))
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, None where the server does not tell.
@@ -133,7 +133,7 @@ class RemoteFolder:
         except ValueError as error:
             raise ConfigError(
                 f"{self.shown()} is not a folder or a URL that fsspec can open (http, https, s3, "
-                f"gs, memory, file, ...): {error}"
+                f"gs, memory, file, ...): {shown_url(str(error))}"
             ) from error
         # fsspec caches listings and sizes, and the files may have changed since.
         filesystem.invalidate_cache()
@@ -279,5 +279,5 @@ def _error_text(error: BaseException | None) -> str:
         return str(error)
     if isinstance(error, TimeoutError):
         return "the server was silent for too long"
-    text = "" if error is None else str(error).partition("\n")[0]
+    text = "" if error is None else shown_url(str(error).partition("\n")[0])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

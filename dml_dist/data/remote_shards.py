@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -26,8 +26,8 @@ from dml_dist.config.data import CacheConfig
 from dml_dist.data.cache import ShardCache
 from dml_dist.data.index import INDEX_NAME, Index, bytes_needed, read_index
 from dml_dist.data.remote import IncompleteCopyError, RemoteFolder
-from dml_dist.errors import DataError
-from dml_dist.files import write_bytes_atomic
+from dml_dist.errors import ConfigError, DataError
+from dml_dist.files import make_own_folder, write_bytes_atomic
 from dml_dist.urls import local_path
 
 CONNECTIONS = 4
@@ -70,9 +70,14 @@ def open_index(location: str, cache: CacheConfig) -> Index:
             raise DataError(
                 f"{remote.shown(INDEX_NAME)} cannot be used; a copy of it says: {error}"
             ) from error
-    _check_names(index, remote)
     root = shards.folder / f"{_digest(location.rstrip('/').encode())}-{_contents(index)}"
-    root.mkdir(exist_ok=True)
+    try:
+        make_own_folder(root)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {root} of the cache cannot be used ({error.strerror or error}); choose "
+            "another data.cache.folder, of your own"
+        ) from error
     write_bytes_atomic(root / INDEX_NAME, data.getvalue())
     index = replace(index, root=root)
     return replace(index, remote=RemoteShards(remote, shards, index))
@@ -236,18 +241,6 @@ class RemoteShards:
             if zlib.crc32(data) != int(index.crc32[row]):
                 return str(index.keys[row])
         return None
-
-
-def _check_names(index: Index, remote: RemoteFolder) -> None:
-    """Refuse names by which a downloaded file would be written outside of its folder."""
-    for name in index.tar_shards:
-        path = PurePosixPath(name)
-        hidden = any(part.startswith(".") for part in path.parts)
-        if path.is_absolute() or hidden or not path.parts or name == INDEX_NAME:
-            raise DataError(
-                f"{remote.shown(INDEX_NAME)} names the tar shard {name!r}, which is not a path "
-                "below the folder without '..' and hidden parts; index the folder again"
-            )
 
 
 def _digest(data: bytes) -> str:

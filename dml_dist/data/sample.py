@@ -15,7 +15,8 @@ from dml_dist.errors import DataError
 
 ROLES = ("both", "query", "gallery")
 IMAGE_EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "png", "bmp", "gif", "webp", "tif", "tiff", "ppm", "pgm"}
+    {"jpg", "jpeg", "jpe", "jfif", "png", "bmp", "gif", "webp", "tif", "tiff"}
+    | {"ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"}
 )
 # A tar header holds 100 bytes of name; the longest extension we add is ".json".
 _MAX_KEY_BYTES = 90
@@ -119,7 +120,7 @@ class Importer(Protocol):
 def image_extension(path: str) -> str:
     """Return the extension of an image file, lower case, without a dot, `jpg` for `jpeg`."""
     extension = path.rpartition(".")[2].lower()
-    return {"jpeg": "jpg", "tiff": "tif"}.get(extension, extension)
+    return {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif"}.get(extension, extension)
 
 
 def class_order(names: Iterable[str]) -> list[str]:

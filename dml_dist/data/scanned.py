@@ -8,6 +8,7 @@ import numpy as np
 
 from dml_dist.data.sample import class_order
 from dml_dist.data.shard_scan import ScannedImage
+from dml_dist.data.stored_images import StoredImage
 from dml_dist.errors import DataError
 
 
@@ -26,9 +27,18 @@ def repeated_keys(images: list[tuple[int, ScannedImage]], names: list[str]) -> l
 
 
 def columns(
-    images: list[tuple[int, ScannedImage]], names: list[str], root: Path
+    images: list[tuple[int, ScannedImage]],
+    stored: list[StoredImage],
+    names: list[str],
+    root: Path,
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], tuple[str, ...]]:
     """Return the tar shards that hold images, the columns by name, and the class names.
+
+    Args:
+        images: (tar shard, image), at least one.
+        stored: What decoding each of them found.
+        names: File names of the tar shards.
+        root: Their folder, for messages.
 
     Raises:
         DataError: If labels and class names do not match one to one.
@@ -48,10 +58,10 @@ def columns(
         "tar_shard": np.array([position[at] for at, _ in images], dtype=np.int32),
         "offset": numbers("offset", np.int64),
         "length": numbers("length", np.int64),
-        "crc32": numbers("crc32", np.uint32),
+        "crc32": np.array([image.crc32 for image in stored], dtype=np.uint32),
         "extension": texts("extension"),
-        "width": numbers("width", np.int32),
-        "height": numbers("height", np.int32),
+        "width": np.array([image.width for image in stored], dtype=np.int32),
+        "height": np.array([image.height for image in stored], dtype=np.int32),
         "label": labels,
         "super_class": texts("super_class"),
         "role": texts("role"),

@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
-import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dml_dist.data.image_check import check_image
+from dml_dist.data.labels import class_text, whole_number
 from dml_dist.data.sample import IMAGE_EXTENSIONS, ROLES, image_extension
+from dml_dist.data.tar_members import Member, read_members
 from dml_dist.errors import DataError
 
-_BLOCK_BYTES = 512
 # webdataset's rule: the extension begins at the first dot of the file name.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz)$")
+_LABELS = frozenset({"cls", "json"})
+_SHOWN = 3
+BEHIND_END = (
+    "members stand behind an end-of-archive block, where other readers stop (they are read here)"
+)
+_ORPHANS = "members are labels without an image and are left out"
+_UNKNOWN = "members belong to labelled samples without an image of a known type and are left out"
+_NO_KEY = "images have no key (a hidden file) and are left out"
+_DOTTED = "dotted"
 
 
 @dataclass(frozen=True)
@@ -29,21 +37,15 @@ class ScanTask:
     tar_shard: str
     """File name relative to root."""
 
-    measure: bool
-    """Whether to read the width and height of images."""
-
 
 @dataclass(frozen=True)
 class ScannedImage:
-    """One image of a tar shard with its label."""
+    """One image of a tar shard with its label; its bytes are not read."""
 
     key: str
     extension: str
     offset: int
     length: int
-    crc32: int
-    width: int
-    height: int
     number: int | None
     """The label, if it is a whole number."""
 
@@ -83,73 +85,131 @@ class ScannedShard:
     complete: bool
     """False if the tar file breaks off or is damaged, so that there may have been more."""
 
+    passed_over: Mapping[str, list[str]]
+    """What no image of an index shows, and the names of the members."""
+
+    spellings: frozenset[tuple[str, str]]
+    """(class as written, its text) of all images."""
+
 
 def list_tar_shards(root: Path) -> list[str]:
     """Return the tar files below a folder, relative to it, rising; hidden ones are left out."""
-    paths = (path.relative_to(root) for path in root.rglob("*.tar"))
-    return sorted(
-        path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)
-    )
+    return [path for path in _files(root) if path.lower().endswith(".tar") and not _hidden(path)]
+
+
+def list_other_tars(root: Path) -> tuple[list[str], list[str]]:
+    """Return the compressed tar files and the hidden ones below a folder, which are not read."""
+    compressed = [path for path in _files(root) if _COMPRESSED_TAR.search(path.lower())]
+    hidden = [path for path in _files(root) if path.lower().endswith(".tar") and _hidden(path)]
+    return [path for path in compressed if not _hidden(path)], hidden
+
+
+def _files(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
 
 
 def scan_tar_shard(task: ScanTask) -> ScannedShard:
-    """Read every member of a tar shard; damage becomes a problem, not an error."""
+    """Read the labels of every image of a tar shard; damage becomes a problem, not an error."""
     images: list[ScannedImage] = []
     problems: list[Problem] = []
-    skipped_names: list[str] = []
+    passed: dict[str, list[str]] = {}
+    spellings: set[tuple[str, str]] = set()
     path = task.root / task.tar_shard
-    complete = False
-    try:
-        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
-            for key, members in _samples(tar):
+    contents = read_members(path)
+    if contents.members:
+        with open(path, "rb") as file:
+            for key, members in _samples(contents.members):
                 try:
-                    image = _scan_sample(key, members, file.fileno(), task.measure)
+                    image = _scan_sample(key, members, file.fileno(), spellings)
                 except DataError as error:
                     problems.append(Problem(task.tar_shard, key, str(error)))
-                else:
-                    images += [image] if image is not None else []
-                    skipped_names += _image_names(members) if image is None else []
-            complete = _is_end(file.fileno(), tar.offset)
-            if not complete:
-                what = (
-                    f"truncated or damaged at byte {tar.offset}, where a member or the end begins"
-                )
-                problems.append(Problem(task.tar_shard, None, what))
-    except (tarfile.TarError, OSError, EOFError) as error:
-        problems.append(Problem(task.tar_shard, None, f"truncated or damaged: {error}"))
-    if skipped_names:
-        problems.append(Problem(task.tar_shard, None, _dots_in_keys(skipped_names)))
-    return ScannedShard(tuple(images), tuple(problems), complete)
+                    continue
+                if image is not None:
+                    images.append(image)
+                elif kind := _kind_without_image(members):
+                    passed.setdefault(kind, []).extend(member.name for member in members.values())
+    if dotted := passed.pop(_DOTTED, []):
+        problems.append(Problem(task.tar_shard, None, _dots_in_keys(dotted)))
+    for name, target in contents.lost_links:
+        if _is_part(name):
+            what = (
+                f"{name!r} is a link to {target!r}, which is not in this tar file; pack the file "
+                "itself (tar --dereference --hard-dereference)"
+            )
+            problems.append(Problem(task.tar_shard, None, what))
+    if contents.num_behind_end:
+        behind = contents.members[-contents.num_behind_end :]
+        passed[BEHIND_END] = [member.name for member in behind]
+    if hidden := [
+        m.name for m in contents.members if _is_image(m.name) and not _MEMBER.fullmatch(m.name)
+    ]:
+        passed[_NO_KEY] = hidden
+    if contents.damage is not None:
+        problems.append(Problem(task.tar_shard, None, contents.damage))
+    complete = contents.damage is None
+    return ScannedShard(tuple(images), tuple(problems), complete, passed, frozenset(spellings))
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def passed_over_lines(shards: Mapping[str, ScannedShard]) -> list[str]:
+    """Return a line for each kind of members that no image of an index shows, with their number.
+
+    Args:
+        shards: Tar shard -> what was found in it.
+    """
+    lines = []
+    for kind in dict.fromkeys(kind for shard in shards.values() for kind in shard.passed_over):
+        found = [
+            f"{member} in {name}"
+            for name in sorted(shards)
+            for member in shards[name].passed_over.get(kind, ())
+        ]
+        more = ", ..." if len(found) > _SHOWN else ""
+        lines.append(f"{len(found):,} {kind}: {', '.join(found[:_SHOWN])}{more}")
+    return lines
+
+
+def _samples(members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield (key, extension -> member) of each run of members with one key."""
     current: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in tar:
+    sample: dict[str, Member] = {}
+    for member in members:
         match = _MEMBER.fullmatch(member.name)
-        if not member.isreg() or match is None:
+        if match is None:
             continue
         key, extension = match.group(1), match.group(2).lower()
-        if key != current or extension in members:
+        if key != current or extension in sample:
             if current is not None:
-                yield current, members
-            current, members = key, {}
-        members[extension] = member
+                yield current, sample
+            current, sample = key, {}
+        sample[extension] = member
     if current is not None:
-        yield current, members
+        yield current, sample
 
 
-def _image_names(members: dict[str, tarfile.TarInfo]) -> list[str]:
-    """Return the names of members that are images but for a dot before their last one."""
-    return [
-        member.name
-        for extension, member in members.items()
-        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS
-    ]
+def _is_image(name: str) -> bool:
+    return image_extension(name) in IMAGE_EXTENSIONS
+
+
+def _is_part(name: str) -> bool:
+    """Tell whether a member is an image or a label."""
+    return _is_image(name) or name.rpartition(".")[2].lower() in _LABELS
+
+
+def _kind_without_image(members: Mapping[str, Member]) -> str | None:
+    """Return which kind of sample without an image this is, None if it has no label either."""
+    if any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in members):
+        return _DOTTED
+    if not _LABELS & members.keys():
+        return None
+    return _ORPHANS if members.keys() <= _LABELS else _UNKNOWN
 
 
 def _dots_in_keys(names: list[str]) -> str:
+    names = [name for name in names if _is_image(name)]
     match = _MEMBER.fullmatch(names[0])
     assert match is not None, "only names of this form are samples"
     key, extension = match.groups()
@@ -161,7 +221,7 @@ def _dots_in_keys(names: list[str]) -> str:
 
 
 def _scan_sample(
-    key: str, members: dict[str, tarfile.TarInfo], descriptor: int, measure: bool
+    key: str, members: dict[str, Member], descriptor: int, spellings: set[tuple[str, str]]
 ) -> ScannedImage | None:
     """Read one sample; None if it holds no image, a DataError if it cannot be used."""
     extensions = [extension for extension in members if extension in IMAGE_EXTENSIONS]
@@ -170,49 +230,55 @@ def _scan_sample(
     if len(extensions) > 1:
         raise DataError(f"a sample must have one image, it has {', '.join(sorted(extensions))}")
     member = members[extensions[0]]
-    data = _read(descriptor, member)
-    width, height = check_image(data, whole=False) if measure else (0, 0)
     facts = _read_json(descriptor, members["json"]) if "json" in members else {}
     given = [facts[name] for name in ("label", "cls") if name in facts]
     if "cls" in members:
-        given.append(_decode(_read(descriptor, members["cls"]), "cls").strip())
-    number, name = _label(given, facts.get("class"))
+        given.append(_decode(_read(descriptor, members["cls"]), "cls").rstrip("\r\n"))
+    number, name = _label(given, facts.get("class"), spellings)
     role = facts.get("role") or "both"
     if role not in ROLES:
         raise DataError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+    super_class, split = facts.get("super_class"), facts.get("split")
     return ScannedImage(
         key=key,
         extension=image_extension(f".{extensions[0]}"),
-        offset=member.offset_data,
+        offset=member.offset,
         length=member.size,
-        crc32=zlib.crc32(data),
-        width=width,
-        height=height,
         number=number,
         name=name,
-        super_class=str(facts.get("super_class") or ""),
-        split=str(facts["split"]) if facts.get("split") else None,
+        super_class="" if _absent(super_class) else class_text(super_class, "super class"),
+        split=None if _absent(split) else class_text(split, "split"),
         role=role,
     )
 
 
-def _label(given: list[Any], class_name: Any) -> tuple[int | None, str | None]:
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _label(
+    given: list[Any], class_name: Any, spellings: set[tuple[str, str]]
+) -> tuple[int | None, str | None]:
     """Return the (number, name) of a class from what .json and .cls say, which must agree."""
-    texts = {str(value) for value in given if value is not None and str(value)}
-    if len(texts) > 1:
-        raise DataError(f".json and .cls must give one label, they give {' and '.join(texts)}")
-    text = texts.pop() if texts else None
-    name = str(class_name) if class_name not in (None, "") else None
-    if text is None and name is None:
+    labels = {class_text(value): value for value in given if not _absent(value)}
+    if len(labels) > 1:
+        raise DataError(f".json and .cls must give one label, they give {' and '.join(labels)}")
+    name = None if _absent(class_name) else class_text(class_name, "class name")
+    if name is not None:
+        spellings.add((str(class_name), name))
+    for text, value in labels.items():
+        if name is None:
+            spellings.add((str(value), text))
+        number = whole_number(text)
+        return number, text if name is None and number is None else name
+    if name is None:
         raise DataError(
             "the sample has no label; add a .cls member, or `label` or `class` in a .json member"
         )
-    if text is not None and re.fullmatch(r"-?\d{1,18}", text):
-        return int(text), name
-    return None, name if name is not None else text
+    return whole_number(name), name
 
 
-def _read_json(descriptor: int, member: tarfile.TarInfo) -> dict[str, Any]:
+def _read_json(descriptor: int, member: Member) -> dict[str, Any]:
     try:
         facts = json.loads(_decode(_read(descriptor, member), "json"))
     except json.JSONDecodeError as error:
@@ -227,18 +293,10 @@ def _decode(data: bytes, extension: str) -> str:
         raise DataError(f"the .{extension} member must be UTF-8 text ({error})") from error
 
 
-def _read(descriptor: int, member: tarfile.TarInfo) -> bytes:
-    data = os.pread(descriptor, member.size, member.offset_data)
+def _read(descriptor: int, member: Member) -> bytes:
+    data = os.pread(descriptor, member.size, member.offset)
     if len(data) != member.size:
         raise DataError(
             f"truncated: {member.name} has {member.size} bytes, the tar file ends after {len(data)}"
         )
     return data
-
-
-def _is_end(descriptor: int, offset: int) -> bool:
-    """Tell whether an archive ends at `offset` as it should, with a block of zeros.
-
-    tarfile stops without an error at a damaged header or where a file was cut between members.
-    """
-    return os.pread(descriptor, _BLOCK_BYTES, offset) == bytes(_BLOCK_BYTES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dml_dist.config.data import SplitConfig
+from dml_dist.data.labels import optional_texts
 from dml_dist.data.sample import class_order
 from dml_dist.data.table_file import read_table, refuse
 from dml_dist.errors import DataError
@@ -79,6 +80,8 @@ def _by_file(paths: Sequence[str], class_names: Sequence[str], file: Path) -> li
             f"got {', '.join(table.column_names)}"
         )
     given, splits = table[column].to_pylist(), table["split"].to_pylist()
+    if column == "class":
+        given = optional_texts(given)  # the same rule as for class folders
     split_of: dict[str, str] = {}
     for row, (name, split) in enumerate(zip(given, splits, strict=True), start=1):
         if not name or not split:

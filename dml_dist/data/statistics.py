@@ -221,7 +221,8 @@ def contact_sheet(
 
 def _tile(reader: ShardReader, row: int, side: int) -> np.ndarray:
     """Return an image as training sees it, shrunk into a square, (side, side, 3) uint8."""
-    pixels = decode_image(reader.read(row), reader.describe(row)).permute(1, 2, 0).numpy()
+    image_CHW = decode_image(reader.read(row), reader.describe(row), reader.index.exif)
+    pixels = image_CHW.permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     scale = side / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)

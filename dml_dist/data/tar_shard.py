@@ -92,6 +92,7 @@ _COLUMNS = (
     "height",
     "fingerprint",
     "source_digest",
+    "orientation",
 )
 
 
@@ -147,6 +148,7 @@ def _write_members(task: ShardTask, file: BinaryIO) -> _Written:
                 facts.height,
                 facts.fingerprint,
                 source_digest,
+                facts.orientation,
             )
             written.rows.append(dict(zip(_COLUMNS, row, strict=True)))
     return written

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.data import (
     CustomTransformConfig,
     StandardTransformConfig,
@@ -173,7 +173,7 @@ def build_transform(config: TransformConfig) -> Transform:
 
 def _build_custom(config: CustomTransformConfig) -> Transform:
     try:
-        transform = load_target(config.target)(**config.options)
+        transform = call_target(config.target, options=config.options)
     except TypeError as error:
         raise ConfigError(
             f"data.transform: {config.target} could not be called with options "

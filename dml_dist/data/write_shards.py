@@ -14,6 +14,7 @@ index closes the gap, as indexing such tar shards again would, and their .cls me
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import shutil
@@ -41,6 +42,7 @@ from dml_dist.data.index import (
     read_index,
     write_index,
 )
+from dml_dist.data.labels import class_text, class_texts, optional_texts
 from dml_dist.data.pool import run_tasks
 from dml_dist.data.sample import Importer, Sample, check_samples, class_order
 from dml_dist.data.tar_shard import OnBroken, ShardTask, is_complete, write_tar_shard
@@ -168,13 +170,14 @@ def _accepted(index: Index, on_broken: OnBroken) -> Index:
 
 
 def _make_plan(
-    samples: Sequence[Sample],
+    given: Sequence[Sample],
     out: Path,
     seed: int,
     samples_per_shard: int,
     max_side: int | None,
     on_broken: OnBroken,
 ) -> _Plan:
+    samples = _with_class_texts(given)
     check_samples(samples)
     class_names = class_order(sample.class_name for sample in samples)
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -208,6 +211,23 @@ def _make_plan(
                 )
             )
     return _Plan(tasks, class_names, len(samples), digest.hexdigest(), outline.hexdigest())
+
+
+def _with_class_texts(samples: Sequence[Sample]) -> list[Sample]:
+    """Apply the label rule to what an importer gives."""
+    for sample in samples:
+        try:
+            class_text(sample.class_name, "class name")
+        except DataError as error:
+            raise DataError(f"sample {sample.key!r} ({sample.source}): {error}") from error
+    texts = class_texts([sample.class_name for sample in samples], "the data set", "class name")
+    groups = [sample.super_class or "" for sample in samples]
+    return [
+        sample
+        if (sample.class_name, sample.super_class or "") == (text, group)
+        else dataclasses.replace(sample, class_name=text, super_class=group or None)
+        for sample, text, group in zip(samples, texts, optional_texts(groups), strict=True)
+    ]
 
 
 def _refuse_other_data(out: Path, outline: str) -> None:
@@ -323,10 +343,13 @@ def _summarise(plan: _Plan, index: Index) -> None:
     skipped: list[SkippedImage] = []
     prints: list[str | None] = []
     digests: list[str] = []
+    num_turned = 0
     for task in _in_order(plan):
         record = read_json(task.record)
         prints += record["fingerprint"]
         digests += record["source_digest"]
+        # Records of an import that an older version began do not have it.
+        num_turned += sum(mark != 1 for mark in record.get("orientation", ()))
         for at, reason in record["skipped"]:
             sample = task.samples[at]
             skipped.append(SkippedImage(sample.key, sample.split, sample.class_name, reason))
@@ -335,4 +358,4 @@ def _summarise(plan: _Plan, index: Index) -> None:
     copies = find_copies(index.split, np.array(digests), words.reshape(-1, 2), has_print)
     kept = set(index.class_names)
     lost = [name for name in plan.class_names if name not in kept]
-    write_summary(index, skipped, lost, copies)
+    write_summary(index, skipped, lost, copies, num_turned)

@@ -183,6 +183,8 @@ def _check_labels(labels: Array, num_rows: int) -> Tensor:
     values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if values.size == 0:
         values = values.astype(np.int64)
+    if values.dtype.kind == "f" and values.shape == (num_rows,):
+        values = _whole_labels(values)
     if values.shape != (num_rows,) or values.dtype.kind not in "iu":
         raise DataError(
             f"labels must be one integer for each of {num_rows} embeddings, but have shape "
@@ -191,6 +193,20 @@ def _check_labels(labels: Array, num_rows: int) -> Tensor:
     if values.dtype == np.uint64 and (values > np.iinfo(np.int64).max).any():
         raise DataError(f"label {values.max()} does not fit into int64; renumber the classes")
     return torch.from_numpy(values.astype(np.int64))
+
+
+def _whole_labels(values: np.ndarray) -> np.ndarray:
+    """Return floats that are whole numbers as int64: 3.0 is the label 3, as in data sets."""
+    # Beyond this, neighboring integers are one float.
+    largest = 2.0 ** (np.finfo(values.dtype).nmant + 1)
+    wide = values.astype(np.float64)
+    whole = np.isfinite(wide) & (np.floor(wide) == wide) & (np.abs(wide) <= largest)
+    if not whole.all():
+        row = int(np.flatnonzero(~whole)[0])
+        raise DataError(
+            f"label {values[row]} in row {row} is not a whole number; pass int64 labels"
+        )
+    return values.astype(np.int64)
 
 
 def _check_roles(roles: Sequence[str] | np.ndarray, num_rows: int) -> np.ndarray:

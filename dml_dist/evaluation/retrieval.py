@@ -121,7 +121,7 @@ def evaluate(
     Args:
         embeddings: (N, D) rows of a floating type, not necessarily normalized; with `comm` this
             rank's contiguous part in rank order, which may be empty.
-        labels: (N,) integers of any value.
+        labels: (N,) integers of any value; floats that are whole numbers count as integers.
         recall_at: The K of Recall@K, each >= 1; K may exceed the gallery.
         distance: "cosine" (rows normalized in float64, then stored in float32) or "euclidean".
         roles: (N,) "query", "gallery" or "both"; None means both for all.

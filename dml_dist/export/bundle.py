@@ -34,7 +34,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dml_dist.config.data import TransformConfig
+from dml_dist.config.custom import named_targets
+from dml_dist.config.data import ExifRule, TransformConfig
 from dml_dist.config.model import ModelConfig
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.files import read_json, sync_folder, write_json_atomic
@@ -53,6 +54,7 @@ INPUT, OUTPUT = "images", "embeddings"
 """Names of the ONNX network's input and output."""
 
 _BLOCK_BYTES = 1 << 22
+_FLAT_L2 = b"IxF2"  # first bytes of an IndexFlatL2
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Bundle:
         manifest: Content of manifest.json.
         model: Configuration of the network.
         transform: Configuration of the preprocessing.
+        exif: Whether images are turned by their EXIF orientation.
         stored_ND: The gallery's float32 rows, (N, D), as in the index.
         keys: N keys of the samples.
         labels: (N,) int64.
@@ -108,6 +111,7 @@ class Bundle:
     manifest: Manifest
     model: ModelConfig
     transform: TransformConfig
+    exif: ExifRule
     stored_ND: Tensor
     keys: list[str]
     labels: np.ndarray
@@ -231,10 +235,15 @@ def _flush(file: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, *, trust: bool = False) -> Bundle:
     """Read and verify a bundle.
 
+    Args:
+        path: Its folder.
+        trust: Whether it may name a custom network or transform: code that is then run.
+
     Raises:
+        ConfigError: If it names code and is not trusted.
         DataError: If the folder is no bundle, of another version, or damaged.
     """
     manifest = _read_manifest(path)
@@ -247,10 +256,16 @@ def read_bundle(path: Path) -> Bundle:
                 "again, or export it again"
             )
     try:
+        steps = read_json(path / PREPROCESSING)
+        preprocessing = steps["transform"]
+        if not trust:
+            _refuse_code(path, {MANIFEST: manifest.model, PREPROCESSING: preprocessing})
         model = ModelConfig.model_validate_json(json.dumps(manifest.model))
         transform: TransformConfig = TypeAdapter(TransformConfig).validate_json(
-            json.dumps(read_json(path / PREPROCESSING)["transform"])
+            json.dumps(preprocessing)
         )
+        # Bundles of older versions have no such entry and were embedded without turning.
+        exif = TypeAdapter[ExifRule](ExifRule).validate_python(steps.get("exif", "ignore"))
         table = pq.read_table(path / GALLERY)
         stored_ND = _read_index(path / INDEX)
         names = {int(label): name for label, name in read_json(path / LABELS).items()}
@@ -259,6 +274,7 @@ def read_bundle(path: Path) -> Bundle:
             manifest=manifest,
             model=model,
             transform=transform,
+            exif=exif,
             stored_ND=stored_ND,
             keys=table.column("key").to_pylist(),
             labels=table.column("label").to_numpy(),
@@ -276,6 +292,19 @@ def read_bundle(path: Path) -> Bundle:
             f"{len(bundle.keys)} and {len(stored_ND)} in {path}; export the bundle again"
         )
     return bundle
+
+
+def _refuse_code(path: Path, sections: Mapping[str, Any]) -> None:
+    """Refuse a bundle that is a program: search would import and run what it names.
+
+    Raises:
+        ConfigError: If a section names a target.
+    """
+    if named := [found for name, value in sections.items() for found in named_targets(value, name)]:
+        raise ConfigError(
+            f"the bundle {path} names code that search would run ({', '.join(named)}); if you "
+            "trust its author and that code, give --trust"
+        )
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -307,5 +336,9 @@ def _read_index(path: Path) -> Tensor:
     """Return the rows in an index, (N, D) float32."""
     import faiss
 
+    # Other kinds may name files that Faiss opens, such as inverted lists on disk.
+    with open(path, "rb") as file:
+        if (kind := file.read(len(_FLAT_L2))) != _FLAT_L2:
+            raise ValueError(f"{path.name} begins with {kind!r}, not with {_FLAT_L2!r}")
     index = faiss.read_index(str(path))
     return torch.from_numpy(index.reconstruct_n(0, index.ntotal))

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dml_dist.config.data import StandardTransformConfig, TransformConfig
+from dml_dist.config.data import ExifRule, StandardTransformConfig, TransformConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.decode import decode_image
-from dml_dist.data.pixels import rgb_image
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.data.reader import ShardReader
 from dml_dist.errors import DataError
 from dml_dist.export import bundle as files
@@ -30,6 +30,7 @@ from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.artifacts import read_metrics
+from dml_dist.runs.code_note import say_if_code
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.provenance import git_revision, installed_versions
 from dml_dist.runtime.context import RunContext, open_context
@@ -38,6 +39,7 @@ from dml_dist.search.exact import store_rows
 from dml_dist.train.checkpoint_choice import load_model, select_checkpoint
 from dml_dist.train.checkpoint_files import MODEL, read_manifest
 from dml_dist.train.state import resolve_precision
+from dml_dist.urls import output_path, shown_url
 
 THUMBNAIL_SIDE = 96
 """Pixels of the longer side of a thumbnail."""
@@ -82,10 +84,11 @@ def run_export(
         DataError: If the data is missing or damaged, or the split has no gallery image.
         RunError: If torch cannot export the network, or ONNX gives different embeddings.
     """
-    out = out.absolute()
+    out = output_path(out).absolute()
     files.require_new(out)
     require_extra()
     folder = RunFolder.open(run_dir)
+    say_if_code(folder.path, console)
     config = evaluation_config(folder, overrides)
     checkpoint = select_checkpoint(folder.checkpoints, options.checkpoint)
     device = "cuda:0" if uses_gpu(config.launch, 1) else "cpu"
@@ -131,14 +134,16 @@ def _write(
     reader = ShardReader(context.index)
     gallery = _write_gallery(target, context, rows, model, reader, options, emit)
     transform = network_transform(config.data.transform, config.model.backbone)
-    write_json_atomic(target / files.PREPROCESSING, preprocessing(transform))
+    write_json_atomic(target / files.PREPROCESSING, preprocessing(transform, config.data.exif))
     cast(Any, model.cpu().float().eval()).to(memory_format=torch.contiguous_format)
     model.channels_last = False
     torch.save(model.state_dict(), target / files.WEIGHTS)
     embedder = files.Embedder(model, config.evaluation.distance == "cosine").eval()
     images = torch.stack(
         [
-            context.transform.evaluation(decode_image(reader.read(row), reader.describe(row)))
+            context.transform.evaluation(
+                decode_image(reader.read(row), reader.describe(row), context.index.exif)
+            )
             for row in (int(rows[i % len(rows)]) for i in range(_CHECKED_IMAGES))
         ]
     )
@@ -193,7 +198,7 @@ def _write_gallery(
     return {
         "num_images": len(rows),
         "num_classes": len(used),
-        "data": config.data.path,
+        "data": shown_url(config.data.path),
         "embedded_in": str(precision.autocast or precision.dtype).removeprefix("torch."),
         "thumbnails": {
             "number": len(kept),
@@ -232,12 +237,15 @@ def _origin(
     }
 
 
-def preprocessing(config: TransformConfig) -> dict[str, Any]:
+def preprocessing(config: TransformConfig, exif: ExifRule) -> dict[str, Any]:
     """Return the steps from an image to an input of the network, as plain JSON values."""
-    values: dict[str, Any] = {"transform": config.model_dump(mode="json")}
+    values: dict[str, Any] = {"transform": config.model_dump(mode="json"), "exif": exif}
     if isinstance(config, StandardTransformConfig):
         values["steps"] = [
-            {"decode": "RGB, 8 bits a channel; of 16 the high byte; EXIF rotation not applied"},
+            {
+                "decode": "RGB, 8 bits a channel; of 16 the high byte; EXIF orientation "
+                f"{'applied' if exif == 'apply' else 'not applied'}"
+            },
             {
                 "resize": {
                     "shorter_side": config.resize or config.size,
@@ -271,7 +279,7 @@ def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) ->
         if total >= bound:
             emit(note(f"thumbnails of the first {number:,} images only: they take {total:,} bytes"))
             return found + [None] * (len(rows) - number)
-        data = thumbnail(reader.read(row))
+        data = thumbnail(reader.read(row), reader.index.exif)
         found.append(data)
         total += len(data)
         if number % 100 == 0 or number + 1 == len(rows):
@@ -279,14 +287,15 @@ def thumbnails(reader: ShardReader, rows: np.ndarray, bound: int, emit: Emit) ->
     return found
 
 
-def thumbnail(data: bytes) -> bytes:
+def thumbnail(data: bytes, exif: ExifRule = "apply") -> bytes:
     """Return an image as a JPEG of THUMBNAIL_SIDE pixels at most, as a PNG if it is small.
 
     Args:
         data: An encoded image that can be decoded.
+        exif: Whether it is turned by its EXIF orientation.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        picture = rgb_image(opened)
+    with open_image(data) as opened:
+        picture = rgb_image(opened, exif)
     small = max(picture.size) <= THUMBNAIL_SIDE // 2
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()

@@ -10,7 +10,6 @@ from typing import Literal, assert_never
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -66,6 +65,7 @@ def run_search(
     top: int = 10,
     out: Path | None = None,
     runtime: Runtime = "auto",
+    trust: bool = False,
 ) -> list[list[Found]]:
     """Print the nearest images of a bundle and write a picture of them.
 
@@ -76,23 +76,25 @@ def run_search(
         top: Neighbors of each image, >= 1.
         out: The picture, a new PNG file; None is search.png, or search-2.png and so on.
         runtime: Computes the embeddings; auto is onnxruntime if it is installed, else torch.
+        trust: Whether the bundle may name code, which is then run.
 
     Returns:
         For each image its neighbors, nearest first.
 
     Raises:
-        ConfigError: If `out` exists, or onnxruntime is requested and not installed.
+        ConfigError: If `out` exists, the bundle names code and is not trusted, or onnxruntime is
+            requested and not installed.
         DataError: If the bundle or an image cannot be read.
     """
     out = new_picture_path(out, "search")
     encoded = [_read_image(image) for image in images]
-    bundle = read_bundle(path)
+    bundle = read_bundle(path, trust=trust)
     inputs = _inputs(bundle, encoded, images)
     found = nearest(bundle, embed_images(bundle, inputs, runtime), top)
     for image, neighbors in zip(images, found, strict=True):
         _print(image, bundle, neighbors, console)
     tiles = [
-        [Tile(data, image.name, "query"), *(_tile(bundle, item) for item in neighbors)]
+        [Tile(data, image.name, "query", bundle.exif), *(_tile(bundle, item) for item in neighbors)]
         for image, data, neighbors in zip(images, encoded, found, strict=True)
     ]
     title = f"{bundle.manifest.name}: nearest of {len(bundle.keys):,} images, {_measure(bundle)}"
@@ -213,7 +215,7 @@ def _read_image(path: Path) -> bytes:
 def _inputs(bundle: Bundle, encoded: Sequence[bytes], images: Sequence[Path]) -> Tensor:
     transform = build_transform(bundle.transform)
     views = [
-        transform.evaluation(decode_image(data, str(path)))
+        transform.evaluation(decode_image(data, str(path), bundle.exif))
         for data, path in zip(encoded, images, strict=True)
     ]
     return torch.stack(views)
@@ -240,6 +242,6 @@ def _print(image: Path, bundle: Bundle, neighbors: Sequence[Found], console: Con
     table.add_column(_measure(bundle))
     table.add_column("key", overflow="fold")
     for place, item in enumerate(neighbors, start=1):
-        texts = (escape(item.class_name), _shown(item.distance), escape(item.key))
+        texts = (item.class_name, _shown(item.distance), item.key)
         table.add_row(str(place), *texts)
     console.print(table)

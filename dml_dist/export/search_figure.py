@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dml_dist.data.pixels import rgb_image
+from dml_dist.config.data import ExifRule
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.files import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ class Tile:
         image: Encoded image, None where there is none to show.
         title: First line below it.
         text: Second line.
+        exif: Whether it is turned by its EXIF orientation, as for the network.
     """
 
     image: bytes | None
     title: str
     text: str
+    exif: ExifRule = "ignore"
 
 
 def write_picture(path: Path, lines: Sequence[Sequence[Tile]], title: str) -> bool:
@@ -101,16 +104,16 @@ def _draw(axes: Axes, tile: Tile, *, is_query: bool) -> None:
         axes.set_facecolor("#eeeeee")
         axes.text(0.5, 0.5, "no\nthumbnail", ha="center", va="center", fontsize=7)
     else:
-        axes.imshow(_pixels(tile.image), interpolation="nearest")
+        axes.imshow(_pixels(tile.image, tile.exif), interpolation="nearest")
     axes.set_xlabel(
         f"{_cut(tile.title, _LONGEST_TEXT)}\n{tile.text}", fontsize=7, labelpad=2, parse_math=False
     )
 
 
-def _pixels(data: bytes) -> np.ndarray:
+def _pixels(data: bytes, exif: ExifRule) -> np.ndarray:
     """Return an image padded with white to a square, uint8 (S, S, 3)."""
-    with Image.open(io.BytesIO(data)) as opened:
-        picture = rgb_image(opened)
+    with open_image(data) as opened:
+        picture = rgb_image(opened, exif)
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     side = max(picture.size)
     square = Image.new("RGB", (side, side), "white")

@@ -21,6 +21,7 @@ from dml_dist.jobs.upload import files_to_upload, pack, package_name
 
 _SECONDS_WITHOUT_AN_ANSWER = 120.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_FOR_NODES = 15.0
 _STATES: dict[str, State] = {
     "PENDING": "queued",
     "RUNNING": "running",
@@ -74,13 +75,17 @@ class RayTarget:
         """
         self._head.call("GET", "/api/version", expects="ray_version")
         pack(self._folder, self._files(request))
-        answer = self._head.call("GET", "/api/v0/nodes?detail=1&limit=10000", expects="data")
-        nodes = [
-            node["resources_total"]
-            for node in answer["data"]["result"]["result"]
-            if node["state"] == "ALIVE"
-        ]
+        deadline = time.monotonic() + _SECONDS_FOR_NODES
+        # A head that has just started does not know its own node yet.
+        while not (nodes := self._nodes()) and time.monotonic() < deadline:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
         _require_resources(nodes, request, self._config)
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """Return the resources of each node of the cluster."""
+        answer = self._head.call("GET", "/api/v0/nodes?detail=1&limit=10000", expects="data")
+        nodes = answer["data"]["result"]["result"]
+        return [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
 
     def render(self, request: JobRequest) -> str:
         """Return the command of Ray's own client that sends the job."""

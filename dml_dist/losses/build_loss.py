@@ -8,7 +8,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.objective import (
     ArcFaceConfig,
     ContrastiveConfig,
@@ -55,7 +55,8 @@ def build_loss(
         config: The loss section.
         num_classes: Training classes, C.
         class_sizes: Images of each training class; needed for class weights.
-        seed: Seed of the class-to-proxy map of fractional assignment.
+        seed: Seed of the class-to-proxy map of fractional assignment, and of the positives that
+            dynamic assignment draws.
         device: Device of the class-to-proxy map and the class weights.
 
     Raises:
@@ -128,9 +129,10 @@ def _proxy_nca(
     if config.assignment == "dynamic":
         return DynamicProxyNCA(
             units,
-            **config.model_dump(include=memory | nca | {"surrogate", "margin", "use_labels"}),
+            **config.model_dump(include=memory | nca | {"surrogate", "margin", "positives"}),
             reduction=config.margin_reduction,
             class_weights=weights,
+            seed=seed,
         )
     if config.assignment == "fractional":
         rows = fractional_rows(num_classes, units, seed).to(device)
@@ -153,9 +155,10 @@ def _proxy_nca(
 def _custom_loss(config: CustomLossConfig) -> AnyLoss:
     """Call the user's target with its options, and validate the result."""
     where = f"loss.target {config.target}"
-    target = load_target(config.target)
     try:
-        loss = target(**config.options)
+        loss = call_target(config.target, options=config.options)
+    except ConfigError:
+        raise
     except Exception as error:  # User code may raise anything.
         raise ConfigError(
             f"{where} failed when called with the options {sorted(config.options)}: "

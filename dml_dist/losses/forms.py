@@ -15,7 +15,7 @@ K proxies a class, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -104,12 +104,14 @@ class Round:
             holds the statistics of earlier rounds over all shards, detached: they select what is
             counted. A value that needs a gradient is merged again in this round, or used in
             `finish`.
-        scalars: Names of 0-d statistics; all others are (G,).
+        scalars: Names of 0-d statistics.
+        columns: Names of statistics (min(n, G), G), each with its n; all others are (G,).
     """
 
     merges: Mapping[str, Merge]
     partial: Partial
     scalars: frozenset[str] = frozenset()
+    columns: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable

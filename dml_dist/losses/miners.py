@@ -38,21 +38,38 @@ def hardest_triplets(batch: AnchorBatch, distances_AG: Tensor) -> tuple[Tensor, 
     Returns:
         Row of the positive, row of the negative, and whether there is a triplet, (A,) each.
     """
+    found = [_hardest(distances_AG, *masks) for masks in _ways(batch)]
+    p_A, n_A, found_A, gap_A = found[0]
+    for p2_A, n2_A, found2_A, gap2_A in found[1:]:
+        second_A = found2_A & (~found_A | (gap2_A > gap_A))
+        p_A, n_A = torch.where(second_A, p2_A, p_A), torch.where(second_A, n2_A, n_A)
+        found_A = found_A | found2_A
+    return p_A, n_A, found_A
+
+
+@torch.no_grad()
+def maybe_hardest(batch: AnchorBatch, distances_AG: Tensor, errors_AG: Tensor) -> Tensor:
+    """Return the pairs that `hardest_triplets` could choose within the errors, (A, G) bool."""
+    least_AG, most_AG = distances_AG - errors_AG, distances_AG + errors_AG
+    maybe_AG = torch.zeros_like(distances_AG, dtype=torch.bool)
+    for positive_AG, negative_AG in _ways(batch):
+        far_A1 = least_AG.masked_fill(~positive_AG, -torch.inf).amax(dim=1, keepdim=True)
+        near_A1 = most_AG.masked_fill(~negative_AG, torch.inf).amin(dim=1, keepdim=True)
+        maybe_AG |= positive_AG & (most_AG >= far_A1)
+        maybe_AG |= negative_AG & (least_AG <= near_A1)
+    return maybe_AG
+
+
+def _ways(batch: AnchorBatch) -> list[tuple[Tensor, Tensor]]:
+    """Return the positives and negatives that may be combined freely, (A, G) bool each."""
     same_AG = batch.same_class()
     rows_G = torch.arange(len(batch.labels_G), device=batch.labels_G.device)
     positive_AG = same_AG & (rows_G[batch.low : batch.high, None] != rows_G)
     if batch.is_representative_G is None:
-        return _hardest(distances_AG, positive_AG, ~same_AG)[:3]
+        return [(positive_AG, ~same_AG)]
     held_AG = batch.holds_representative()
-    # The representative is anchor or positive, or anchor or negative: take the harder of the two.
-    p_A, n_A, found_A, gap_A = _hardest(distances_AG, positive_AG & held_AG, ~same_AG)
-    p2_A, n2_A, found2_A, gap2_A = _hardest(distances_AG, positive_AG, ~same_AG & held_AG)
-    second_A = found2_A & (~found_A | (gap2_A > gap_A))
-    return (
-        torch.where(second_A, p2_A, p_A),
-        torch.where(second_A, n2_A, n_A),
-        found_A | found2_A,
-    )
+    # The representative is anchor or positive, or anchor or negative: the harder of the two.
+    return [(positive_AG & held_AG, ~same_AG), (positive_AG, ~same_AG & held_AG)]
 
 
 def _hardest(
@@ -73,11 +90,42 @@ def multi_similarity_pairs(
     S > min over positives - epsilon. An anchor without positives keeps no
     negatives, and vice versa.
     """
-    hardest_negative_A1 = cosines_AG.masked_fill(~negative_AG, -torch.inf).amax(1, keepdim=True)
-    hardest_positive_A1 = cosines_AG.masked_fill(~positive_AG, torch.inf).amin(1, keepdim=True)
+    top_A1, bottom_A1 = _hardest_cosines(cosines_AG, positive_AG, negative_AG)
     return (
-        positive_AG & (cosines_AG - epsilon < hardest_negative_A1),
-        negative_AG & (cosines_AG + epsilon > hardest_positive_A1),
+        positive_AG & (cosines_AG - epsilon < top_A1),
+        negative_AG & (cosines_AG + epsilon > bottom_A1),
+    )
+
+
+@torch.no_grad()
+def open_multi_similarity_pairs(
+    cosines_AG: Tensor, error: float, positive_AG: Tensor, negative_AG: Tensor, epsilon: float
+) -> Tensor:
+    """Return the pairs on which an open choice of `multi_similarity_pairs` depends, (A, G) bool.
+
+    Args:
+        cosines_AG: Cosines of the anchors with all rows.
+        error: Largest error of a cosine.
+        positive_AG: Which pairs are positive.
+        negative_AG: Which pairs are negative.
+        epsilon: Slack of the miner.
+    """
+    top_A1, bottom_A1 = _hardest_cosines(cosines_AG, positive_AG, negative_AG)
+    # Both sides of the miner's comparison have an error.
+    open_AG = positive_AG & ((cosines_AG - (top_A1 + epsilon)).abs() <= 2.0 * error)
+    open_AG |= negative_AG & ((cosines_AG - (bottom_A1 - epsilon)).abs() <= 2.0 * error)
+    hardest_AG = negative_AG & (cosines_AG >= top_A1 - 2.0 * error)
+    hardest_AG |= positive_AG & (cosines_AG <= bottom_A1 + 2.0 * error)
+    return open_AG | (hardest_AG & open_AG.any(dim=1, keepdim=True))
+
+
+def _hardest_cosines(
+    cosines_AG: Tensor, positive_AG: Tensor, negative_AG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the largest of each anchor's negatives and the least of its positives, (A, 1) each."""
+    return (
+        cosines_AG.masked_fill(~negative_AG, -torch.inf).amax(dim=1, keepdim=True),
+        cosines_AG.masked_fill(~positive_AG, torch.inf).amin(dim=1, keepdim=True),
     )
 
 

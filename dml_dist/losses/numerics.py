@@ -1,8 +1,9 @@
-"""Shared numerics of the losses: row normalization, merging of partial statistics."""
+"""Shared numerics: row normalization, precision of products, merging of partial statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, assert_never
 
 import torch
@@ -30,9 +31,43 @@ def accurate_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if found else torch.float32
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute float32 matrix products in true float32 inside the context.
+
+    Overrides the caller's matmul precision and autocast.
+
+    Args:
+        device: Device of the products.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def normalize_rows(x_ND: Tensor) -> Tensor:
     """Return x / max(|x|, 1e-12) row by row, (N, D); zero rows stay zero."""
     return torch.nn.functional.normalize(x_ND, dim=1, eps=MIN_NORM)
+
+
+def nan_unless_finite(loss: Tensor, rows_ND: Tensor) -> Tensor:
+    """Return the loss, or NaN where the norm of a row is not finite; waits for no device.
+
+    Comparisons with NaN are false: a miner would leave such rows out, and the loss would be that of
+    the others, or 0. A norm that overflows makes normalized rows zero.
+    """
+    norms_N = torch.linalg.vector_norm(rows_ND.detach(), dim=1)
+    return loss.where(norms_N.isfinite().all(), torch.nan)
+
+
+def empty_loss(*inputs: Tensor) -> Tensor:
+    """Return the loss of a batch without rows: 0, with zero gradients for all inputs."""
+    dtype = accurate_dtype(*inputs)
+    return torch.stack([x.to(dtype).sum() * 0.0 for x in inputs]).sum()
 
 
 def safe_exp_difference(x: Tensor, reference: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dml_dist.losses.forms import ProxyShard, RoundsLoss, RowLoss, rounds_of
-from dml_dist.losses.numerics import Statistics
+from dml_dist.losses.numerics import Statistics, empty_loss, nan_unless_finite
 
 
 def dense_loss(
@@ -19,6 +19,8 @@ def dense_loss(
     num_units: int | None = None,
 ) -> Tensor:
     """Return a loss over a whole proxy table, a 0-d tensor.
+
+    It is 0 for a batch without rows, and NaN where an embedding or a proxy is not finite.
 
     Args:
         loss: The loss.
@@ -41,7 +43,10 @@ def dense_loss(
     shard = ProxyShard(units, 0, units, loss.proxies_per_class)
     if shard.num_rows != len(proxies):
         raise ValueError(f"the loss needs {shard.num_rows} proxies, but got {len(proxies)} rows")
-    return loss.finish(dense_statistics(loss, embeddings_BD, labels_B, proxies, shard))
+    if not len(embeddings_BD):
+        return empty_loss(embeddings_BD, proxies)
+    total = dense_statistics(loss, embeddings_BD, labels_B, proxies, shard)
+    return nan_unless_finite(nan_unless_finite(loss.finish(total), embeddings_BD), proxies)
 
 
 def dense_statistics(

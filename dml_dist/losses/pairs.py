@@ -4,10 +4,9 @@ A part takes some rows of the batch as anchors and pairs them with all rows: (A,
 (G, G) only if one part has all anchors. It returns sums and counts, `partial -> merge (addition)
 -> finish`; counts have no gradient.
 
-    n(x) = x / max(|x|, 1e-12)        d_ij = |n(e_i) - n(e_j)|, with gradient 0 where d_ij = 0
+    n(x) = x / max(|x|, 1e-12)        d_ij = |n(e_i) - n(e_j)|
 
-Every distance is computed from its two rows alone, in a fixed order: its bits do not depend on
-the partition, so that miners select the same pairs on any number of ranks.
+Hinges and miners choose the same pairs on any number of ranks: see `pair_distances`.
 
 With `is_representative_G` only pairs and triplets that contain a representative count.
 
@@ -18,15 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype, normalize_rows
+from dml_dist.losses.numerics import (
+    Merge,
+    Statistics,
+    accurate_dtype,
+    empty_loss,
+    nan_unless_finite,
+    normalize_rows,
+)
 from dml_dist.losses.one_process import check_labels
+from dml_dist.losses.pair_distances import pair_distances
 
 Reduction = Literal["nonzero", "mean"]
 """Mean over the nonzero terms, or over all terms; 0 if there are none."""
@@ -62,6 +67,11 @@ class AnchorBatch:
         """Return the normalized embeddings, (G, D), in float32, or float64 if they are."""
         dtype = accurate_dtype(self.embeddings_GD)
         return normalize_rows(self.embeddings_GD.to(dtype))
+
+    def of_anchors(self, rows_GD: Tensor) -> Tensor:
+        """Return the anchors' rows, (A, D); the same tensor if all rows are anchors."""
+        whole = self.low == 0 and self.high == len(rows_GD)
+        return rows_GD if whole else rows_GD[self.low : self.high]
 
     def same_class(self) -> Tensor:
         """Return which rows have the anchor's class, the anchor included, (A, G) bool."""
@@ -121,49 +131,6 @@ class AnchorLoss(Protocol):
         """Return 0-d tensors to be recorded with the loss."""
 
 
-def pair_distances(anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
-    """Return |a_i - x_j|, (A, G), differentiable once; the gradient is 0 at distance 0."""
-    distances: Tensor = _PairDistances.apply(anchors_AD, rows_GD)
-    return distances
-
-
-_NEAR = 1e-2
-"""Below this distance a matrix product would lose digits of the difference; few pairs are."""
-
-_NEAR_ELEMENTS = 1 << 22
-"""Elements of the differences of near pairs in memory at a time."""
-
-
-class _PairDistances(Function):
-    @staticmethod
-    def forward(ctx: Any, anchors_AD: Tensor, rows_GD: Tensor) -> Tensor:
-        # Differences, not a matrix product: its last digits depend on the block's shape, and mining
-        # must select the same pairs however anchors are partitioned.
-        mode = "donot_use_mm_for_euclid_dist"
-        distances_AG = torch.cdist(anchors_AD, rows_GD, compute_mode=mode)
-        ctx.save_for_backward(anchors_AD, rows_GD, distances_AG)
-        return distances_AG
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_AG: Tensor) -> tuple[Tensor, Tensor]:
-        anchors_AD, rows_GD, distances_AG = ctx.saved_tensors
-        weights_AG = torch.where(distances_AG > 0, grad_AG / distances_AG, 0.0)
-        near_AG = (distances_AG < _NEAR) & (weights_AG != 0)
-        far_AG = weights_AG.masked_fill(near_AG, 0.0)
-        # sum_j w_ij (a_i - x_j) by products, which are far faster than (A, G, D) differences.
-        of_anchors = anchors_AD * far_AG.sum(dim=1, keepdim=True) - far_AG @ rows_GD
-        of_rows = rows_GD * far_AG.sum(dim=0)[:, None] - far_AG.T @ anchors_AD
-        # Near pairs by differences, since the two products above would cancel.
-        chunk = max(1, _NEAR_ELEMENTS // max(1, rows_GD.shape[1]))
-        for pairs_Q2 in near_AG.nonzero().split(chunk):
-            i_Q, j_Q = pairs_Q2.unbind(dim=1)
-            pulls_QD = weights_AG[i_Q, j_Q, None] * (anchors_AD[i_Q] - rows_GD[j_Q])
-            of_anchors.index_add_(0, i_Q, pulls_QD)
-            of_rows.index_add_(0, j_Q, pulls_QD, alpha=-1)
-        return of_anchors, of_rows
-
-
 def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
     """Return the sum, the number of nonzero and the number of all counted terms, 0-d each.
 
@@ -175,8 +142,8 @@ def sum_and_counts(name: str, terms: Tensor, counted: Tensor) -> Statistics:
     kept = torch.where(counted, terms, 0.0)
     return {
         f"{name}_sum": kept.sum(),
-        f"{name}_nonzero": (kept > 0).sum().to(kept.dtype),
-        f"{name}_count": counted.sum().to(kept.dtype),
+        f"{name}_nonzero": (kept > 0).count_nonzero().to(kept.dtype),
+        f"{name}_count": counted.count_nonzero().to(kept.dtype),
     }
 
 
@@ -248,6 +215,16 @@ def whole_batch(
     return AnchorBatch(embeddings_BD, labels_B, 0, num_rows, flags, betas_B, seed, step)
 
 
+def whole_loss(loss: AnchorLoss, batch: AnchorBatch) -> Tensor:
+    """Return the loss of a batch in which every row is an anchor, a 0-d tensor.
+
+    It is 0 for a batch without rows, and NaN where an embedding is not finite.
+    """
+    if not len(batch.labels_G):
+        return empty_loss(batch.embeddings_GD)
+    return nan_unless_finite(loss.finish(loss.anchor_partial(batch)), batch.embeddings_GD)
+
+
 @dataclass(frozen=True)
 class Contrastive:
     """Contrastive loss: relu(d - m_pos) of same-class and relu(m_neg - d) of other ordered pairs.
@@ -273,7 +250,7 @@ class Contrastive:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums and counts over the pairs of the anchors."""
         unit_GD = batch.unit_rows()
-        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        distances_AG = pair_distances(batch.of_anchors(unit_GD), unit_GD, self._open_hinges)
         positive_AG, negative_AG = batch.pair_masks()
         pulls_AG = (distances_AG - self.positive_margin).relu()
         pushes_AG = (self.negative_margin - distances_AG).relu()
@@ -294,6 +271,11 @@ class Contrastive:
             "active_positives": active_share(total, "positive"),
             "active_negatives": active_share(total, "negative"),
         }
+
+    def _open_hinges(self, distances_AG: Tensor, errors_AG: Tensor) -> Tensor:
+        return ((distances_AG - self.positive_margin).abs() < errors_AG) | (
+            (distances_AG - self.negative_margin).abs() < errors_AG
+        )
 
 
 def contrastive_loss(
@@ -320,4 +302,4 @@ def contrastive_loss(
     """
     loss = Contrastive(positive_margin, negative_margin, reduction)
     batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)

@@ -28,16 +28,17 @@ from torch import Tensor
 from dml_dist.losses.miners import distance_weights, draw_weighted, uniforms
 from dml_dist.losses.numerics import Merge, Statistics, accurate_dtype
 from dml_dist.losses.one_process import check_labels
+from dml_dist.losses.pair_distances import pair_distances
 from dml_dist.losses.pairs import (
     AnchorBatch,
     Reduction,
     active_share,
     mined_counts,
-    pair_distances,
     reduced,
     sum_and_counts,
     sum_merges,
     whole_batch,
+    whole_loss,
 )
 
 BetaForm = Literal["fixed", "scalar", "class"]
@@ -74,7 +75,7 @@ class Margin:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return sums and counts over the anchors' positives and drawn negatives."""
         unit_GD = batch.unit_rows()
-        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        distances_AG = pair_distances(batch.of_anchors(unit_GD), unit_GD)
         betas_A = batch.betas_A
         if betas_A is None:
             betas_A = distances_AG.new_full((len(distances_AG),), self.beta)
@@ -177,4 +178,4 @@ def margin_loss(
     batch = whole_batch(
         embeddings_BD, labels_B, is_representative_B, betas_B=betas_B, seed=seed, step=step
     )
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dml_dist.losses.miners import multi_similarity_pairs
+from dml_dist.losses.miners import multi_similarity_pairs, open_multi_similarity_pairs
 from dml_dist.losses.numerics import Merge, Statistics
+from dml_dist.losses.pair_distances import cosines, cosines_for_choices
 from dml_dist.losses.pairs import (
     AnchorBatch,
     Reduction,
@@ -29,6 +30,7 @@ from dml_dist.losses.pairs import (
     sum_and_counts,
     sum_merges,
     whole_batch,
+    whole_loss,
 )
 
 
@@ -59,13 +61,19 @@ class MultiSimilarity:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return the sum and counts over the anchors."""
         unit_GD = batch.unit_rows()
-        cosines_AG = unit_GD[batch.low : batch.high] @ unit_GD.T
+        anchors_AD = batch.of_anchors(unit_GD)
+        cosines_AG = cosines(anchors_AD, unit_GD)
         positive_AG, negative_AG = batch.pair_masks()
         others_AG = negative_AG
-        if self.epsilon is not None:
-            positive_AG, negative_AG = multi_similarity_pairs(
-                cosines_AG, positive_AG, negative_AG, self.epsilon
-            )
+        epsilon = self.epsilon
+        if epsilon is not None:
+            masks_AG = positive_AG, negative_AG
+
+            def open_pairs(cosines_AG: Tensor, error: float) -> Tensor:
+                return open_multi_similarity_pairs(cosines_AG, error, *masks_AG, epsilon)
+
+            chosen_AG = cosines_for_choices(cosines_AG, anchors_AD, unit_GD, open_pairs)
+            positive_AG, negative_AG = multi_similarity_pairs(chosen_AG, *masks_AG, epsilon)
         shifted_AG = cosines_AG - self.base
         pulls_A = _log_one_plus_sum(-self.positive_scale * shifted_AG, positive_AG)
         pushes_A = _log_one_plus_sum(self.negative_scale * shifted_AG, negative_AG)
@@ -121,4 +129,4 @@ def multi_similarity_loss(
     """
     loss = MultiSimilarity(positive_scale, negative_scale, base, epsilon, reduction)
     batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)

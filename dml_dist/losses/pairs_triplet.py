@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,19 +22,20 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dml_dist.losses.miners import hardest_triplets, semi_hard
+from dml_dist.losses.miners import hardest_triplets, maybe_hardest, semi_hard
 from dml_dist.losses.numerics import Merge, Statistics
+from dml_dist.losses.pair_distances import pair_distances
 from dml_dist.losses.pairs import (
     MINED_MERGES,
     AnchorBatch,
     Reduction,
     active_share,
     mined_counts,
-    pair_distances,
     reduced,
     sum_and_counts,
     sum_merges,
     whole_batch,
+    whole_loss,
 )
 
 Mining = Literal["all", "semi_hard", "hard"]
@@ -74,10 +76,23 @@ class Triplet:
     def anchor_partial(self, batch: AnchorBatch) -> Statistics:
         """Return the sum and counts over the triplets of the anchors."""
         unit_GD = batch.unit_rows()
-        distances_AG = pair_distances(unit_GD[batch.low : batch.high], unit_GD)
+        anchors_AD = batch.of_anchors(unit_GD)
         if self.mining == "hard":
+            distances_AG = pair_distances(anchors_AD, unit_GD, partial(maybe_hardest, batch))
             return self._hard(batch, unit_GD, distances_AG)
-        return self._chunked(batch, unit_GD, distances_AG)
+        same_AG = batch.same_class()
+        others_AG = same_AG.clone()
+        others_AG[:, batch.low : batch.high].fill_diagonal_(False)
+        budget = self.triplet_memory_mb * 2**20 / _LIVE_TENSORS
+        rows = max(1, int(budget / (len(unit_GD) * unit_GD.element_size())))
+        chunks = others_AG.nonzero().split(rows)
+
+        def open_choices(distances_AG: Tensor, errors_AG: Tensor) -> Tensor:
+            return self._open(chunks, same_AG, distances_AG, errors_AG)
+
+        # With `swap` the smaller of two distances is a choice of its own, not worth the bound.
+        distances_AG = pair_distances(anchors_AD, unit_GD, None if self.swap else open_choices)
+        return self._chunked(batch, unit_GD, distances_AG, same_AG, chunks)
 
     def finish(self, total: Statistics) -> Tensor:
         """Return the mean over triplets."""
@@ -101,21 +116,43 @@ class Triplet:
             **mined_counts(terms_A, found_A, mined_A),
         }
 
-    def _chunked(self, batch: AnchorBatch, unit_GD: Tensor, distances_AG: Tensor) -> Statistics:
-        same_AG, mined_AG = batch.same_class(), batch.mined_pairs()
-        others_AG = same_AG.clone()
-        others_AG[:, batch.low : batch.high].fill_diagonal_(False)
-        pairs_P2 = others_AG.nonzero()
-        num_rows = len(batch.labels_G)
-        budget = self.triplet_memory_mb * 2**20 / _LIVE_TENSORS
-        rows = max(1, int(budget / (num_rows * distances_AG.element_size())))
+    def _open(
+        self, chunks: Sequence[Tensor], same_AG: Tensor, distances_AG: Tensor, errors_AG: Tensor
+    ) -> Tensor:
+        """Return which pairs are in a triplet whose hinge or mining the errors leave open."""
+        least_AG = self._maybe_squared((distances_AG - errors_AG).clamp_min(0.0))
+        most_AG = self._maybe_squared(distances_AG + errors_AG)
+        open_AG = torch.zeros_like(same_AG)
+        # d_an = d_ap + m is the hinge and the upper limit of semi-hard negatives, d_ap the lower.
+        margins = (self.margin, 0.0) if self.mining == "semi_hard" else (self.margin,)
+        for pairs_Q2 in chunks:
+            a_Q, p_Q = pairs_Q2.unbind(dim=1)
+            least_Q1, most_Q1 = least_AG[a_Q, p_Q][:, None], most_AG[a_Q, p_Q][:, None]
+            an_least_QG, an_most_QG = (x.index_select(0, a_Q) for x in (least_AG, most_AG))
+            for margin in margins:
+                open_QG = (an_most_QG > least_Q1 + margin) & (an_least_QG < most_Q1 + margin)
+                open_QG &= ~same_AG.index_select(0, a_Q)
+                q_T, n_T = open_QG.nonzero(as_tuple=True)
+                open_AG[a_Q[q_T], n_T] = True
+                open_AG[a_Q[q_T], p_Q[q_T]] = True
+        return open_AG
+
+    def _chunked(
+        self,
+        batch: AnchorBatch,
+        unit_GD: Tensor,
+        distances_AG: Tensor,
+        same_AG: Tensor,
+        chunks: Sequence[Tensor],
+    ) -> Statistics:
+        mined_AG = batch.mined_pairs()
 
         def chunk(leaves: Sequence[Tensor], pairs_Q2: Tensor) -> Statistics:
             own_AG, all_GD = leaves
             a_Q, p_Q = pairs_Q2.unbind(dim=1)
             ap_Q1 = own_AG[a_Q, p_Q][:, None]
-            an_QG = own_AG[a_Q]
-            counted_QG = ~same_AG[a_Q]
+            an_QG = own_AG.index_select(0, a_Q)
+            counted_QG = ~same_AG.index_select(0, a_Q)
             if (flags_G := batch.is_representative_G) is not None:
                 counted_QG &= (flags_G[a_Q + batch.low] | flags_G[p_Q])[:, None] | flags_G
             if self.mining == "semi_hard":
@@ -131,7 +168,7 @@ class Triplet:
             }
 
         names = [*self.merges, *(MINED_MERGES if mined_AG is not None else ())]
-        return _sum_over_chunks(chunk, pairs_P2.split(rows), [distances_AG, unit_GD], names)
+        return _sum_over_chunks(chunk, chunks, [distances_AG, unit_GD], names)
 
     def _maybe_squared(self, distances: Tensor) -> Tensor:
         return distances.square() if self.squared else distances
@@ -176,7 +213,7 @@ def triplet_loss(
     """
     loss = Triplet(margin, mining, squared, swap, smooth, reduction, triplet_memory_mb)
     batch = whole_batch(embeddings_BD, labels_B, is_representative_B)
-    return loss.finish(loss.anchor_partial(batch))
+    return whole_loss(loss, batch)
 
 
 _Chunk = Callable[[Sequence[Tensor], Tensor], Statistics]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from dml_dist.losses.forms import RoundsLoss, RowLoss
@@ -95,7 +94,7 @@ def proxy_nca_loss(
 
 def dynamic_proxy_nca_loss(
     embeddings_BD: Tensor,
-    labels_B: Tensor | None,
+    labels_B: Tensor,
     proxies_PD: Tensor,
     *,
     surrogate: Literal["nca", "margin"] = "nca",
@@ -104,14 +103,16 @@ def dynamic_proxy_nca_loss(
     proxy_scale: float = 3.0,
     margin: float = 0.5,
     margin_reduction: Literal["mean", "sum"] = "mean",
+    positives: Literal["drawn", "all"] = "drawn",
+    seed: int = 0,
+    step: int = 0,
     logit_memory_mb: float = 64.0,
 ) -> Tensor:
     """Return Proxy-NCA with dynamic assignment, a 0-d tensor.
 
     Args:
         embeddings_BD: Embeddings, (B, D), of any length; half precision is converted to float32.
-        labels_B: Classes, (B,) int64, >= 0: negatives are the proxies nearest to samples of other
-            classes; None: all proxies but the nearest are.
+        labels_B: Classes, (B,) int64, >= 0. Without classes, give the views of an image one label.
         proxies_PD: Proxies, (P, D), P >= 2, of any length.
         surrogate: `nca`, or `margin`, which uses no scales and denominator.
         denominator: `all`, or `negatives` as in the paper.
@@ -119,6 +120,10 @@ def dynamic_proxy_nca_loss(
         proxy_scale: s_p, the length that normalized proxies are given, > 0.
         margin: M of the margin surrogate, in squared distances of unit rows, 0 < M < 4.
         margin_reduction: Of the hinges of a row over its negatives.
+        positives: Whether a sample's positive is the proxy of one other sample of its class that
+            is drawn, or the mean over all of them is taken.
+        seed: Seed of what is drawn, >= 0.
+        step: Step of what is drawn, >= 0: another one draws others.
         logit_memory_mb: Bound on the memory for logits in MiB, > 0.
 
     Raises:
@@ -135,11 +140,11 @@ def dynamic_proxy_nca_loss(
         proxy_scale,
         margin,
         margin_reduction,
-        labels_B is not None,
+        positives,
         logit_memory_mb,
+        seed=seed,
+        step=step,
     )
-    if labels_B is None:
-        labels_B = torch.zeros(len(embeddings_BD), dtype=torch.int64, device=embeddings_BD.device)
     num_classes = int(labels_B.max()) + 1 if len(labels_B) else 1
     return dense_loss(
         loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, TypeGuard, assert_never
 from urllib.parse import urlparse
 
 import torch
@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.model import (
     BackboneConfig,
     Conv4Config,
@@ -133,9 +133,8 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
         ConfigError: If the target returns no module with `num_features`, or rejects its options.
     """
     where = f"model.backbone.target {config.target}"
-    factory = load_target(config.target)
     try:
-        module = factory(**config.options)
+        module = call_target(config.target, options=config.options)
     except TypeError as error:
         raise ConfigError(
             f"{where} does not accept the options {sorted(config.options)} (TypeError: {error}); "
@@ -156,7 +155,7 @@ def build_custom(config: CustomBackboneConfig) -> tuple[nn.Module, int]:
 
 
 def check_weights(config: BackboneConfig) -> None:
-    """Raise for invalid `weights`, without downloading anything.
+    """Raise for invalid `weights`, without downloading anything; a file must fit the network.
 
     Args:
         config: The backbone; a relative path is resolved from the current folder.
@@ -165,20 +164,61 @@ def check_weights(config: BackboneConfig) -> None:
         ConfigError: If they are neither none, nor a weight name of this network, nor a file of
             weights that fit it.
     """
-    if isinstance(config, Conv4Config | CustomBackboneConfig):
+    if not _is_pretrained(config):
         return
-    with torch.device("meta"):
+    with torch.device("meta"):  # Of the network only the shapes are made.
         if isinstance(config, TimmConfig):
             build_timm(config, pretrained=True)
-        elif _find_weights(config) is not None:
+        elif _find_file(config) is not None:
             build_torchvision(config, pretrained=True)
 
 
-def _find_weights(config: TorchvisionConfig) -> Path | None:
-    """Return the file that `weights` names, None for `none` and names of torchvision."""
-    known = torchvision.models.get_model_weights(config.name)
-    if config.weights == "none":
+def require_weights(config: BackboneConfig) -> None:
+    """Check `weights` like `check_weights`, and download them if they are named and missing.
+
+    Before a run begins: otherwise it would fail after its folder was made.
+
+    Raises:
+        ConfigError: If they are invalid, or the download fails.
+    """
+    check_weights(config)
+    if not _is_pretrained(config):
+        return
+    known = _named(config)
+    if known is not None and not _cached(known).is_file():
+        _download(known)
+
+
+def describe_weights(config: BackboneConfig) -> list[tuple[str, str]]:
+    """Return label and value of pretrained weights, for the plan of a dry run."""
+    if not _is_pretrained(config):
+        return []
+    known = _named(config)
+    if known is None:
+        return [("pretrained weights", f"{config.weights}, read")]
+    where = _cached(known)
+    found = f"in {where}" if where.is_file() else f"to be downloaded from {known.url}"
+    return [("pretrained weights", f"{config.weights}, {found}")]
+
+
+def _is_pretrained(config: BackboneConfig) -> TypeGuard[TorchvisionConfig | TimmConfig]:
+    return not isinstance(config, Conv4Config | CustomBackboneConfig) and config.weights != "none"
+
+
+def _named(config: TorchvisionConfig | TimmConfig) -> Any:
+    """Return torchvision's entry of a weight name, None for a file."""
+    if isinstance(config, TimmConfig):
         return None
+    return torchvision.models.get_model_weights(config.name).__members__.get(config.weights)
+
+
+def _cached(entry: Any) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
+
+
+def _find_file(config: TorchvisionConfig) -> Path | None:
+    """Return the file that `weights` names, None for a name of torchvision; raise for others."""
+    known = torchvision.models.get_model_weights(config.name)
     if config.weights not in known.__members__:
         if (path := find_weight_file(config.weights)) is None:
             names = sorted(known.__members__)
@@ -204,14 +244,14 @@ def _group_norm(num_channels: int) -> nn.GroupNorm:
 
 def _read_weights(config: TorchvisionConfig) -> dict[str, Tensor]:
     """Return the state dict that `weights` names: a torchvision weight name or a file."""
-    if (path := _find_weights(config)) is not None:
+    if (path := _find_file(config)) is not None:
         return read_weight_file(path)
-    return _download(torchvision.models.get_model_weights(config.name)[config.weights])
+    return _download(_named(config))
 
 
 def _download(entry: Any) -> dict[str, Tensor]:
     """Return torchvision's weights from its cache folder; download them if missing."""
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
+    target = _cached(entry)
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:

@@ -20,7 +20,7 @@ from dml_dist.config.model import (
 )
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
-from dml_dist.models.embedding import EmbeddingModel, freeze_affine
+from dml_dist.models.embedding import BatchNormStatistics, EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
 from dml_dist.models.timm_backbone import build_timm
 from dml_dist.random_streams import Stream, seed_of
@@ -72,6 +72,11 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
         pool=build_pooling(config.pooling, config.gem_power),
         norm=norm,
         head=_build_head(config, num_features),
+        normalize=(
+            nn.BatchNorm1d(config.embedding_size, affine=False)
+            if config.normalize == "batch"
+            else nn.Identity()
+        ),
         embedding_size=config.embedding_size,
         batch_norm="frozen" if batch_norm is None else batch_norm.statistics,
         has_own_buffers=isinstance(config.backbone, CustomBackboneConfig),
@@ -81,7 +86,8 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
 
 def _build_head(config: ModelConfig, num_features: int) -> nn.Module:
     if config.head == "linear":
-        return nn.Linear(num_features, config.embedding_size)
+        # Batch normalisation subtracts a bias again: it would only follow rounding errors.
+        return nn.Linear(num_features, config.embedding_size, bias=config.normalize == "none")
     if config.embedding_size != num_features:
         raise ConfigError(
             f"model.embedding_size is {config.embedding_size}, but model.head none makes the "
@@ -115,7 +121,7 @@ _STATISTICS = {
 
 def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
     """Return (label, value) rows on batch normalization and random layers, if there are any."""
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in model.backbone.modules() if isinstance(layer, _BatchNorm)]
     rows = [*getattr(model.backbone, "facts", ())]
     if layers:
         trained = any(
@@ -129,6 +135,9 @@ def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
                 f"{_STATISTICS[model.batch_norm]}",
             )
         )
+    if isinstance(model.normalize, _BatchNorm):
+        statistics = _STATISTICS[model.normalize_statistics]
+        rows.append(("batch normalisation of embeddings", f"no weights, statistics {statistics}"))
     if draws := [name for name, is_active in _random_layers(model).items() if is_active]:
         rows.append(("random layers", f"{', '.join(draws)}; each rank for its own images"))
     return tuple(rows)
@@ -143,6 +152,13 @@ def _random_layers(model: nn.Module) -> dict[str, bool]:
     }
 
 
-def batch_norm_channels(model: nn.Module) -> list[int]:
-    """Return the number of channels of each batch normalization layer."""
-    return [layer.num_features for layer in model.modules() if isinstance(layer, _BatchNorm)]
+def batch_norm_channels(model: EmbeddingModel, statistics: BatchNormStatistics) -> list[int]:
+    """Return the channels of each batch normalization layer with such statistics in training."""
+    parts = ((model.backbone, model.batch_norm), (model.normalize, model.normalize_statistics))
+    return [
+        layer.num_features
+        for part, of_part in parts
+        if of_part == statistics
+        for layer in part.modules()
+        if isinstance(layer, _BatchNorm)
+    ]

@@ -34,17 +34,18 @@ class ParameterKind:
 
 
 class EmbeddingModel(nn.Module):
-    """Backbone, pooling, optional LayerNorm and linear head, which may be left out.
+    """Backbone, pooling, optional LayerNorm, optional linear head and batch normalization.
 
     Attributes:
         backbone: Images (B, 3, H, W) to features (B, F, h, w) or (B, F).
         pool: Feature maps to (B, F); skipped for features (B, F).
         norm: LayerNorm without learned parameters, or the identity.
         head: Linear layer to the embedding, or the identity.
+        normalize: Batch normalization without weights of embeddings, or the identity.
         embedding_size: D, the embedding dimension.
-        batch_norm: Statistics of batch normalization in training. "frozen": its running ones, in
-            evaluation mode; "synchronized": of all ranks (`parallel/batch_norm.py`); "per_rank":
-            of the rank's own batch.
+        batch_norm: Statistics of the backbone's batch normalization in training. "frozen": its
+            running ones, in evaluation mode; "synchronized": of all ranks
+            (`parallel/batch_norm.py`); "per_rank": of the rank's own batch.
         has_own_buffers: Whether training may change buffers of other layers too.
         is_backbone_frozen: Whether the backbone is frozen for now, see `freeze_backbone`.
         channels_last: Memory format of the images given to the backbone.
@@ -56,6 +57,7 @@ class EmbeddingModel(nn.Module):
         pool: nn.Module,
         norm: nn.Module,
         head: nn.Module,
+        normalize: nn.Module,
         *,
         embedding_size: int,
         batch_norm: BatchNormStatistics = "frozen",
@@ -67,6 +69,7 @@ class EmbeddingModel(nn.Module):
         self.pool = pool
         self.norm = norm
         self.head = head
+        self.normalize = normalize
         self.embedding_size = embedding_size
         self.batch_norm = batch_norm
         self.has_own_buffers = has_own_buffers
@@ -74,11 +77,17 @@ class EmbeddingModel(nn.Module):
         self.channels_last = channels_last
 
     @property
+    def normalize_statistics(self) -> BatchNormStatistics:
+        """Statistics of `normalize` in training: it has no trained ones that could be frozen."""
+        return "per_rank" if self.batch_norm == "per_rank" else "synchronized"
+
+    @property
     def has_changing_buffers(self) -> bool:
         """Whether buffers diverge between ranks in training and have to be synchronized."""
         return any(
             self.batch_norm == "per_rank" if isinstance(layer, _BatchNorm) else self.has_own_buffers
-            for layer in self.backbone.modules()
+            for part in (self.backbone, self.normalize)
+            for layer in part.modules()
             for _ in layer.buffers(recurse=False)
         )
 
@@ -94,7 +103,7 @@ class EmbeddingModel(nn.Module):
         """
         features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
-            embeddings: Tensor = self.head(self.norm(features))
+            embeddings: Tensor = self.normalize(self.head(self.norm(features)))
             return embeddings
 
     def features(self, images: Tensor) -> Tensor:

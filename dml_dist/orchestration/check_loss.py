@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from dml_dist.config.load import parse_config
@@ -260,8 +260,9 @@ def _table(findings: Sequence[Finding]) -> Table:
     table.columns[0].no_wrap = True
     for case in dict.fromkeys(finding.case for finding in findings):
         row = [by_case[case, size] for size in sizes]
-        verdict = "[red]wrong[/]" if any(finding.problem for finding in row) else "ok"
-        table.add_row(escape(case), *(_cell(finding) for finding in row), verdict)
+        is_wrong = any(finding.problem for finding in row)
+        verdict = Text("wrong", "red") if is_wrong else "ok"
+        table.add_row(case, *(_cell(finding) for finding in row), verdict)
     return table
 
 

@@ -15,6 +15,7 @@ from dml_dist.errors import ConfigError
 from dml_dist.orchestration.launch import joined, launch, on_main
 from dml_dist.orchestration.tables import print_metrics
 from dml_dist.runs.artifacts import write_metrics
+from dml_dist.runs.code_note import say_if_code
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.progress import Display, discard
 from dml_dist.runtime.signals import StopRequest
@@ -57,6 +58,8 @@ def run_evaluation(
     )
     target, per_class = folder.evaluation(split, checkpoint)
     with joined(config.launch) as comm:
+        if comm.rank == 0:
+            say_if_code(folder.path, console)
         with Display(console) if comm.rank == 0 else contextlib.nullcontext(discard) as emit:
             metrics = launch(assignment, comm, emit, StopRequest())
         on_main(comm, lambda: write_metrics(target, metrics))

@@ -6,14 +6,20 @@ import contextlib
 import logging
 import math
 import os
+import secrets
+import shutil
 import signal
-import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dml_dist.config.schema import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
+from dml_dist.files import write_text_atomic
+from dml_dist.import_path import search_path
+from dml_dist.orchestration.ray_private import forget_token, job_config
 from dml_dist.runtime.progress import Emit, note
 
 # Read by Ray when it is imported or started. Values that the user has set are kept.
@@ -32,7 +38,10 @@ _LOCAL_ENVIRONMENT = {
     # Idle worker processes, one a core, would compete with the ranks while they start.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # All of Ray's processes listen on 127.0.0.1 alone, whatever the system, despite the name.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _OBJECT_STORE_BYTES = 128 * 2**20
 _SECONDS_FOR_AN_ANSWER = 5.0
 
@@ -56,17 +65,36 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
         _require_resources(launch)
         yield
         return
-    import_path = os.pathsep.join([os.getcwd(), *filter(None, sys.path)])
+    with contextlib.nullcontext() if launch.address else _own_folder() as folder:
+        handler = signal.getsignal(signal.SIGTERM)
+        _connect(launch, folder)
+        # Ray's handler ends the interpreter, which aborts a process that waits for Ray.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+        try:
+            _require_resources(launch)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(launch: LaunchConfig, folder: Path | None) -> None:
+    """Join the named cluster, or start one that keeps its files in a folder."""
+    import ray
+
+    forget_token()  # Of an earlier cluster of this process.
+    folders = search_path()
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_config": ray.LoggingConfig(encoding="TEXT", log_level="ERROR"),
-        "runtime_env": None if launch.address else {"env_vars": {"PYTHONPATH": import_path}},
+        "job_config": job_config(),
     }
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        if launch.address:
-            _require_answer(launch.address)
-            ray.init(address=launch.address, **options)
+        if folder is None:
+            _guard_token_file()
+            _require_answer(str(launch.address))
+            hook = {"worker_process_setup_hook": _also_search(folders)}
+            ray.init(address=launch.address, runtime_env=hook, **options)
         else:
             needed = math.ceil(launch.num_workers * launch.cpus_per_rank)
             ray.init(
@@ -74,6 +102,8 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
                 num_cpus=max(needed, os.cpu_count() or 1),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(folders)}},
                 **options,
             )
     except SystemExit:  # Of Ray's own handler of SIGTERM.
@@ -90,14 +120,50 @@ def cluster(launch: LaunchConfig) -> Iterator[None]:
             f"no Ray cluster answers: launch.address {launch.address} ({last_line(error)}); start "
             "one with `ray start --head`, correct launch.address, or leave it out to start one here"
         ) from error
-    # Ray's handler ends the interpreter, which aborts a process that waits for Ray.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Yield a folder for Ray's files, with a token in a file; removed at the end.
+
+    Ray's default is /tmp/ray, open to all users and kept, with the token of all clusters in a file
+    that others can read.
+    """
+    # The shortest place: Ray's sockets are in it, and their paths have at most 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+    own_token = not any(name in os.environ for name in _TOKENS)
+    if own_token:
+        file = folder / "token"
+        write_text_atomic(file, secrets.token_hex(32), private=True)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
     try:
-        _require_resources(launch)
-        yield
+        yield folder / "r"  # Ray opens this one to all; they cannot reach it.
     finally:
-        ray.shutdown()
+        if own_token:
+            del os.environ["RAY_AUTH_TOKEN_PATH"]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _guard_token_file() -> None:
+    """Take from others the right to read the token: `ray get-auth-token` gives it to all."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    with contextlib.suppress(OSError):  # There is none, or it is somebody else's.
+        if file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+
+
+def _also_search(folders: list[str]) -> Callable[[], None]:
+    """Return a function that lets a worker of another machine import from folders, at the end.
+
+    Ray sends a nested function whole: the worker calls it before it can import this package.
+    """
+
+    def append() -> None:
+        import sys
+
+        sys.path += [folder for folder in folders if folder not in sys.path]
+
+    return append
 
 
 def _require_answer(address: str) -> None:

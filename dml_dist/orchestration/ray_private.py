@@ -6,6 +6,7 @@ Ray may change these names in any version. What is missing is said once, and its
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -35,14 +36,39 @@ def trainer_class() -> Any:
     return Trainer
 
 
-def torch_config_class() -> Any:
-    """Return Ray's TorchConfig, whose ranks on several nodes meet at the nodes' Ray addresses.
+def job_config() -> Any:
+    """Return a job's configuration with which workers do not import from the current folder first.
 
-    Gloo binds to the address of the host's name, which is 127.0.0.1 in many /etc/hosts, and NCCL
-    to the first interface. Without the hook they still do.
+    Ray puts the driver's current folder in front of all others on every worker, and has no option
+    for it. Without the private name it still does.
     """
-    import ray
+    from ray.job_config import JobConfig
+
+    with _private("files of the current folder can hide libraries on workers"):
+        _ = JobConfig()._py_driver_sys_path
+
+        class Config(JobConfig):
+            @property
+            def _py_driver_sys_path(self) -> list[str]:
+                return []  # A new list each time, so that what is appended has no effect.
+
+            @_py_driver_sys_path.setter
+            def _py_driver_sys_path(self, folders: list[str]) -> None:
+                pass
+
+        return Config()
+    return JobConfig()
+
+
+def torch_config_class() -> Any:
+    """Return Ray's TorchConfig, whose ranks meet at the nodes' Ray addresses, and at no others.
+
+    Gloo binds to the address of the host's name, which is 127.0.0.1 in many /etc/hosts, NCCL to
+    the first interface, and torch's store to all. Without the hook they still do.
+    """
     from ray.train.torch import TorchConfig
+
+    from dml_dist.parallel.process_group import bind_store
 
     with _private("ranks on several nodes may not reach each other"):
         base: Any = TorchConfig().backend_cls
@@ -50,9 +76,8 @@ def torch_config_class() -> Any:
 
         class Backend(base):
             def on_start(self, worker_group: Any, backend_config: Any) -> None:
-                nodes = worker_group.execute(ray.util.get_node_ip_address)
-                if len(set(nodes)) > 1:
-                    worker_group.execute(bind_to_node)
+                worker_group.execute(bind_to_node)
+                worker_group.execute(bind_store)
                 super().on_start(worker_group, backend_config)
 
         class Config(TorchConfig):
@@ -75,6 +100,13 @@ def bind_to_node() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             # The exact name: NCCL takes names for prefixes.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def forget_token() -> None:
+    """Let Ray read the token again that its next cluster needs."""
+    with _private("this process cannot use a second cluster with another token"):
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def dead_daemons() -> str:

@@ -29,6 +29,7 @@ from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, fatal_of
 from dml_dist.orchestration.ray_places import Places, lost_nodes
 from dml_dist.orchestration.ray_private import dead_daemons, torch_config_class, trainer_class
 from dml_dist.orchestration.ray_worker import ray_rank
+from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.progress import Emit, note
 from dml_dist.runtime.signals import StopRequest
 from dml_dist.runtime.tasks import Assignment, rebuild_error
@@ -86,8 +87,8 @@ def run_under_ray(
                 if failures > launch.max_failures:
                     raise RunError(
                         f"the ranks failed {failures} times (launch.max_failures: "
-                        f"{launch.max_failures} restarts): {outcome.reason}; the last checkpoint "
-                        f"is kept: fix the cause and {hint}"
+                        f"{launch.max_failures} restarts): {outcome.reason}; "
+                        f"{_kept(assignment)}: fix the cause and {hint}"
                     ) from outcome.failure
             emit(note(f"{outcome.reason}; starting the ranks again ..."))
             assignment = replace(assignment, reason=outcome.reason)
@@ -237,7 +238,7 @@ class _Group:
         while not self._done.wait(_SECONDS_BETWEEN_LOOKS):
             if not dead and (dead := dead_daemons()):
                 text = f"Ray's {dead} has died, and Ray will end without it"
-                self._emit(note(f"{text}; the last checkpoint is kept: {self._hint}"))
+                self._emit(note(f"{text}; then {self._hint}"))
             if stop.reason is not None and not sent:
                 self._mailbox.request_stop.remote(stop.reason)
                 sent = True
@@ -285,6 +286,11 @@ class _Group:
 def _recovery_hint(assignment: Assignment) -> str:
     """Return what a user does after a fault: a training resumes, an evaluation starts again."""
     return "continue with --resume" if assignment.kind == "train" else "run the command again"
+
+
+def _kept(assignment: Assignment) -> str:
+    step = RunFolder(Path(assignment.run_dir)).last_checkpoint_step()
+    return "there is no checkpoint" if step is None else f"the checkpoint of step {step:,} is kept"
 
 
 def _load() -> str:

@@ -21,18 +21,19 @@ from dml_dist.config.load import dump_config, load_config, with_absolute_paths
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.errors import DmlDistError, PeerLostError, RunStopped
-from dml_dist.models.backbones import check_weights
+from dml_dist.models.backbones import check_weights, describe_weights, require_weights
 from dml_dist.orchestration.launch import joined, launch, on_main, uses_gpu, world_size_of
 from dml_dist.orchestration.ray_train import delete_scratch
 from dml_dist.orchestration.tables import print_results
 from dml_dist.parallel.comm import Comm
-from dml_dist.report import write_report
+from dml_dist.report import try_to_write, write_report
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.context import open_context
 from dml_dist.runtime.datasets import (
     ensure_imported,
     require_index,
     require_same_dataset,
+    warn_of_secrets,
 )
 from dml_dist.runtime.estimate import estimate_plan
 from dml_dist.runtime.loggers import check_loggers
@@ -43,7 +44,7 @@ from dml_dist.topology import Topology
 from dml_dist.train.checkpoint_files import newest_checkpoint
 from dml_dist.train.resume import check_plan, resumable_differences
 from dml_dist.train.run_plan import RunPlan
-from dml_dist.urls import local_path
+from dml_dist.urls import local_path, shown_url
 
 
 def run_training(
@@ -139,9 +140,11 @@ def dry_run_table(config: RunConfig, console: Console) -> None:
     """Print the resolved plan of a run; nothing is written or started."""
     config = with_absolute_paths(config)
     check_loggers(config.loggers)
+    warn_of_secrets(config, console)
     plan, source = plan_without_data(config)
     table = Table("plan", config.name, title_justify="left")
-    for label, value in [("data", source), *plan.describe()]:
+    weights = describe_weights(config.model.backbone)
+    for label, value in [("data", source), *plan.describe(), *weights]:
         table.add_row(label, value)
     console.print(table)
 
@@ -155,11 +158,12 @@ def plan_without_data(config: RunConfig) -> tuple[RunPlan, str]:
     Raises:
         DmlDistError: If configuration and data do not fit.
     """
+    check_weights(config.model.backbone)
     world_size = world_size_of(config.launch)
     folder = local_path(config.data.path)
     if folder is None or (folder / INDEX_NAME).exists():
         require_same_dataset(config.data)
-        return _plan(config, world_size), f"counted in {config.data.path}"
+        return _plan(config, world_size), f"counted in {shown_url(config.data.path)}"
     return estimate_plan(config, world_size)
 
 
@@ -176,7 +180,10 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
         changes = tuple(str(difference) for difference in differences)
     else:
         folder.require_new()
-    check_weights(config.model.backbone)
+    if launch_config.address is None:
+        require_weights(config.model.backbone)  # Nodes of a cluster have their own copies.
+    else:
+        check_weights(config.model.backbone)
     check_loggers(config.loggers)
     if launch_config.launcher == "ray" and launch_config.address is None:
         uses_gpu(launch_config, launch_config.fewest_workers)
@@ -192,12 +199,13 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
             found = newest_checkpoint(folder.checkpoints)
         if found is not None:
             check_plan(*found, config, plan)
+    warn_of_secrets(config, console)
     _announce(plan, config, console)
     return Assignment(
         kind="train",
         config=config,
         run_dir=str(folder.path),
-        command=shlex.join(sys.argv),
+        command=shlex.join(shown_url(sys.argv)),
         changes=changes,
         reason="continued by --resume" if resume else "",
     )
@@ -260,7 +268,7 @@ def _resume_hint(folder: RunFolder, launch_config: LaunchConfig) -> str:
 
 def _conclude(folder: RunFolder, metrics: Mapping[str, Any], report: bool) -> Path | None:
     folder.finish(metrics)
-    return write_report(folder.path) if report else None
+    return try_to_write(write_report, folder.path) if report else None
 
 
 # ---------------- quickstart

@@ -6,6 +6,7 @@ for the rows and classes it owns; checkpoints keep the counts, and any number of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dml_dist.losses.numerics import Statistics, normalize_rows
 from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA, nearest_rows
-from dml_dist.parallel.objective import OwnedBuffer
+from dml_dist.parallel.objective import GlobalBatch, ObjectiveOutput, OwnedBuffer
 from dml_dist.parallel.proxies import PROXIES, ProxyObjective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_bounds
@@ -74,6 +75,11 @@ class DynamicProxyObjective(ProxyObjective):
         idle = OwnedBuffer(self.idle_steps_L, shard.row_low, shard.row_high, shard.num_rows)
         last = OwnedBuffer(self.last_rows, self.class_low, self.class_high, self.num_classes)
         return {"proxy_idle_steps": idle, "class_nearest": last}
+
+    def _output(self, batch: GlobalBatch) -> ObjectiveOutput:
+        assert isinstance(self.loss, DynamicProxyNCA)
+        self.loss = replace(self.loss, step=batch.step)
+        return super()._output(batch)
 
     @torch.no_grad()
     def after_update(self, step: int) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ Legend: N images of this rank, C channels, P positions of a feature map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dml_dist.errors import ConfigError
 from dml_dist.losses.numerics import accurate_dtype
 from dml_dist.models.batch_moments import Moments, finish, merge, pack, partial, unpack
+from dml_dist.models.build_model import batch_norm_channels
+from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.traffic import Traffic
 
@@ -190,3 +193,33 @@ def _replace(module: nn.Module, comm: Comm) -> nn.Module:
     for name, child in module.named_children():
         module.add_module(name, _replace(child, comm))
     return module
+
+
+def check_batch_norm(model: EmbeddingModel, num_images: int, batches: Sequence[list[int]]) -> None:
+    """Raise if batch normalisation would take its statistics from a single image.
+
+    Args:
+        model: The network.
+        num_images: Training images, for the error.
+        batches: Images of every rank, of each kind of batch: a full one, and the last of an epoch.
+
+    Raises:
+        ConfigError: If it would; torch itself raises only where such an image has one position.
+    """
+    per_rank = bool(batch_norm_channels(model, "per_rank"))
+    if not per_rank and not batch_norm_channels(model, "synchronized"):
+        return
+    for sizes in batches:
+        if per_rank and min(sizes) < 2:
+            of = f"rank {sizes.index(min(sizes))} has {min(sizes)} of the {sum(sizes)} images"
+        elif sum(sizes) < 2:
+            of = "there is only 1 image"
+        else:
+            continue
+        raise ConfigError(
+            f"Batch normalisation with {'per_rank' if per_rank else 'synchronized'} statistics "
+            f"needs at least 2 images, but {of} in a batch ({num_images:,} images in batches of "
+            f"{sum(batches[0])} on {len(sizes)} {'rank' if len(sizes) == 1 else 'ranks'}). Set "
+            "data.batches.last: drop, change train.global_batch_size or the number of ranks, or "
+            "freeze the statistics."
+        )

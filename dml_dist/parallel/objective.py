@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dml_dist.errors import ConfigError
+from dml_dist.losses.numerics import empty_loss, nan_unless_finite
 from dml_dist.losses.one_process import check_labels
 from dml_dist.parallel.collectives import (
     gather_rows_of_parts,
@@ -201,11 +203,23 @@ class Objective(nn.Module):
         )
 
     def global_loss(self, batch: GlobalBatch) -> ObjectiveOutput:
-        """Return the loss of a gathered batch; a collective, called by every rank."""
+        """Return the loss of a gathered batch; a collective, called by every rank.
+
+        It is 0 for a batch without rows, and NaN where an embedding is not finite.
+        """
         labels_G = batch.labels_G
+        if not len(labels_G):
+            loss = empty_loss(batch.embeddings_GD)
+            return ObjectiveOutput(loss, {"loss": loss.detach()})
         with torch.autocast(labels_G.device.type, enabled=False):
             output = self._output(batch)
-        loss = output.loss
+        if not isinstance(output.loss, Tensor) or output.loss.ndim:
+            raise ConfigError(
+                f"The loss returned {_describe(output.loss)} for a batch, but must return a 0-d "
+                "tensor, the mean over the batch. Change the custom loss."
+            )
+        # Every rank has all embeddings, so all ranks agree.
+        loss = nan_unless_finite(output.loss, batch.embeddings_GD)
         if labels_G.device.type != "cpu":
             # Reading labels would wait for the device: a wrong one makes the loss NaN instead.
             valid = ((labels_G >= 0) & (labels_G < self.num_classes)).all()
@@ -295,3 +309,9 @@ class Objective(nn.Module):
     def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
         """Return what `_output` sends, and its backward pass but for the gathered embeddings."""
         raise NotImplementedError
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import ipaddress
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,6 +104,59 @@ def init(
     return Comm(dist.group.WORLD, topology, timeout_seconds=timeout_seconds)
 
 
+def bind_store() -> None:
+    """Let rank 0's store listen at the address that the other ranks know, and at no other.
+
+    torch listens on all interfaces, and whoever reaches a store can read and change what ranks
+    tell each other there. A host's name stays with torch, since it may mean 127.0.0.1 here and
+    another address elsewhere; so does torchrun's store, which torchrun itself opens.
+    """
+    # Not `import ... as`, which finds the function of the same name.
+    module: Any = importlib.import_module("torch.distributed.rendezvous")
+    create = getattr(module, "_create_c10d_store", None)
+    if create is None or getattr(create, "binds", False):
+        return  # Another version of torch, which listens as it likes; or done before.
+
+    def bound(
+        hostname: str, port: int, rank: int, world_size: int, timeout: timedelta, *more: Any
+    ) -> dist.Store:
+        listener = (
+            _listener(hostname, port) if rank == 0 and not _is_agents(hostname, port) else None
+        )
+        if listener is None:
+            return create(hostname, port, rank, world_size, timeout, *more)
+        return dist.TCPStore(
+            hostname,
+            port,
+            world_size,
+            True,
+            timeout,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
+        )
+
+    bound.binds = True  # type: ignore[attr-defined]
+    module._create_c10d_store = bound
+
+
+def _is_agents(hostname: str, port: int) -> bool:
+    """Tell whether torchrun serves the store at this place."""
+    place = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    uses_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return uses_agent and place == (hostname, str(port))
+
+
+def _listener(hostname: str, port: int) -> socket.socket | None:
+    """Return a socket that listens at an address, None where torch must find out by itself."""
+    try:
+        is_v6 = hostname != "localhost" and ipaddress.ip_address(hostname).version == 6
+        return socket.create_server(
+            (hostname, port), family=socket.AF_INET6 if is_v6 else socket.AF_INET
+        )
+    except (OSError, ValueError):  # Another machine's, in use by an earlier store, or a name.
+        return None
+
+
 def _meet(init_method: str, topology: Topology, timeout_seconds: float) -> dist.Store:
     """Return the store through which ranks find each other.
 
@@ -114,6 +171,7 @@ def _meet(init_method: str, topology: Topology, timeout_seconds: float) -> dist.
 
     def work() -> None:
         try:
+            bind_store()
             place = rendezvous(init_method, topology.rank, topology.world_size, timeout=limit)
             found.append(next(place)[0])
         except Exception as error:  # Raised again below.

@@ -100,11 +100,13 @@ class ProxyObjective(Objective):
     def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
         """Return what merging the statistics of all rounds sends.
 
-        A statistic has one value per row, or one in all if its round names it a scalar.
+        A statistic has one value per row, unless its round says otherwise.
         """
         sent = Traffic()
         for round_ in rounds_of(self.loss):
-            numels = {name: 1 if name in round_.scalars else num_rows for name in round_.merges}
+            numels = dict.fromkeys(round_.merges, num_rows) | dict.fromkeys(round_.scalars, 1)
+            for name, most in round_.columns.items():
+                numels[name] = min(most, num_rows) * num_rows
             sent += merge_traffic(round_.merges, numels, self.dtype, self.comm.world_size)
         return sent
 

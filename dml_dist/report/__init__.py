@@ -11,6 +11,7 @@ from dml_dist.report.gallery import (
     write_gallery,
 )
 from dml_dist.report.page import write_report
+from dml_dist.report.parts import try_to_write
 
 __all__ = [
     "Gallery",
@@ -21,6 +22,7 @@ __all__ = [
     "choose_queries",
     "read_gallery",
     "result_table",
+    "try_to_write",
     "write_gallery",
     "write_report",
 ]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dml_dist.config.data import CacheConfig
@@ -32,7 +31,8 @@ from dml_dist.report.figures import (
     whole_numbers,
 )
 from dml_dist.report.formatting import MISSING
-from dml_dist.urls import is_url, redact_url
+from dml_dist.terminal import say_styled
+from dml_dist.urls import is_url, shown_url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +69,10 @@ def show_dataset(
         DataError: If the index is missing or damaged, or an image cannot be read.
         RunError: If the server of a URL does not answer.
     """
-    shown = redact_url(str(location))
-    stem = Path(shown).name if is_url(location) else Path(location).absolute().name
+    shown = shown_url(str(location))
+    stem = (
+        Path(shown.partition("?")[0]).name if is_url(location) else Path(location).absolute().name
+    )
     target = new_picture_path(out, f"{stem or 'data'}-show")
     index = open_index(str(location), CacheConfig())
     names = split_names(index)
@@ -80,7 +82,7 @@ def show_dataset(
         console.print(text, highlight=False)
     for fact in facts:
         for warning in fact.warnings:
-            console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+            say_styled(console, "warning:", "yellow", warning)
     sheets = [contact_sheet(index, name, seed=seed) for name in names[:_MOST_SPLITS]]
     write_bytes_atomic(target, _picture(stem, index, facts, sheets))
     console.print(f"picture: {target}", highlight=False, soft_wrap=True)
@@ -93,10 +95,10 @@ def show_dataset(
 def _table(shown: str, index: Index, facts: Sequence[SplitFacts]) -> Table:
     """Return the statistics of all splits, one column per split."""
     title = f"{len(index):,} images of {len(index.class_names):,} classes: {shown}"
-    table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=True)
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=True)
     table.add_column("")
     for fact in facts:
-        table.add_column(escape(fact.name), justify="right")
+        table.add_column(fact.name, justify="right")
 
     def add(label: str, values: Sequence[str]) -> None:
         if any(value != MISSING for value in values):

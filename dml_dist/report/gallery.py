@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dml_dist.config.data import ExifRule
+from dml_dist.data.pixels import open_image, rgb_image
 from dml_dist.errors import DataError
 from dml_dist.files import read_json, write_bytes_atomic, write_json_atomic
 from dml_dist.random_streams import Stream, generator_of
@@ -113,9 +115,19 @@ def choose_queries(first_hit: np.ndarray, count: int, seed: int, *indices: int) 
 
 
 def write_gallery(
-    run_dir: Path, queries: Sequence[GalleryQuery], classes: Sequence[GalleryClass] = ()
+    run_dir: Path,
+    queries: Sequence[GalleryQuery],
+    classes: Sequence[GalleryClass] = (),
+    *,
+    exif: ExifRule = "apply",
 ) -> None:
     """Write queries and classes, with thumbnails of their images, to a run's folder.
+
+    Args:
+        run_dir: The folder.
+        queries: Queries of any class.
+        classes: The best and the worst classes.
+        exif: Whether encoded images are turned by their EXIF orientation, as for the network.
 
     Raises:
         DataError: If an image cannot be decoded.
@@ -128,7 +140,7 @@ def write_gallery(
 
     def entry(item: GalleryQuery | GalleryNeighbor) -> dict[str, Any]:
         if item.row not in written:
-            data, extension = _thumbnail(item.image, item.row)
+            data, extension = _thumbnail(item.image, item.row, exif)
             written[item.row] = f"{item.row}.{extension}"
             write_bytes_atomic(images / written[item.row], data)
         return {
@@ -229,10 +241,8 @@ def _is_plain(picture: Image.Image) -> bool:
     )
 
 
-def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
+def _thumbnail(image: bytes | np.ndarray, row: int, exif: ExifRule) -> tuple[bytes, str]:
     """Return an image of THUMBNAIL_SIZE at most, encoded, and its file extension."""
-    from dml_dist.data.decode import rgb_image  # It imports torch, which readers do without.
-
     if isinstance(image, np.ndarray):
         shape = image.shape
         if image.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)):
@@ -243,7 +253,7 @@ def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
         picture: Image.Image = Image.fromarray(image)
     else:
         try:
-            picture = Image.open(io.BytesIO(image))
+            picture = open_image(image)
             picture.load()
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(
@@ -252,7 +262,7 @@ def _thumbnail(image: bytes | np.ndarray, row: int) -> tuple[bytes, str]:
             ) from None
         if max(picture.size) <= THUMBNAIL_SIZE and _is_plain(picture):
             return image, _KEPT_FORMATS[str(picture.format)]
-    picture = rgb_image(picture)
+    picture = rgb_image(picture, exif)
     picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     kind = "PNG" if max(picture.size) <= _SMALL else "JPEG"
     file = io.BytesIO()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dml_dist.config.yaml_text import read_yaml
-from dml_dist.errors import ConfigError, DataError
+from dml_dist.errors import ConfigError
 from dml_dist.report.class_results import draw_classes, read_class_results, weakest_rows
 from dml_dist.report.curves import draw_curves
 from dml_dist.report.figures import Picture
@@ -24,6 +24,7 @@ from dml_dist.report.formatting import (
     recall_key,
 )
 from dml_dist.report.gallery import Gallery, read_gallery
+from dml_dist.report.parts import Parts
 from dml_dist.report.proxy_diagnostics import draw_proxies, read_proxy_facts
 from dml_dist.report.render import write_page
 from dml_dist.report.space import draw_space, read_space
@@ -44,26 +45,6 @@ class _Headline:
     before: str | None = None
 
 
-class _Parts:
-    """Reads the parts of a run's folder that the page can do without."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.damaged: list[str] = []
-        self.missing: list[str] = []
-
-    def read(self, name: str, reader: Callable[[Path], _Value | None]) -> _Value | None:
-        """Return a part; None when it is missing or damaged, which is noted."""
-        try:
-            value = reader(self._folder)
-        except DataError as error:
-            self.damaged.append(str(error))
-            return None
-        if value is None:
-            self.missing.append(name)
-        return value
-
-
 def write_report(run_dir: Path) -> Path:
     """Write report/index.html and the figures of a run, finished or not.
 
@@ -79,23 +60,24 @@ def write_report(run_dir: Path) -> Path:
     """
     summary = read_summary(run_dir)
     distance, seed = _distance(summary.config), summary.info.seed
-    parts = _Parts(summary.folder)
-    gallery = parts.read("retrieval gallery", read_gallery) or Gallery(())
-    classes = parts.read("results per class", read_class_results)
-    space = parts.read("embeddings", lambda folder: read_space(folder, distance))
-    proxies = parts.read("proxy statistics", read_proxy_facts)
-
-    curves = draw_curves(summary)
-    class_pictures = [] if classes is None else [draw_classes(classes)]
-    space_pictures = [] if space is None else list(draw_space(space, classes, seed))
-    proxy_pictures = [] if proxies is None else draw_proxies(proxies)
+    parts, folder = Parts(), summary.folder
+    gallery = parts.read("retrieval gallery", lambda: read_gallery(folder)) or Gallery(())
+    classes = parts.read("results per class", lambda: read_class_results(folder))
+    space = parts.read("embeddings", lambda: read_space(folder, distance))
+    proxies = parts.read("proxy statistics", lambda: read_proxy_facts(folder))
+    curves = parts.make("curves", lambda: draw_curves(summary), [])
+    class_pictures = _drawn(parts, "figure of classes", classes, lambda x: [draw_classes(x)])
+    space_pictures = _drawn(parts, "embedding space", space, lambda x: draw_space(x, classes, seed))
+    proxy_pictures = _drawn(parts, "figures of proxies", proxies, draw_proxies)
     tiles = TileMaker(gallery)
-    table, history = summary.table(), summary.history
-    class_tiles = tiles.by_class(gallery.classes)
+    table = parts.make("results", summary.table, [])
+    headline = parts.make("headline", lambda: _headline(summary), [])
+    class_tiles = parts.make("classes", lambda: tiles.by_class(gallery.classes), [])
+    outcomes = parts.make("retrieval", lambda: tiles.by_outcome(gallery.queries), [])
     sections: list[tuple[str, str, bool]] = [
         ("results", "Results", bool(table)),
         ("curves", "Curves", bool(curves)),
-        ("history", history.title, bool(history.title)),
+        ("history", summary.history.title, bool(summary.history.title)),
         ("classes", "Classes", bool(class_pictures or class_tiles)),
         ("retrieval", "Retrieval", bool(gallery.queries)),
         ("space", "Embedding space", bool(space_pictures)),
@@ -116,17 +98,17 @@ def write_report(run_dir: Path) -> Path:
         config=summary.config,
         config_name="config.yaml",
         info=summary.info,
-        headline=_headline(summary),
+        headline=headline,
         table=table,
         columns=filled_columns(table),
         best=summary.best_validation,
         curves=_of_size(curves, small=False),
         small_curves=_of_size(curves, small=True),
-        history=history,
+        history=summary.history,
         class_pictures=class_pictures,
         weakest=[] if classes is None else weakest_rows(classes),
         classes=class_tiles,
-        gallery=tiles.by_outcome(gallery.queries),
+        gallery=outcomes,
         num_queries=len(gallery.queries),
         num_misses=sum(not query.is_hit for query in gallery.queries),
         overall=_overall(summary),
@@ -135,6 +117,15 @@ def write_report(run_dir: Path) -> Path:
         proxy_pictures=proxy_pictures,
         when=_when,
     )
+
+
+def _drawn(
+    parts: Parts,
+    name: str,
+    value: _Value | None,
+    draw: Callable[[_Value], Sequence[Picture]],
+) -> list[Picture]:
+    return [] if value is None else list(parts.make(name, lambda: draw(value), []))
 
 
 def _of_size(curves: Sequence[Picture], *, small: bool) -> list[Picture]:
@@ -177,9 +168,9 @@ def _overall(summary: RunSummary) -> str | None:
     return f"{metric_label(key)} over all queries is {format_metric(key, trained[key])}"
 
 
-def _warnings(summary: RunSummary, parts: _Parts) -> list[str]:
+def _warnings(summary: RunSummary, parts: Parts) -> list[str]:
     """Return what a reader should know before trusting or repeating the numbers."""
-    warnings = [*summary.damaged, *parts.damaged]
+    warnings = [*summary.damaged, *parts.failed]
     attempts = summary.info.attempts
     dirty = [attempt for attempt in attempts if attempt.git.dirty]
     if dirty:
@@ -209,7 +200,7 @@ def _of_attempts(some: Sequence[Attempt], every: Sequence[Attempt]) -> str:
     return f" in attempt{'s' if len(some) > 1 else ''} {numbers}"
 
 
-def _missing(summary: RunSummary, parts: _Parts) -> list[str]:
+def _missing(summary: RunSummary, parts: Parts) -> list[str]:
     """Return what the folder does not hold, one sentence each."""
     missing = [*_unfinished(summary)]
     if not summary.steps:

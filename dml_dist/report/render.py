@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 
 from dml_dist.files import write_bytes_atomic, write_text_atomic
 from dml_dist.report.figures import Picture
+from dml_dist.urls import shown_url
 
 _FOLDER = Path(__file__).parent
 
@@ -46,6 +47,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shown"] = shown_url
     environment.filters["breakable"] = _breakable
     environment.globals["style"] = Markup((_FOLDER / "base.css").read_text("utf-8"))
     return environment

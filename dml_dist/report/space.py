@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,8 +72,8 @@ class Distances:
 
     @property
     def ratio(self) -> float:
-        """Mean distance inside of a class over that between class centers."""
-        return float(self.within.mean()) / self.between
+        """Mean distance inside of a class over that between class centers; NaN if those are 0."""
+        return float(self.within.mean()) / self.between if self.between else math.nan
 
 
 def read_space(run_dir: Path, distance: Literal["cosine", "euclidean"]) -> Space | None:
@@ -143,9 +144,13 @@ def draw_distances(distances: Distances, space: Space) -> Picture:
         f"Distance from a test image to the nearest image of its own class and of another class, "
         f"for {shown} of {num_images:,} images. For {hits:.1%} of them the own class is nearer: "
         "they hit. Mean distance within a class divided by that between class centers: "
-        f"{distances.ratio:.3f} (lower: tighter classes)."
+        f"{_ratio_text(distances.ratio)}."
     )
     return draw_picture("distances", caption, partial(_draw_distances, distances, space))
+
+
+def _ratio_text(ratio: float) -> str:
+    return "all centers are equal" if math.isnan(ratio) else f"{ratio:.3f} (lower: tighter classes)"
 
 
 def _draw_distances(distances: Distances, space: Space, colors: Colors) -> Figure:

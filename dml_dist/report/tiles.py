@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from dml_dist.data.pixels import open_image
 from dml_dist.report.formatting import format_metric
 from dml_dist.report.gallery import Gallery, GalleryClass, GalleryNeighbor, GalleryQuery
 
@@ -121,7 +122,7 @@ def _num_bytes(query: GalleryQuery) -> int:
 def _data_url(image: bytes, *, smaller: bool) -> tuple[str, bool]:
     """Return a thumbnail as a data URL, "" if it is missing or damaged; and whether it is small."""
     try:
-        with Image.open(io.BytesIO(image)) as picture:
+        with open_image(image) as picture:
             picture.load()
             kind, pixelated = str(picture.format).lower(), max(picture.size) <= _PIXELATED
             if smaller and not pixelated:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,11 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.files import lock_file, sync_folder, write_json_atomic, write_text_atomic
+from dml_dist.files import lock_file, sync_folder, write_config_atomic, write_json_atomic
 from dml_dist.runs.artifacts import write_metrics
 from dml_dist.runs.info import Attempt, Ended, RunInfo, RunStatus, now, read_run_info
 from dml_dist.runs.provenance import git_revision, installed_versions
-from dml_dist.urls import is_url
+from dml_dist.urls import is_url, shown_url
 
 # Ranks of a killed command end within seconds, when they detect missing peers or Ray's processes
 # detect that their owner is dead.
@@ -120,6 +121,8 @@ class RunFolder:
             ConfigError: If the folder holds a run or any other file; nothing is written.
         """
         (run := cls(path)).require_new()
+        if run._never_began():
+            shutil.rmtree(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         try:
             # If two commands start at once, only one of them creates this folder.
@@ -137,10 +140,13 @@ class RunFolder:
 
     def write_config(self, config: str) -> None:
         """Write the resolved configuration, YAML."""
-        write_text_atomic(self.config_path, config)
+        write_config_atomic(self.config_path, config)
 
     def require_new(self) -> None:
         """Check that the folder is missing or empty; `create` also checks it.
+
+        A run that failed before its first step, as by a wrong configuration, counts as none: the
+        corrected command may use its folder.
 
         Raises:
             ConfigError: If it is not; the message says what it holds and what to do.
@@ -153,6 +159,8 @@ class RunFolder:
                 f"a run needs a new or empty folder, but {self.path} {what}; "
                 "give another --run-dir or name, or remove it"
             )
+        if self._never_began():
+            return
         info = self.info()
         step = self.last_checkpoint_step()
         checkpoint = "no checkpoint yet" if step is None else f"last checkpoint at step {step}"
@@ -286,5 +294,15 @@ class RunFolder:
         matches = (re.match(r"step[_-]?(\d+)", path.name) for path in self.checkpoints.iterdir())
         return max((int(match[1]) for match in matches if match), default=None)
 
+    def _never_began(self) -> bool:
+        """Whether the folder holds a run that failed before its first step."""
+        if not self.info_path.is_file() or self.last_checkpoint_step() is not None:
+            return False
+        steps = self.records("steps")
+        if steps.is_file() and steps.stat().st_size:
+            return False
+        info = self.info()
+        return info.status.state == "failed" and not any(one.began for one in info.attempts)
+
     def _write(self, info: RunInfo) -> None:
-        write_json_atomic(self.info_path, asdict(info))
+        write_json_atomic(self.info_path, shown_url(asdict(info)))

@@ -32,7 +32,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import DistributionConfig
 from dml_dist.config.yaml_text import read_yaml
 from dml_dist.errors import ConfigError, DataError
-from dml_dist.files import lock_file, read_json, write_json_atomic, write_text_atomic
+from dml_dist.files import lock_file, read_json, write_config_atomic, write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class StudyFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the study's configuration: from here on the folder is a study."""
-        write_text_atomic(self.config_path, dump_config(config))
+        write_config_atomic(self.config_path, dump_config(config))
 
     def check(self, config: RunConfig, *, resume: bool) -> None:
         """Check that a study with this configuration can begin, or continue, in the folder.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +85,10 @@ class RunContext:
         """Check before training that the validation and test classes can be evaluated.
 
         Raises:
+            ConfigError: If training or validation classes would be called test classes.
             DataError: If there is no test split, or no query has another image of its class.
         """
+        check_test_split(self.config)
         _check_evaluable(self.index, self.rows_of(self.config.data.test_split), "data.test_split")
         if len(self.split.validation_rows):
             _check_evaluable(self.index, self.split.validation_rows, "validation")
@@ -213,7 +215,7 @@ class RunContext:
 
 def open_context(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) -> RunContext:
     """Read the index and split its classes; `emit` is called on rank 0 only."""
-    index = open_index(config.data.path, config.data.cache)
+    index = replace(open_index(config.data.path, config.data.cache), exif=config.data.exif)
     return RunContext(
         config=config,
         index=index,
@@ -256,6 +258,27 @@ def collect_embeddings(
     if comm.rank != 0:
         return None
     return SavedEmbeddings(*(np.concatenate(parts) for parts in kept))
+
+
+def check_test_split(config: RunConfig) -> None:
+    """Refuse test classes that are trained on, or that select the checkpoint.
+
+    Raises:
+        ConfigError: If they are; the message names the splits.
+    """
+    test, train, final = config.data.test_split, config.data.train_split, config.evaluation
+    if test == train:
+        raise ConfigError(
+            f"data.test_split and data.train_split are both {test!r}, so training classes would be "
+            "reported as test classes. Name another split; `dml-dist evaluate "
+            "--split` measures any split after training."
+        )
+    # The trials of searches, which evaluate nothing at their end, have this split.
+    if test == "validation" and (final.final != "none" or final.evaluate_test_every is not None):
+        raise ConfigError(
+            "data.test_split is validation, but validation classes select the checkpoint and are "
+            "no test classes. Name a split of the index, or set evaluation.final: none."
+        )
 
 
 def _check_evaluable(index: Index, rows: np.ndarray, what: str) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -26,11 +26,16 @@ from dml_dist.config.data import (
     StoredImagesSection,
     TableConfig,
 )
+from dml_dist.config.schema import RunConfig
 from dml_dist.config.shape import is_resumable
 from dml_dist.data.index import INDEX_NAME, Index, import_description
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.runtime.progress import Display, phase
-from dml_dist.urls import is_url, local_path
+from dml_dist.terminal import say
+from dml_dist.urls import has_secret, is_url, local_path, shown_url
+
+if TYPE_CHECKING:
+    from dml_dist.data.tar_shard import OnBroken
 
 _SECTIONS: dict[str, type[Section]] = {
     "glyphs": GlyphsConfig,
@@ -105,12 +110,12 @@ def _check_rule(name: str, rule: Mapping[str, Any]) -> None:
 def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
     """Import a data set into tar shards and an index, with a progress bar."""
     from dml_dist.data.datasets import build_importer
-    from dml_dist.data.import_summary import read_summary
     from dml_dist.data.write_shards import import_dataset
 
     if is_url(out):
         raise ConfigError(
-            f"data import cannot write to the URL {out}; import into a local folder, then upload it"
+            f"data import cannot write to the URL {shown_url(str(out))}; import into a local "
+            "folder, then upload it"
         )
     start = time.monotonic()
     stored = dataset if isinstance(dataset, StoredImagesSection) else StoredImagesSection()
@@ -123,13 +128,7 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
             description=describe(dataset),
             progress=lambda done, total: display(phase("write shards", done, total)),
         )
-    for split in sorted(set(index.split.tolist()), key=lambda name: (name != "train", name)):
-        rows = index.rows(split)
-        num_classes = len(np.unique(index.label[rows]))
-        _print(console, f"{split}: {len(rows):,} images of {num_classes:,} classes")
-    summary = read_summary(out)
-    for line in [] if summary is None else summary.lines(out):
-        _print(console, line)
+    _print_counts(index, console)
     console.print(
         f"{len(index):,} images of {len(index.class_names):,} classes in "
         f"{len(index.tar_shards)} tar shards, {time.monotonic() - start:.1f} s: {out}",
@@ -152,6 +151,25 @@ def describe(dataset: DatasetConfig) -> str:
         and not (name == "max_side" and value is None)  # Older imports have no such field.
     }
     return json.dumps(fields, sort_keys=True)
+
+
+def warn_of_secrets(config: RunConfig, console: Console) -> None:
+    """Warn of a password or token in a URL: the configuration keeps it."""
+    places = {
+        "data.path": config.data.path,
+        **{
+            f"loggers.{at}.tracking_uri": getattr(logger, "tracking_uri", None) or ""
+            for at, logger in enumerate(config.loggers)
+        },
+    }
+    for place, url in places.items():
+        if has_secret(url):
+            say(
+                console,
+                f"warning: {place} {shown_url(url)} holds a password or token, which config.yaml "
+                "keeps, readable by you alone; give credentials by environment variables or the "
+                "configuration files of fsspec, s3fs, gcsfs or MLflow instead",
+            )
 
 
 def require_same_dataset(config: DataConfig) -> None:
@@ -200,27 +218,56 @@ def ensure_imported(config: DataConfig, console: Console) -> None:
     import_to(config.dataset, path, console)
 
 
-def index_folder(location: str, split: str, console: Console) -> None:
+def index_folder(
+    location: str, split: str | None, console: Console, *, on_broken: OnBroken = "raise"
+) -> None:
     """Index existing tar shards.
 
     Raises:
         ConfigError: If the location is a URL: nothing is written there.
     """
-    from dml_dist.data.index import build_index
+    from dml_dist.data.build_index import build_index
 
     folder = local_path(location)
     if folder is None:
         raise ConfigError(
-            f"data index cannot write {INDEX_NAME} to the URL {location}; index the tar shards in "
-            f"a local folder, then upload {INDEX_NAME}"
+            f"data index cannot write {INDEX_NAME} to the URL {shown_url(location)}; index the "
+            f"tar shards in a local folder, then upload {INDEX_NAME}"
         )
-    index = _with_bar("index", console, lambda report: build_index(folder, split, report))
+    with Display(console) as display:
+        index = build_index(
+            folder,
+            split,
+            lambda name, done, total: display(phase(name, done, total)),
+            on_broken=on_broken,
+        )
+    _print_counts(index, console)
+    if len(splits := set(index.split.tolist())) == 1:
+        _print(
+            console,
+            f"every image is in the split {splits.pop()!r}; training also evaluates "
+            "data.test_split: put tar shards into folders train/, val/ and test/, or give `split` "
+            "in the .json members",
+        )
     console.print(
         f"{len(index):,} images of {len(index.class_names):,} classes indexed: "
         f"{folder / INDEX_NAME}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_counts(index: Index, console: Console) -> None:
+    """Print the size of each split and the summary."""
+    from dml_dist.data.import_summary import read_summary
+
+    for split in sorted(set(index.split.tolist()), key=lambda name: (name != "train", name)):
+        rows = index.rows(split)
+        num_classes = len(np.unique(index.label[rows]))
+        _print(console, f"{split}: {len(rows):,} images of {num_classes:,} classes")
+    summary = read_summary(index.root)
+    for line in [] if summary is None else summary.lines(index.root):
+        _print(console, line)
 
 
 def verify_folder(location: str, console: Console) -> bool:
@@ -237,12 +284,16 @@ def verify_folder(location: str, console: Console) -> bool:
     else:
         index = open_index(location, CacheConfig())
         result = _with_bar("verify", console, lambda report: verify_remote(index, report))
+    for line in result.notes:
+        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
     for problem in result.problems:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
-    verdict = f"{len(result.problems)} problems" if result.problems else "all match the index"
+    verdict = (
+        f"{len(result.problems)} problems" if result.problems else "all match the index and decode"
+    )
     console.print(
         f"{result.num_samples:,} samples, {result.num_bytes / 2**20:,.1f} MiB: {verdict}: "
-        f"{folder or location}",
+        f"{folder or shown_url(location)}",
         highlight=False,
         soft_wrap=True,
     )

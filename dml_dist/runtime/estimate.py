@@ -13,6 +13,7 @@ from dml_dist.data.datasets import build_importer
 from dml_dist.data.index import Index
 from dml_dist.data.sample import DatasetFacts
 from dml_dist.errors import DataError
+from dml_dist.runtime.context import check_test_split
 from dml_dist.train.run_plan import RunPlan, resolve
 
 
@@ -35,6 +36,7 @@ def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:
             "import it with `dml-dist data import`, then repeat the dry run"
         )
     index = _index_without_images(facts, Path(config.data.path))
+    check_test_split(config)
     index.rows(config.data.test_split)  # Raises when there is no such split.
     validation = _with_known_names(config.validation, index, config.data.train_split)
     split = split_classes(index, config.data, validation, config.seed)

@@ -23,6 +23,7 @@ from dml_dist.errors import ConfigError
 from dml_dist.files import write_text_atomic
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import Observer
+from dml_dist.urls import shown_url
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def open_loggers(config: RunConfig, folder: RunFolder, attempt: int) -> Loggers:
 class _TensorBoard:
     def __init__(self, config: RunConfig, folder: RunFolder, attempt: int) -> None:
         self._path = folder.loggers / "tensorboard"
-        self._text = f"```yaml\n{dump_config(config)}```"
+        self._text = f"```yaml\n{shown_url(dump_config(config))}```"
         self._attempt = attempt
         self._writer: Any = None
 
@@ -203,9 +204,9 @@ class _MLflow:
         run = self._client.create_run(experiment, run_name=config.name)
         self._run = run.info.run_id
         write_text_atomic(marker, self._run + "\n")
-        for name, value in _flat(config.model_dump(mode="json")).items():
+        for name, value in _flat(shown_url(config.model_dump(mode="json"))).items():
             self._client.log_param(self._run, name, value)
-        self._client.log_text(self._run, dump_config(config), "config.yaml")
+        self._client.log_text(self._run, shown_url(dump_config(config)), "config.yaml")
 
     def log(self, step: int, values: Mapping[str, float], *, training: bool) -> None:
         now = int(time.time() * 1000)
@@ -235,7 +236,7 @@ class _Wandb:
             resume="allow" if online else None,
             mode=logger.mode,
             dir=str(folder.loggers),
-            config=config.model_dump(mode="json"),
+            config=shown_url(config.model_dump(mode="json")),
             settings=wandb.Settings(silent=True, console="off"),
         )
         # W&B's own step counter only increases, but evaluations of an earlier step may follow.

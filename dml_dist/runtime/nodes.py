@@ -19,6 +19,7 @@ from dml_dist.runtime.context import RunContext, open_context
 from dml_dist.runtime.progress import Emit, note
 from dml_dist.runtime.tasks import Assignment
 from dml_dist.topology import Topology
+from dml_dist.urls import shown_url
 
 # Clocks that are synchronised differ by less than a second.
 _SECONDS_OF_CLOCKS = 30.0
@@ -113,8 +114,8 @@ def _difference(
         )
     if None not in (own.index, main.index) and own.index != main.index:
         return DataError(
-            f"{INDEX_NAME} of {data_path} on the node {own.node} differs from the one on "
-            f"{main.node}. Copy the data set again, or mount the same file system on all nodes"
+            f"{INDEX_NAME} of {shown_url(data_path)} on the node {own.node} differs from the one "
+            f"on {main.node}. Copy the data set again, or mount the same file system on all nodes"
         )
     return None
 

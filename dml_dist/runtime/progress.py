@@ -28,6 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dml_dist.terminal import printable
+
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
@@ -83,12 +85,12 @@ class Display:
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
         self._progress = Progress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -114,6 +116,7 @@ class Display:
                 self._show_phase(event["phase"], event["done"], event["total"], event["detail"])
 
     def _show_phase(self, name: str, done: int, total: int, detail: str) -> None:
+        name, detail = printable(name), printable(detail)
         if not self._console.is_terminal:
             now = time.monotonic()
             if done >= total or now - self._last_line.get(name, 0.0) >= SECONDS_BETWEEN_LINES:

@@ -326,7 +326,7 @@ def measure_checkpoint(
         keep_proxy_facts(context, model, checkpoint, keep)
     if keep is not None and topology.is_main:
         gallery = gallery_of(result, rows, context.index, config.seed)
-        write_gallery(keep.path, gallery.queries, gallery.classes)
+        write_gallery(keep.path, gallery.queries, gallery.classes, exif=context.index.exif)
     if per_class is not None and topology.is_main:
         _write_per_class(per_class, result.per_class, rows, context.index)
     return result.as_dict()

@@ -26,8 +26,6 @@ Legend: N gallery rows of this shard, Q queries, D embedding width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,24 +34,6 @@ from torch import Tensor
 from dml_dist.search.exact import chunks
 
 _CENTER_SAMPLE = 1024
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 matrix products in true float32 inside the context.
-
-    Overrides the caller's matmul precision and autocast.
-
-    Args:
-        device: Device of the products.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dml_dist.losses.numerics import full_precision
 from dml_dist.parallel.comm import Comm
-from dml_dist.search.approximate import Approximation, full_precision
+from dml_dist.search.approximate import Approximation
 from dml_dist.search.exact import pair_distances
 from dml_dist.search.neighbors import Neighbors, merge_neighbors, neighbors_of_pairs
 from dml_dist.search.self_join import (

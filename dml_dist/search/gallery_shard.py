@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dml_dist.search.approximate import Approximation, Thresholds, full_precision
+from dml_dist.losses.numerics import full_precision
+from dml_dist.search.approximate import Approximation, Thresholds
 from dml_dist.search.exact import pair_distances
 from dml_dist.search.neighbors import (
     NO_ROW,

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dml_dist.search.approximate import Approximation, Thresholds, full_precision
+from dml_dist.losses.numerics import full_precision
+from dml_dist.search.approximate import Approximation, Thresholds
 from dml_dist.search.exact import pair_distances
 from dml_dist.search.neighbors import Neighbors, empty_neighbors, neighbors_of_pairs
 

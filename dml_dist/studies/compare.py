@@ -16,9 +16,9 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import format_value
 from dml_dist.errors import ConfigError, DmlDistError, RunError
 from dml_dist.files import write_bytes_atomic
-from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.report.formatting import format_metric
+from dml_dist.report.parts import try_to_write
 from dml_dist.report.study.comparison import write_comparison
 from dml_dist.report.study.comparison_tables import (
     SINGLE_RUNS,
@@ -38,7 +38,7 @@ from dml_dist.runs.comparison import (
     searched_paths,
     trial_config,
 )
-from dml_dist.runtime.datasets import ensure_imported
+from dml_dist.runtime.datasets import ensure_imported, warn_of_secrets
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, Emit, note, phase
 from dml_dist.studies.pool import Pool
@@ -70,6 +70,7 @@ def run_comparison(
     folder = ComparisonFolder((run_dir or Path("runs") / config.name).absolute())
     folder.check(config, resume=resume)
     plans = _check_methods(config)
+    warn_of_secrets(config, console)
     if local_path(config.data.path) is not None:
         ensure_imported(config.data, console)
     with folder.lock():
@@ -79,9 +80,10 @@ def run_comparison(
         with Pool(folder, config.launch, section.parallel) as pool, Display(console) as emit:
             values = _search(config, folder, pool, emit)
             problems = _run(config, folder, pool, emit, values)
-        page = write_comparison(folder.path)
+        page = try_to_write(write_comparison, folder.path)
     print_comparison(folder.path, console)
-    console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+    if page is not None:
+        console.print(f"report:  {page}", highlight=False, soft_wrap=True)
     if problems:
         count = len(section.methods) * len(section.seeds)
         raise RunError(
@@ -182,7 +184,6 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
     plans = {}
     for method in section.methods:
         own = method_config(config, method)
-        check_weights(own.model.backbone)
         try:
             plans[method] = plan_without_data(own)
         except DmlDistError as error:

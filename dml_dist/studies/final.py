@@ -24,7 +24,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import format_value
 from dml_dist.config.study import METHOD_KEY
 from dml_dist.errors import ConfigError, RunError
-from dml_dist.files import read_json, write_json_atomic, write_text_atomic
+from dml_dist.files import read_json, write_config_atomic, write_json_atomic
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.report.formatting import (
     format_metric,
@@ -77,7 +77,7 @@ def write_best(config: RunConfig, folder: TuningFolder, trials: Trials) -> Path 
     found = found.model_copy(update={"name": f"{config.name}_best"})
     lines = _origin(config, folder, best, trials.count())
     text = "".join(f"# {line}\n" for line in lines)
-    write_text_atomic(folder.best_path, f"{text}\n{dump_config(found)}")
+    write_config_atomic(folder.best_path, f"{text}\n{dump_config(found)}")
     return folder.best_path
 
 

@@ -6,7 +6,6 @@ A run that is finished in its folder is not repeated, one that is not finished i
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
-
 from dml_dist.config.load import load_config
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.errors import ConfigError
@@ -26,9 +23,9 @@ from dml_dist.orchestration.ray_tasks import Execute, Metrics, ray_tasks
 from dml_dist.orchestration.train import run_training
 from dml_dist.runs.artifacts import read_metrics
 from dml_dist.runs.folder import RunFolder
-from dml_dist.runs.records import read_records
 from dml_dist.runs.study import StudyFolder, StudyKind, digest, fixed_differences
 from dml_dist.runtime.signals import StopRequest
+from dml_dist.terminal import open_console
 
 Value = TypeVar("Value")
 
@@ -57,12 +54,6 @@ def finished_metrics(config: RunConfig, folder: Path, kind: StudyKind) -> Metric
     return read_metrics(run.metrics_path) if run.info().finished else None
 
 
-def is_diverged(folder: Path) -> bool:
-    """Whether a run failed because its loss was not finite."""
-    records = read_records(RunFolder(folder).records("steps"))
-    return bool(records) and not math.isfinite(records[-1].get("loss", math.nan))
-
-
 def execute_run(
     config: RunConfig,
     folder: Path,
@@ -81,7 +72,7 @@ def execute_run(
     started = RunFolder(folder).info_path.is_file()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as file:
-        console = Console(file=file, width=100)
+        console = open_console(file=file, width=100)
         return run_training(
             config,
             console,

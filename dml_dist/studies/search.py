@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import DistributionConfig, GridSamplerConfig, format_value
 from dml_dist.config.study import NoPrunerConfig, ObjectiveConfig, SearchConfig
-from dml_dist.errors import ConfigError, RunError
+from dml_dist.errors import ConfigError, DivergedError, RunError
 from dml_dist.orchestration.ray_tasks import Execute
 from dml_dist.runs.comparison import (
     COMPARE,
@@ -23,7 +23,6 @@ from dml_dist.runs.comparison import (
     trial_config,
 )
 from dml_dist.runs.study import digest, own_values_in
-from dml_dist.studies.pool import is_diverged
 from dml_dist.studies.samplers import create_study, grid_points, grid_size
 from dml_dist.studies.trials import Trials
 
@@ -164,9 +163,7 @@ def _outcome(
     path = folder.trial(method, number)
     try:
         outcome["map_at_r"] = float(execute(trial, path)["validation"]["map_at_r"])
-    except RunError as error:
-        if not is_diverged(path):
-            raise
+    except DivergedError as error:
         outcome["problem"] = str(error)
     folder.write_outcome(method, number, outcome)
     return outcome

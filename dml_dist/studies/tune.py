@@ -16,8 +16,9 @@ from dml_dist.config.load import with_absolute_paths
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, RunError, RunStopped
 from dml_dist.orchestration.ray_tune import PRUNED, TIME_LIMIT, Outcome, Payload, run_trials
+from dml_dist.report.parts import try_to_write
 from dml_dist.runs.tuning import TuningFolder, trial_configs, tune_section
-from dml_dist.runtime.datasets import ensure_imported
+from dml_dist.runtime.datasets import ensure_imported, warn_of_secrets
 from dml_dist.runtime.progress import Display
 from dml_dist.runtime.signals import stop_on_signals
 from dml_dist.studies.final import check_final, print_final, run_final, write_best
@@ -63,6 +64,7 @@ def run_tuning(
     folder = TuningFolder((run_dir or Path("runs") / config.name).absolute())
     check_tuning(config, folder, source)
     plan = check_search(config)
+    warn_of_secrets(config, console)
     if local_path(config.data.path) is not None:
         ensure_imported(config.data, console)
     with folder.lock():
@@ -75,7 +77,7 @@ def run_tuning(
             search.continue_trial(continue_trial)
         stopped = search.run()
         write_best(config, folder, trials)
-        page = write_tuning(folder.path)
+        page = try_to_write(write_tuning, folder.path)
         if final and stopped is None:
             check_final(folder, trials)  # Before a cluster is started.
             with (
@@ -84,7 +86,7 @@ def run_tuning(
             ):
                 run_final(config, folder, trials, pool, emit)
             print_final(folder, console)
-            page = write_tuning(folder.path)
+            page = try_to_write(write_tuning, folder.path)
     return _conclude(config, folder, trials, page, stopped, console)
 
 
@@ -270,7 +272,7 @@ def _conclude(
     config: RunConfig,
     folder: TuningFolder,
     trials: Trials,
-    page: Path,
+    page: Path | None,
     stopped: str | None,
     console: Console,
 ) -> Path:
@@ -288,7 +290,8 @@ def _conclude(
         )
         _say(console, f"best configuration: {folder.best_path}")
     _say(console, f"trials: {counts}")
-    _say(console, f"report:  {page}")
+    if page is not None:
+        _say(console, f"report:  {page}")
     if stopped is not None and stopped != TIME_LIMIT:
         raise RunStopped(f"{config.name} was stopped by {stopped} ({counts})")
     if stopped is not None:

@@ -15,7 +15,6 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.config.search_space import format_value
 from dml_dist.config.study import METHOD_KEY, TRAIN_SECONDS, ASHAPrunerConfig, TuneConfig
 from dml_dist.errors import ConfigError, DmlDistError
-from dml_dist.models.backbones import check_weights
 from dml_dist.orchestration.launch import uses_gpu, world_size_of
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.runs.study import is_below, value_at
@@ -198,7 +197,6 @@ def _check_trial(config: RunConfig, values: Mapping[str, Any], steps: int) -> Ru
 
 
 def _plan(config: RunConfig, run: RunConfig) -> tuple[RunPlan, str]:
-    check_weights(run.model.backbone)
     # A trial's own test split are validation classes, which counts of a data set do not list.
     data = run.data.model_copy(update={"test_split": config.data.test_split})
     return plan_without_data(run.model_copy(update={"data": data}))

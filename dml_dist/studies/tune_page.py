@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from dml_dist.config.yaml_text import read_text
 from dml_dist.files import write_text_atomic
 from dml_dist.report.figures import Picture
 from dml_dist.report.formatting import MISSING, format_seconds
+from dml_dist.report.parts import Parts
 from dml_dist.report.render import write_page
-from dml_dist.report.study.comparison_tables import csv_text
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.tuning import tune_section
 from dml_dist.studies.trials import STATES
@@ -43,6 +43,7 @@ from dml_dist.studies.tune_value_figures import (
     draw_slices,
     importances,
 )
+from dml_dist.terminal import csv_text
 
 FEW_TRIALS = 10
 """Complete trials below which the best one may be best by chance alone."""
@@ -62,7 +63,8 @@ def write_tuning(path: Path) -> Path:
         DataError: If a run's file is damaged.
     """
     tuning = read_tuning(path)
-    figures = _figures(tuning)
+    parts = Parts()
+    figures = _figures(tuning, parts)
     final = final_section(tuning)
     best_yaml = read_text(tuning.folder.best_path) if tuning.folder.best_path.is_file() else None
     two = len(tuning.objectives) > 1
@@ -85,7 +87,7 @@ def write_tuning(path: Path) -> Path:
         command="tune",
         name=tuning.config.name,
         status="finished" if tuning.is_finished else "unfinished",
-        warnings=_warnings(tuning),
+        warnings=[*_warnings(tuning), *parts.failed],
         missing=_missing(tuning),
         sections=sections,
         facts=_facts(tuning),
@@ -129,7 +131,7 @@ class _Figures:
         return [*values, *self.contour, *self.learning, *self.cost]
 
 
-def _figures(tuning: Tuning) -> _Figures:
+def _figures(tuning: Tuning, parts: Parts) -> _Figures:
     places = range(len(tuning.objectives))
     found: list[dict[str, float]] = []
     reason = None
@@ -137,17 +139,32 @@ def _figures(tuning: Tuning) -> _Figures:
         found = [importances(tuning, place) for place in places]
     except ValueError as error:
         reason = f"Importances are missing: {error}."
-    contour = draw_contour(tuning, list(found[0])[:2]) if found and len(found[0]) > 1 else None
+    pair = list(found[0])[:2] if found else []
+    contour = parts.make("contour", lambda: draw_contour(tuning, pair) if pair[1:] else None, None)
+
+    def draw(name: str, function: Callable[[], Sequence[Picture]]) -> Sequence[Picture]:
+        return parts.make(name, function, [])
+
     return _Figures(
-        front=[draw_front(tuning)] if len(places) > 1 and tuning.complete else [],
-        history=[draw_history(tuning, place) for place in places] if tuning.trials else [],
-        parallel=[draw_parallel(tuning)] if len(tuning.complete) > 1 else [],
-        importances=[draw_importances(tuning, shares, place) for place, shares in enumerate(found)],
+        front=draw(
+            "front", lambda: [draw_front(tuning)] if len(places) > 1 and tuning.complete else []
+        ),
+        history=draw(
+            "history",
+            lambda: [draw_history(tuning, place) for place in places] if tuning.trials else [],
+        ),
+        parallel=draw(
+            "parallel", lambda: [draw_parallel(tuning)] if len(tuning.complete) > 1 else []
+        ),
+        importances=draw(
+            "importances",
+            lambda: [draw_importances(tuning, shares, place) for place, shares in enumerate(found)],
+        ),
         no_importances=reason,
-        slices=draw_slices(tuning),
+        slices=draw("slices", lambda: draw_slices(tuning)),
         contour=[] if contour is None else [contour],
-        learning=draw_learning(tuning),
-        cost=draw_cost(tuning),
+        learning=draw("learning curves", lambda: draw_learning(tuning)),
+        cost=draw("cost", lambda: draw_cost(tuning)),
     )
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from dml_dist.config.schema import RunConfig
 from dml_dist.config.study import TRAIN_SECONDS
-from dml_dist.errors import DmlDistError, RunError, RunStopped
+from dml_dist.errors import DivergedError, DmlDistError, RunError, RunStopped
 from dml_dist.files import lock_file
 from dml_dist.orchestration.ray_tune import Outcome, Payload, Report
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import read_records
 from dml_dist.runs.tuning import TUNE
 from dml_dist.runtime.signals import StopRequest, polling
-from dml_dist.studies.pool import execute_run, finished_metrics, is_diverged
+from dml_dist.studies.pool import execute_run, finished_metrics
 
 _SECONDS_BETWEEN_READS = 0.5
 # Processes of a driver that was killed end within seconds.
@@ -71,9 +71,8 @@ def execute_trial(payload: Payload, report: Report, stop: StopRequest) -> Outcom
     except RunStopped:
         outcome = {"state": "stopped", "reason": stop.reason}
     except DmlDistError as error:
-        folder = Path(payload["runs"][len(finals)]["folder"])
-        diverged = isinstance(error, RunError) and is_diverged(folder)
-        outcome = {"state": "diverged" if diverged else "failed", "problem": str(error)}
+        state = "diverged" if isinstance(error, DivergedError) else "failed"
+        outcome = {"state": state, "problem": str(error)}
     return {**outcome, "seconds": time.monotonic() - start, "steps": _steps_made(payload)}
 
 

@@ -17,12 +17,13 @@ import torch
 
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.loader import Batch, worker_death
-from dml_dist.errors import RunError
+from dml_dist.errors import DivergedError, RunError
 from dml_dist.parallel.comm import Comm
 from dml_dist.random_streams import Stream, seed_of
 from dml_dist.train.checkpoint import delete_interrupted, load_checkpoint, save_checkpoint
 from dml_dist.train.checkpoint_choice import find_checkpoint, restore_best
 from dml_dist.train.checkpoint_files import Best, Manifest
+from dml_dist.train.dynamic_assignment import SharedProxyWarning
 from dml_dist.train.hooks import ProgressEvent, TrainHooks, TrainResult
 from dml_dist.train.meter import EmbeddingNorms, Meter, Reading
 from dml_dist.train.optim import learning_rate_factor
@@ -51,7 +52,8 @@ def train(
 
     Raises:
         CheckpointError: If the checkpoint does not fit the configuration or the plan.
-        RunError: If the loss is not finite, or a rank or loader worker was lost.
+        DivergedError: If loss, embeddings, gradients or weights are not finite.
+        RunError: If a rank or loader worker was lost.
     """
     start = time.monotonic()
     found = find_checkpoint(hooks.checkpoints, comm) if resume else None
@@ -104,6 +106,7 @@ class _Loop:
         )
         self.meter = Meter()
         self.norms = EmbeddingNorms()
+        self.shared_proxy = SharedProxyWarning()
         record = config.train.record_spans
         self.spans = Spans.on(state.comm.device) if record else Spans.off()
 
@@ -182,7 +185,7 @@ class _Loop:
         values = dict(output.statistics)
         if output.gradient_norm is not None:
             values["gradient_norm"] = output.gradient_norm
-        self.meter.add(values, sum(sizes), data_seconds)
+        self.meter.add(values, output.finite_gradients, sum(sizes), data_seconds)
         self.norms.add(batch.rows, output.embedding_norms)
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +238,7 @@ class _Loop:
         if not pauses:
             return None
         share_buffers(self.state.model, self.state.comm)
-        check_finite(self.state)
+        check_finite(self.state, self._kept())
         metrics = self._validate(step) if validates else None
         map_at_r = float(metrics["map_at_r"]) if metrics else None
         improved = map_at_r is not None and self._is_best(step, map_at_r)
@@ -273,7 +276,7 @@ class _Loop:
     def _log(self, step: int) -> None:
         num_steps = self.meter.num_steps
         first = step - num_steps + 1
-        reading = self.meter.read()
+        reading = self.meter.read(self.state.comm)
         values = reading.values | self.spans.read(num_steps)
         if self.state.projections is not None:
             values |= self.state.projections.record(self.state.model)
@@ -286,22 +289,27 @@ class _Loop:
                 lr=lr,
                 **values,
             )
+        if self.state.comm.topology.is_main:
+            self.shared_proxy.see(step, num_steps, values)
         self._report(values["loss"], values["images_per_second"])
         if reading.first_bad is not None:
             raise self._non_finite(step, first, reading)
         self.norms.steps.clear()
 
-    def _non_finite(self, step: int, first: int, reading: Reading) -> RunError:
-        """Return the error that describes a non-finite loss; every rank calls this."""
+    def _kept(self) -> str:
+        return f"{self.last} is kept" if self.last else "there is no checkpoint yet"
+
+    def _non_finite(self, step: int, first: int, reading: Reading) -> DivergedError:
+        """Return the error for a non-finite loss or gradient; every rank calls this."""
         assert reading.first_bad is not None
         row, norm = self.norms.worst(reading.first_bad, self.state.comm)
         parts = ", ".join(f"{name} {value:.6g}" for name, value in reading.bad_values.items())
-        kept = f"{self.last} is kept" if self.last else "there is no checkpoint yet"
-        return RunError(
-            f"the loss is not finite at step {first + reading.first_bad} "
+        what = "gradients are" if math.isfinite(reading.bad_values["loss"]) else "loss is"
+        return DivergedError(
+            f"the {what} not finite at step {first + reading.first_bad} "
             f"(noticed at step {step}): {parts}; the worst sample is "
             f"{self.hooks.name_of_row(row)}, whose embedding has norm {norm:.6g}. "
-            f"Lower the learning rate or set train.max_grad_norm; {kept}"
+            f"Lower the learning rate or set train.max_grad_norm; {self._kept()}"
         )
 
     def _report(self, loss: float | None, images_per_second: float) -> None:

@@ -18,8 +18,8 @@ class Reading:
 
     Attributes:
         values: Means over steps by name, images_per_second and data_share.
-        first_bad: Which step since the last reading was the first with a loss that is not finite,
-            from 0; None when all are finite.
+        first_bad: Which step since the last reading was the first with a loss or gradients that are
+            not finite on any rank, from 0; None when all are finite.
         bad_values: The values of that step, by name; empty when all are finite.
     """
 
@@ -36,17 +36,26 @@ class Meter:
 
     Attributes:
         values: Name -> 0-d tensors, one a step; `loss` is among them.
+        finite_gradients: Whether this rank's gradients were finite, 0-d tensors, one a step.
         num_images: Images of all ranks.
         data_seconds: Time for which this rank waited for batches.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    finite_gradients: list[Tensor] = field(default_factory=list)
     num_images: int = 0
     data_seconds: float = 0.0
     _start: float = field(default_factory=time.perf_counter)
 
-    def add(self, values: dict[str, Tensor], num_images: int, data_seconds: float) -> None:
+    def add(
+        self,
+        values: dict[str, Tensor],
+        finite_gradients: Tensor,
+        num_images: int,
+        data_seconds: float,
+    ) -> None:
         """Add one step."""
+        self.finite_gradients.append(finite_gradients)
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
         self.num_images += num_images
@@ -57,16 +66,23 @@ class Meter:
         """Number of steps since the last reading."""
         return len(self.values.get("loss", ()))
 
-    def read(self) -> Reading:
-        """Return the values since the last reading and reset; waits for the device."""
-        steps = torch.stack([torch.stack(column).double() for column in self.values.values()])
-        steps = steps.cpu()  # HOST SYNC: the only one of a run.
+    def read(self, comm: Comm) -> Reading:
+        """Return the values since the last reading and reset; every rank calls this.
+
+        Waits for the device.
+        """
+        columns = [*self.values.values(), self.finite_gradients]
+        every = torch.stack([torch.stack(column).double() for column in columns])
+        every = every.cpu()  # HOST SYNC: the only one of a run.
+        steps, finite = every[:-1], every[-1]
         record = dict(zip(self.values, steps.mean(dim=1).tolist(), strict=True))
-        bad = (~steps[list(self.values).index("loss")].isfinite()).nonzero()
+        loss = steps[list(self.values).index("loss")]
+        # Ranks own other rows of the proxies, whose gradients only they have.
+        bad = comm.all_reduce_max(1 - (loss.isfinite() & (finite > 0)).long(), what="finite steps")
         seconds = max(time.perf_counter() - self._start, 1e-9)
         record["images_per_second"] = self.num_images / seconds
         record["data_share"] = min(1.0, self.data_seconds / seconds)
-        first_bad = int(bad[0]) if len(bad) else None
+        first_bad = int(bad.nonzero()[0]) if bad.any() else None
         column = [] if first_bad is None else steps[:, first_bad].tolist()
         bad_values = dict(zip(self.values, column, strict=False))
         self.restart()
@@ -75,6 +91,7 @@ class Meter:
     def restart(self) -> None:
         """Clear all values and restart the clock: after a validation or a checkpoint."""
         self.values.clear()
+        self.finite_gradients.clear()
         self.num_images = 0
         self.data_seconds = 0.0
         self._start = time.perf_counter()

@@ -106,12 +106,14 @@ def check_micro_batches(size: int | None, model: EmbeddingModel) -> None:
     Raises:
         ConfigError: If it normalises by statistics of the batch.
     """
-    num_layers = len(batch_norm_channels(model))
-    if size is None or model.batch_norm == "frozen" or not num_layers:
+    if size is None:
         return
-    raise ConfigError(
-        f"train.micro_batch_size is {size}, but the network has batch normalisation (layers: "
-        f"{num_layers}) with {model.batch_norm} statistics, which differ between a micro-batch and "
-        "the whole batch. Use group normalisation (model.backbone.norm: group), frozen statistics "
-        "(model.backbone.batch_norm.statistics: frozen), or remove train.micro_batch_size."
-    )
+    for statistics in ("synchronized", "per_rank"):
+        if num_layers := len(batch_norm_channels(model, statistics)):
+            raise ConfigError(
+                f"train.micro_batch_size is {size}, but the network has batch normalisation "
+                f"(layers: {num_layers}) with {statistics} statistics, which differ between a "
+                "micro-batch and the whole batch. Use group normalisation (model.backbone.norm: "
+                "group), frozen statistics (model.backbone.batch_norm.statistics: frozen) and "
+                "model.normalize: none, or remove train.micro_batch_size."
+            )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.objective import (
     AdamConfig,
     AdamWConfig,
@@ -154,6 +154,15 @@ def clip_gradients(
     return norm
 
 
+def has_finite_gradients(parameters: Iterable[Tensor]) -> Tensor:
+    """Return whether the norm of every gradient is finite in its own dtype, 0-d bool.
+
+    Where it is not, optimisers that square gradients fail too. Waits for no device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients, 2.0)).isfinite().all()
+
+
 def _squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Return the sum of squares, 0-d float64."""
     if not gradients:
@@ -183,7 +192,7 @@ def _decays(config: OptimizerConfig, kind: ParameterKind) -> bool:
 def _build_custom(config: CustomOptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     where = f"optim.target {config.target}"
     try:
-        optimizer = load_target(config.target)(groups, **config.options)
+        optimizer = call_target(config.target, groups, options=config.options)
     except TypeError as error:
         raise ConfigError(
             f"{where} could not be called with parameter groups and the options "

@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dml_dist.config.data import BalancedBatchesConfig, DataConfig
 from dml_dist.config.objective import CosineScheduleConfig
-from dml_dist.config.projections import ProjectionsConfig
-from dml_dist.config.schema import NoValidationConfig, RunConfig
+from dml_dist.config.schema import RunConfig
 from dml_dist.data.plans import build_plan
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.models.build_model import batch_norm_channels, build_model, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
 from dml_dist.models.timm_backbone import network_transform
-from dml_dist.parallel.batch_norm import batch_norm_traffic
+from dml_dist.parallel.batch_norm import batch_norm_traffic, check_batch_norm
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
@@ -26,6 +24,7 @@ from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
 from dml_dist.train.micro_batches import check_micro_batches
 from dml_dist.train.optim import describe_learning_rates, state_slots
+from dml_dist.train.plan_methods import check_methods, describe_methods
 from dml_dist.train.state import resolve_precision
 
 
@@ -156,17 +155,7 @@ def resolve(
     sizes = np.asarray(train_class_sizes, dtype=np.int64)
     _check_classes(sizes)
     dtype = resolve_precision(config.train.precision, "cpu").dtype
-    objective = build_objective(
-        config.loss,
-        num_classes=len(sizes),
-        embedding_size=config.model.embedding_size,
-        seed=config.seed,
-        comm=Comm.planned(world_size),
-        dtype=dtype,
-        nir=config.nir,
-        class_sizes=sizes.tolist(),
-        initial_std=config.proxies.initial_std,
-    )
+    objective = _objective_without_data(config, sizes, world_size, dtype)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     batches = build_plan(
         config.data.batches,
@@ -177,13 +166,13 @@ def resolve(
         global_batch_size=config.train.global_batch_size,
         world_size=world_size,
     )
-    check_methods(config, sizes)
+    check_methods(config, objective, sizes)
     total_steps = config.train.steps or (config.train.epochs or 0) * batches.steps_per_epoch
     _check_course(config, total_steps, batches.steps_per_epoch)
     model = _model_without_memory(config)
     check_micro_batches(config.train.micro_batch_size, model)
     backbone, head = _count_parameters(model)
-    return RunPlan(
+    plan = RunPlan(
         world_size=world_size,
         num_images=len(labels),
         num_classes=len(sizes),
@@ -204,6 +193,24 @@ def resolve(
             *describe_learning_rates(config, objective, batches.steps_per_epoch),
             *describe_methods(config, objective, sizes),
         ),
+    )
+    _check_batch_norm(config, plan, model)
+    return plan
+
+
+def _objective_without_data(
+    config: RunConfig, sizes: np.ndarray, world_size: int, dtype: torch.dtype
+) -> Objective:
+    return build_objective(
+        config.loss,
+        num_classes=len(sizes),
+        embedding_size=config.model.embedding_size,
+        seed=config.seed,
+        comm=Comm.planned(world_size),
+        dtype=dtype,
+        nir=config.nir,
+        class_sizes=sizes.tolist(),
+        initial_std=config.proxies.initial_std,
     )
 
 
@@ -236,6 +243,14 @@ def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> 
             f"{steps_per_epoch} per epoch, so the backbone would never be trained. Use fewer "
             "warm-up epochs or a longer run."
         )
+
+
+def _check_batch_norm(config: RunConfig, plan: RunPlan, model: EmbeddingModel) -> None:
+    if not plan.total_steps:
+        return  # The network is evaluated as it is.
+    trained = plan.total_steps - config.train.backbone_warmup_epochs * plan.steps_per_epoch
+    steps = (0, plan.steps_per_epoch - 1) if trained >= plan.steps_per_epoch else (0,)
+    check_batch_norm(model, plan.num_images, [plan.batch_sizes(step) for step in steps])
 
 
 def _model_without_memory(config: RunConfig) -> EmbeddingModel:
@@ -275,7 +290,7 @@ def _traffic(
             world_size,
         ),
     }
-    if model.batch_norm == "synchronized" and (channels := batch_norm_channels(model)):
+    if channels := batch_norm_channels(model, "synchronized"):
         layers = (batch_norm_traffic(size, world_size, dtype) for size in channels)
         sent["batch normalisation"] = sum(layers, Traffic())
     return sent
@@ -301,81 +316,3 @@ def _describe_traffic(traffic: Traffic) -> str:
 
 def _readable(num_bytes: int) -> str:
     return f"{num_bytes:,} bytes" if num_bytes < 2**20 else f"{num_bytes / 2**20:,.2f} MiB"
-
-
-# ---------------- regularisation and alternating projections
-
-
-def check_methods(config: RunConfig, class_sizes: np.ndarray) -> None:
-    """Raise if the settings of NIR or projections do not fit each other; reads no data.
-
-    Args:
-        config: The run's configuration.
-        class_sizes: Images of each training class.
-
-    Raises:
-        ConfigError: If settings do not fit each other.
-        DataError: If more than half the classes have one image, under projections.
-    """
-    if config.nir is not None and config.nir.link == "exp" and config.train.max_grad_norm is None:
-        raise ConfigError(
-            "nir.link exp needs train.max_grad_norm, which is not set: gradients of the "
-            "exponential reach e^60, and one such step ruins the optimiser's state."
-        )
-    if config.projections is not None:
-        _check_projections(config.projections, config, class_sizes)
-
-
-def describe_methods(
-    config: RunConfig, objective: Objective, class_sizes: np.ndarray
-) -> list[tuple[str, str]]:
-    """Return labels and values for display; empty without such methods."""
-    rows = []
-    if config.nir is not None:  # the flow is all that is replicated
-        numel = sum(value.numel() for value in objective.replicated_parameters().values())
-        rows.append(("flow parameters", f"{numel:,}"))
-    if config.projections is not None:
-        alone = int((class_sizes == 1).sum())
-        every = config.projections.steps_per_problem
-        rows.append(("projections", f"at most {every:,} steps per problem"))
-        if alone:
-            rows.append(("classes of one image, which represent themselves", f"{alone:,}"))
-    return rows
-
-
-def _check_projections(
-    projections: ProjectionsConfig, config: RunConfig, class_sizes: np.ndarray
-) -> None:
-    batches = config.data.batches
-    if not isinstance(batches, BalancedBatchesConfig) or batches.samples_per_class < 2:
-        given = f"name: {batches.name}"
-        if isinstance(batches, BalancedBatchesConfig):
-            given = f"samples_per_class {batches.samples_per_class}"
-        raise ConfigError(
-            "projections needs data.batches.name balanced with samples_per_class >= 2 (a "
-            f"representative and others of its class), but data.batches has {given}. Change "
-            "data.batches."
-        )
-    if projections.patience is not None and isinstance(config.validation, NoValidationConfig):
-        raise ConfigError(
-            f"projections.patience is {projections.patience}, but validation.name is none, and "
-            "validation MAP@R ends a problem. Hold out validation classes or remove patience."
-        )
-    _check_lead(projections, config.data)
-    alone = int((class_sizes == 1).sum())
-    if 2 * alone > len(class_sizes):
-        raise DataError(
-            f"projections allows at most half of the training classes to have a single image, but "
-            f"{alone} of {len(class_sizes)} do: such a representative has no other image of its "
-            "class. Remove those classes, or train without projections."
-        )
-
-
-def _check_lead(projections: ProjectionsConfig, data: DataConfig) -> None:
-    ahead = data.loader_workers * data.prefetch + 2
-    if projections.lead_steps < ahead:
-        raise ConfigError(
-            f"projections.lead_steps is {projections.lead_steps}, but the loader reads {ahead} "
-            f"batches ahead (data.loader_workers {data.loader_workers} x data.prefetch "
-            f"{data.prefetch} + 2). Raise lead_steps, or reduce prefetch."
-        )

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.errors import ConfigError, RunError
+from dml_dist.errors import ConfigError, DivergedError
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.batch_norm import synchronize_batch_norm
@@ -123,6 +123,8 @@ def build_state(
         ).to(comm.device)
         if model.batch_norm == "synchronized":
             model.backbone = synchronize_batch_norm(model.backbone, comm)
+        if model.normalize_statistics == "synchronized":
+            model.normalize = synchronize_batch_norm(model.normalize, comm)
         objective = build_objective(
             config.loss,
             num_classes=num_classes,
@@ -169,22 +171,26 @@ def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
             buffer.copy_(comm.broadcast(buffer, 0, what="running statistics"))
 
 
-def check_finite(state: TrainState) -> None:
+def check_finite(state: TrainState, kept: str) -> None:
     """Refuse weights that are not finite; every rank calls this.
 
     A gradient can overflow where the loss is finite, so weights are checked before they are
     evaluated or saved.
 
+    Args:
+        state: The state.
+        kept: Which checkpoint the run has, for the error.
+
     Raises:
-        RunError: If a rank has such weights; it names them.
+        DivergedError: If a rank has such weights; it names them.
     """
     error = None
     values = {**state.model.state_dict(), **state.owned, **state.replicated}
     for name, value in values.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            error = RunError(
+            error = DivergedError(
                 f"Weights in {name} are not finite at step {state.step}. Lower the learning rate "
-                "or set train.max_grad_norm; the previous checkpoint is kept."
+                f"or set train.max_grad_norm; {kept}."
             )
             break
     state.comm.agree(error, what="finite weights")

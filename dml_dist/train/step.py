@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dml_dist.parallel.objective import TouchedRows
 from dml_dist.train.micro_batches import MicroBatches
-from dml_dist.train.optim import clip_gradients, set_learning_rates
+from dml_dist.train.optim import clip_gradients, has_finite_gradients, set_learning_rates
 from dml_dist.train.optim_state import forget_rows, only_rows
 from dml_dist.train.proximal import ProximalTerm
 from dml_dist.train.spans import Spans
@@ -24,11 +25,13 @@ class StepOutput:
         statistics: 0-d tensors of the objective, by name, the same on every rank; the loss of the
             global batch is `loss`.
         gradient_norm: 0-d; the norm before clipping, or None without clipping.
+        finite_gradients: 0-d bool; whether the gradients of this rank's parameters are finite.
         embedding_norms: (b,); norms of this rank's embeddings.
     """
 
     statistics: dict[str, Tensor]
     gradient_norm: Tensor | None
+    finite_gradients: Tensor
     embedding_norms: Tensor
 
 
@@ -98,11 +101,7 @@ def train_step(
         state.objective.sum_replicated_gradients()
     with spans("optimizer"):
         touched = state.objective.touched_rows()
-        norm = None
-        if max_grad_norm is not None:
-            shared = [*state.model.parameters(), *state.replicated.values()]
-            owned = {**state.owned, **{name: part.values for name, part in touched.items()}}
-            norm = clip_gradients(shared, owned.values(), max_grad_norm, state.comm)
+        norm, finite = _check_gradients(state, touched, max_grad_norm)
         if proximal is not None:
             proximal.add_gradients(state.model)
         set_learning_rates(state.optimizer, learning_rate_factor)
@@ -112,4 +111,16 @@ def train_step(
         for name, rows in state.objective.after_update(state.step).items():
             forget_rows(state.optimizer, state.owned[name], rows)
     norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
-    return StepOutput(output.statistics, norm, norms)
+    return StepOutput(output.statistics, norm, finite, norms)
+
+
+def _check_gradients(
+    state: TrainState, touched: Mapping[str, TouchedRows], max_norm: float | None
+) -> tuple[Tensor | None, Tensor]:
+    """Clip gradients where a bound is set; return their norm, if so, and whether all are finite."""
+    shared = [*state.model.parameters(), *state.replicated.values()]
+    owned = {**state.owned, **{name: part.values for name, part in touched.items()}}
+    if max_norm is None:
+        return None, has_finite_gradients([*shared, *owned.values()])
+    norm = clip_gradients(shared, owned.values(), max_norm, state.comm)
+    return norm, norm.isfinite()

@@ -57,6 +57,7 @@ def _nca(name: str, *, memory: float = 64.0, **rest: Any) -> Case:
 
 
 ONE_ROW = 1e-9
+MATES = (0, 3, 3, 6, 0, 0, 6, 3, 3)
 ONE_CLASS: tuple[int, ...] = (2,) * 8
 BY_ROWS: dict[str, Any] = {"logit_memory_mb": ONE_ROW}
 SIZES = (3, 9, 1, 4, 20, 2, 7)
@@ -90,7 +91,10 @@ def _assigned(name: str, *, oracle: Any = oracles.assigned_nca_oracle, **rest: A
 
 
 def _dynamic(name: str, **rest: Any) -> Case:
-    return _assigned(name, oracle=oracles.dynamic_nca_oracle, assignment="dynamic", **rest)
+    options = {"seed": SEED}
+    return _assigned(
+        name, oracle=oracles.dynamic_nca_oracle, assignment="dynamic", options=options, **rest
+    )
 
 
 OTHER_LOSSES = (
@@ -148,8 +152,9 @@ OTHER_LOSSES = (
     _dynamic("dynamic, margin", surrogate="margin", proxy_share=2.0),
     _dynamic("dynamic, margin, sum", surrogate="margin", margin_reduction="sum", **BY_ROWS),
     _dynamic("dynamic, one class", labels=ONE_CLASS, denominator="negatives"),
-    _dynamic("dynamic, without labels", use_labels=False, proxy_share=1.5),
-    _dynamic("dynamic, without labels, margin", use_labels=False, surrogate="margin"),
+    _dynamic("dynamic, no two of a class", labels=tuple(range(7)), denominator="negatives"),
+    _dynamic("dynamic, all positives", positives="all", labels=MATES, proxy_share=1.5),
+    _dynamic("dynamic, all positives, margin", positives="all", labels=MATES, surrogate="margin"),
     _dynamic("dynamic, weights", class_weighting="inverse_frequency", zero_rows=(1,)),
 )
 

@@ -30,6 +30,7 @@ from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.process_group import init
 from dml_dist.partition import part_bounds, part_sizes
 from dml_dist.topology import Topology
+from tests.boundary_pairs import LABELS, boundary_losses, boundary_rows, expected
 from tests.oracles_pairs import (
     contrastive_oracle,
     margin_oracle,
@@ -248,6 +249,34 @@ def _check_traffic_of_projections(loss: LossConfig, comm: Comm) -> None:
             assert comm.traffic - before == objective.traffic(sizes, **given), (loss, given)
 
 
+def _check_boundaries(loss: LossConfig, dtype: torch.dtype, comm: Comm) -> None:
+    """Choices that hang on the last bit are those of the exact form on the whole batch."""
+    x = boundary_rows(dtype)
+    shape = {"num_classes": len(LABELS), "embedding_size": x.shape[1]}
+    objective = build_objective(loss, **shape, seed=SEED, comm=comm, dtype=dtype)
+    sizes = part_sizes(len(LABELS), comm.world_size)
+    part = slice(*part_bounds(len(LABELS), comm.world_size, comm.rank))
+    rows = x[part].requires_grad_()
+    output = objective(rows, LABELS[part], sizes)
+    output.loss.backward()
+    wanted = expected(loss, dtype)
+    what = f"{loss}, {dtype}, W={comm.world_size}"
+    active = torch.stack([v for name, v in output.statistics.items() if name.startswith("active")])
+    torch.testing.assert_close(active.float(), wanted.active.float(), rtol=1e-6, atol=0, msg=what)
+    single = dtype == torch.float32
+    tolerance = {"rtol": 2e-4, "atol": 2e-6} if single else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(
+        output.loss.detach(), wanted.loss, **tolerance, msg=lambda text: f"{what}: {text}"
+    )
+    assert rows.grad is not None
+    torch.testing.assert_close(
+        rows.grad / comm.world_size,
+        wanted.gradient[part],
+        **tolerance,
+        msg=lambda text: f"{what}: gradient: {text}",
+    )
+
+
 def _check_fetch(comm: Comm) -> None:
     """Rows of a table and their gradients, when ranks compute parts and when they do the whole."""
     ids = torch.tensor([4, 0, 6, 6, 2])
@@ -290,6 +319,9 @@ def _on_rank(topology: Topology, references: dict[tuple[int, str], dict[str, Any
         for batch in BATCHES:
             _check_case(loss, batch, references[number, batch.name], comm)
         _check_traffic_of_projections(loss, comm)
+    for dtype in (torch.float32, torch.float64):
+        for loss in boundary_losses(dtype):
+            _check_boundaries(loss, dtype, comm)
     _check_fetch(comm)
     _check_refusal(comm)
 

@@ -77,6 +77,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "half used": {"model__backbone": custom("HalfUsedBackbone"), "train__max_grad_norm": 0.3},
     "batch norm": {"model__backbone": custom("NormedBackbone")},
+    # Positives are drawn, and steps 2 and 4 move dead proxies to images of the batch.
+    "dynamic": {
+        "model__normalize": "batch",
+        "loss": "{name: proxy_nca, assignment: dynamic, proxy_share: 2, dead_after_steps: 2}",
+    },
 }
 
 

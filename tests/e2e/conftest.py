@@ -65,6 +65,7 @@ def cli(
 ) -> Callable[..., tuple[int, str]]:
     """Run the command line in this process, in an empty folder; give exit code and output."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # main sets it; unset again at the end.
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["dml-dist", *map(str, arguments)])

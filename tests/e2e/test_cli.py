@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from dml_dist.errors import RunError
 from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.runs.folder import RunFolder
 from dml_dist.train.checkpoint_files import checkpoint_folders
@@ -120,6 +121,12 @@ def _sets(changes: list[str]) -> list[str]:
         (["data.path=nowhere"], "has no index.parquet"),
         (["data.train_split=training"], "split 'training'"),
         (["data.test_split=unseen"], "split 'unseen'"),
+        (["data.test_split=train"], "training classes would be reported as test classes"),
+        (["data.test_split=validation"], "validation classes select the checkpoint"),
+        (
+            ["train.global_batch_size=191", "model.backbone.norm=batch"],
+            "needs at least 2 images, but there is only 1 image in a batch",
+        ),
         (["model.backbone={name: resnet18, weights: none, norm: batch}"], "frozen batch"),
         (["model.backbone={name: resnet18, weights: gone.pth}"], "gone.pth"),
         (["launch.launcher=torchrun"], "torchrun --nproc-per-node"),
@@ -136,6 +143,56 @@ def test_bad_input_writes_nothing(
     assert expected in " ".join(output.split()), output
     assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("data.test_split=train", "training classes would be reported as test classes"),
+        ("model.backbone={name: resnet18, weights: gone.pth}", "gone.pth"),
+        ("model.backbone={name: resnet18, weights: small.yaml}", "cannot be read"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    config_file: Path, cli: Cli, change: str, expected: str
+) -> None:
+    code, output = cli("train", config_file, "--dry-run", "--set", change)
+    assert code == 2, output
+    assert expected in output
+
+
+def test_a_launch_error_leaves_the_name_free(
+    config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails between the folder and the first step, the corrected command may run."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RunError("no Ray cluster answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dml_dist.orchestration.train.launch", fail)
+        code, output = cli("train", config_file)
+    assert code == 1, output
+    code, output = cli("train", config_file, "--set", "train.steps=4")
+    assert code == 0, output
+
+
+def test_a_report_that_fails_leaves_the_run_finished(
+    config_file: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings of one number have a page; one that cannot be written is a warning."""
+    sets = ("--set", "train.steps=4", "--set", "model.embedding_size=1")
+    code, output = cli("train", config_file, *sets)
+    assert code == 0, output
+    assert "failed:" not in (tmp_path / "runs/small/report/index.html").read_text()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("dml_dist.report.page.write_page", fail)
+    code, output = cli("train", config_file, *sets, "--run-dir", "other")
+    assert code == 0, output
+    assert "results: " in output
 
 
 def test_a_folder_that_cannot_be_written(config_file: Path, cli: Cli, tmp_path: Path) -> None:

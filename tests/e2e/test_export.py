@@ -33,6 +33,7 @@ from dml_dist.export.search import embed_images, nearest
 from dml_dist.export.search_figure import Tile
 from dml_dist.orchestration.train import run_training
 from dml_dist.parallel.comm import Comm
+from dml_dist.runs.code_note import say_if_code
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runtime.context import open_context
 from dml_dist.runtime.progress import Event, discard
@@ -313,6 +314,72 @@ def test_thumbnails_have_a_bound(glyphs: Path, tmp_path: Path) -> None:
     # A neighbour without a thumbnail has its place in the picture.
     tiles = [Tile(kept[0], "a query", "query"), Tile(None, "$wrong_{math", "0.1")]
     assert search_picture.write_picture(tmp_path / "a.png", [tiles], "title")
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("preprocessing.json", ("transform",)),
+        ("manifest.json", ("model", "backbone")),
+    ],
+)
+def test_a_bundle_runs_no_code_unless_it_is_trusted(
+    bundle: Path, images: list[Path], cli: Cli, tmp_path: Path, file: str, keys: tuple[str, ...]
+) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(bundle, hostile)
+    values = json.loads((hostile / file).read_text())
+    section = values
+    for key in keys[:-1]:
+        section = section[key]
+    # The target needs no file beside the bundle.
+    section[keys[-1]] = {"name": "custom", "target": "os:system", "options": {"command": "touch x"}}
+    (hostile / file).write_text(json.dumps(values))
+    manifest = json.loads((hostile / "manifest.json").read_text())
+    manifest["files"] = {}
+    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    code, output = cli("search", hostile, images[0], "--runtime", "torch")
+    assert code == 2, output
+    assert ".target: os:system" in output
+    assert "--trust" in output
+    assert not (tmp_path / "x").exists()
+    cli("search", hostile, images[0], "--runtime", "torch", "--trust")
+    assert (tmp_path / "x").exists()
+
+
+def test_a_bundle_has_a_plain_index_alone(
+    bundle: Path, images: list[Path], cli: Cli, tmp_path: Path
+) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(bundle, hostile)
+    faiss.write_index(faiss.IndexIDMap(faiss.IndexFlatL2(12)), str(hostile / "gallery.faiss"))
+    manifest = json.loads((hostile / "manifest.json").read_text())
+    manifest["files"] = {}
+    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    code, output = cli("search", hostile, images[0])
+    assert code == 2, output
+    assert "gallery.faiss begins with b'IxMp', not with b'IxF2'" in " ".join(output.split())
+
+
+def test_a_run_folder_that_names_code_says_so(run: Path, cli: Cli, tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("checkpoints"))
+    said = io.StringIO()
+    say_if_code(own, Console(file=said))
+    assert not said.getvalue()
+    text = (own / "config.yaml").read_text()
+    start = text.index("\nloss:")
+    end = text.index("\n", start + 1)
+    while text[end + 1] == " ":
+        end = text.index("\n", end + 1)
+    (own / "config.yaml").write_text(
+        text[:start]
+        + "\nloss: {name: custom, target: 'tests.custom_examples:Nothing', options: {}}"
+        + text[end:]
+    )
+    for command in (("report", own), ("evaluate", own), ("export", own, "--out", "bundle")):
+        _, output = cli(*command)
+        assert "config.yaml names code (loss.target: tests.custom_examples:Nothing)" in output
 
 
 def test_wrong_searches(bundle: Path, images: list[Path], cli: Cli, tmp_path: Path) -> None:

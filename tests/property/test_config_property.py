@@ -347,7 +347,7 @@ OPTIONS = st.recursive(
 VALID_CONFIGS = st.fixed_dictionaries(
     {
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
-        "data": st.fixed_dictionaries({"path": TEXT, "train_split": TEXT}),
+        "data": st.fixed_dictionaries({"path": TEXT.filter(str.strip), "train_split": TEXT}),
         "train": st.fixed_dictionaries({"steps": st.integers(1, 2**63 - 1)}),
     },
     optional={

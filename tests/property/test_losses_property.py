@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 
@@ -54,7 +55,7 @@ def problems(draw: st.DrawFn) -> tuple[AnyRowLoss, Tensor, Tensor, Tensor, int]:
             num_classes,
             surrogate,
             denominator,
-            use_labels=draw(st.booleans()),
+            positives=draw(st.sampled_from(["drawn", "all"])),
             logit_memory_mb=memory,
         )
     elif kind == "anchor":
@@ -144,6 +145,8 @@ def test_invariant_to_lengths_and_orders(
     problem: tuple[AnyRowLoss, Tensor, Tensor, Tensor, int], seed: int
 ) -> None:
     loss, x, labels, proxies, num_classes = problem
+    if isinstance(loss, DynamicProxyNCA):  # What is drawn follows the order of the rows.
+        loss = replace(loss, positives="all")
     generator = torch.Generator().manual_seed(seed)
     k = loss.proxies_per_class
 

@@ -14,14 +14,13 @@ import optuna
 import pytest
 
 from dml_dist.config.schema import RunConfig
-from dml_dist.errors import ConfigError, RunError
+from dml_dist.errors import ConfigError, DivergedError, RunError
 from dml_dist.random_streams import Stream, seed_of
 from dml_dist.runs.comparison import (
     ComparisonFolder,
     run_config,
     searched_paths,
 )
-from dml_dist.runs.records import RecordWriter
 from dml_dist.runs.study import value_at
 from dml_dist.studies.search import num_trials, search_method, starting_points
 from tests.unit.test_compare import comparison, floats
@@ -52,10 +51,7 @@ class FakeRuns:
             raise KeyboardInterrupt
         self.configs.append(config)
         if config.optim.lr > self.diverge_above:
-            (folder / "records").mkdir(parents=True)
-            with RecordWriter(folder / "records/steps.jsonl", 1) as records:
-                records.write(3, loss=math.nan)
-            raise RunError("the loss is not finite")
+            raise DivergedError("the loss is not finite")
         distance = (math.log10(config.optim.lr) + 2.5) ** 2
         distance += (math.log10(config.optim.proxy_lr or 0.01) + 1) ** 2
         return {"validation": {"map_at_r": 1 / (1 + distance)}}

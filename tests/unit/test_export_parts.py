@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dml_dist.config.data import CustomTransformConfig, StandardTransformConfig
+from dml_dist.config.data import CustomTransformConfig, ExifRule, StandardTransformConfig
 from dml_dist.data.decode import decode_image
 from dml_dist.data.transforms import build_transform
 from dml_dist.export.bundle import write_gallery
@@ -44,14 +44,15 @@ def picture(width: int, height: int, file_format: str) -> bytes:
         (20, 30, {"size": 40, "resize": 48}),  # enlarged
     ],
 )
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
 def test_the_written_steps_are_those_of_the_evaluation(
-    width: int, height: int, fields: dict[str, Any], file_format: str
+    width: int, height: int, fields: dict[str, Any], file_format: str, exif: ExifRule
 ) -> None:
     config = StandardTransformConfig(mean=MEAN, std=STD, flip=1.0, **fields)
     data = picture(width, height, file_format)
-    expected = build_transform(config).evaluation(decode_image(data, "a picture")).numpy()
-    written = json.loads(json.dumps(preprocessing(config)))
+    expected = build_transform(config).evaluation(decode_image(data, "a picture", exif)).numpy()
+    written = json.loads(json.dumps(preprocessing(config, exif)))
     found = apply_steps(written, data)
     # PIL and torchvision round differently after they resized: one level of 255 at most.
     level = 1.01 / 255 / np.array(STD)[:, None, None]
@@ -61,9 +62,10 @@ def test_the_written_steps_are_those_of_the_evaluation(
 
 def test_a_custom_transform_is_named_without_steps() -> None:
     """Nobody but its author knows what it does."""
-    found = preprocessing(CustomTransformConfig(target="mine:Views", options={"side": 5}))
+    found = preprocessing(CustomTransformConfig(target="mine:Views", options={"side": 5}), "ignore")
     assert found == {
-        "transform": {"name": "custom", "target": "mine:Views", "options": {"side": 5}}
+        "exif": "ignore",
+        "transform": {"name": "custom", "target": "mine:Views", "options": {"side": 5}},
     }
 
 

@@ -11,14 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dml_dist.data.index import (
-    INDEX_NAME,
-    Index,
-    build_index,
-    class_sorted_warnings,
-    read_index,
-    write_index,
-)
+from dml_dist.data.build_index import build_index, class_sorted_warnings
+from dml_dist.data.index import INDEX_NAME, Index, read_index, write_index
+from dml_dist.data.verify import verify
 from dml_dist.data.write_shards import import_dataset
 from dml_dist.errors import DataError
 from tests.oracles_data import encoded_image, flip_byte, noise_importer, write_tar
@@ -92,10 +87,11 @@ def test_rows_of_a_split(shards: Path) -> None:
 def test_indexing_the_shards_of_an_import_gives_its_index(shards: Path) -> None:
     index = read_index(shards)
     (shards / INDEX_NAME).unlink()
-    reports: list[tuple[int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     assert_equal(build_index(shards, progress=lambda *at: reports.append(at), processes=1), index)
     assert_equal(read_index(shards), index)
-    assert reports == [(at, 5) for at in range(1, 6)]
+    labels = [("read labels", at, 5) for at in range(1, 6)]
+    assert reports == labels + [("decode images", 8 * at, 40) for at in range(1, 6)]
 
 
 def test_numbers_keep_their_order_and_become_dense(tmp_path: Path) -> None:
@@ -287,3 +283,36 @@ def test_index_written_by_others_in_any_order_and_plain_types(shards: Path) -> N
     assert shuffled.class_names == index.class_names
     for name in ("keys", "tar_shard", "offset", "crc32", "label", "split", "role"):
         np.testing.assert_array_equal(getattr(shuffled, name), getattr(index, name)[order])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.tar",
+        "/etc/passwd",
+        "a/../../x.tar",
+        "a//x.tar",
+        ".x.tar",
+        ".a/x.tar",
+        "",
+        ".",
+        "a\0.tar",
+    ],
+)
+def test_names_of_files_elsewhere_are_refused(shards: Path, name: str) -> None:
+    index = read_index(shards)
+    write_index(dataclasses.replace(index, tar_shards=(name, *index.tar_shards[1:])))
+    for check_shards in (True, False):
+        with pytest.raises(DataError, match="which is not a path below the folder") as caught:
+            read_index(shards, check_shards=check_shards)
+        assert repr(name) in str(caught.value)
+    with pytest.raises(DataError, match="which is not a path below the folder"):
+        verify(shards, processes=1)
+
+
+def test_linked_tar_shards_are_read(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("disk") / "moved.tar"
+    first = shards / read_index(shards).tar_shards[0]
+    first.rename(elsewhere)
+    first.symlink_to(elsewhere)
+    assert not verify(shards, processes=1).problems

@@ -132,6 +132,12 @@ def test_batch_statistics_are_refused(backbone: str, words: str) -> None:
     small_plan(small_config(model__backbone=backbone), 2)
 
 
+def test_normalised_embeddings_are_refused() -> None:
+    config = small_config(model__normalize="batch", train__micro_batch_size=4)
+    with pytest.raises(ConfigError, match=r"\(layers: 1\) with synchronized .*normalize: none"):
+        small_plan(config, 1)
+
+
 def test_frozen_statistics_and_other_layers_are_accepted() -> None:
     for backbone in (
         "{name: conv4}",

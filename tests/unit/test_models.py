@@ -20,8 +20,8 @@ from dml_dist.config.model import (
     ResNetConfig,
 )
 from dml_dist.errors import ConfigError
-from dml_dist.models.backbones import check_weights
-from dml_dist.models.build_model import build_model
+from dml_dist.models.backbones import check_weights, describe_weights, require_weights
+from dml_dist.models.build_model import batch_norm_channels, build_model
 from dml_dist.models.embedding import PooledFeatures, parameter_kinds
 from dml_dist.models.pooling import build_pooling
 
@@ -94,6 +94,44 @@ def test_conv4_with_batch_norm() -> None:
             Conv4Config(norm="batch", batch_norm=settings)
     with pytest.raises(ValidationError, match=r"needs norm: batch, got norm: group"):
         Conv4Config(batch_norm={"statistics": "per_rank"})
+
+
+def test_embeddings_normalised_by_the_batch() -> None:
+    """Each dimension has mean 0 and variance 1 over the batch, without weights of its own."""
+    plain = ModelConfig(backbone=Conv4Config(width=8), embedding_size=5)
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model, narrow = (
+        build_model(plain.model_copy(update={"normalize": name}), seed=0)
+        for name in ("batch", "none")
+    )
+    lost = dict(narrow.named_parameters()).keys() - dict(model.named_parameters()).keys()
+    assert lost == {"head.bias"}
+    embeddings = model(images)
+    x = narrow(images)
+    expected = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model.eval()(images), expected, atol=0.1)  # running statistics
+    model.train().freeze_backbone(True)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "statistics", "changes"),
+    [
+        (Conv4Config(width=8), "synchronized", False),
+        (ResNetConfig(batch_norm=BatchNormConfig(statistics="per_rank")), "per_rank", True),
+        (ResNetConfig(weights="IMAGENET1K_V1"), "synchronized", False),
+    ],
+)
+def test_statistics_of_embeddings_follow_the_backbone(
+    backbone: BackboneConfig, statistics: str, changes: bool
+) -> None:
+    config = ModelConfig(backbone=backbone, embedding_size=5, normalize="batch")
+    with torch.device("meta"):
+        model = build_model(config, seed=0, pretrained=False)
+    assert model.normalize_statistics == statistics
+    assert model.has_changing_buffers == changes
+    assert batch_norm_channels(model, model.normalize_statistics)[-1] == 5
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
@@ -192,6 +230,10 @@ def test_a_network_without_a_head_gives_its_pooled_features() -> None:
     expected = model.backbone(images).mean(dim=(2, 3))
     assert torch.equal(model(images), expected)
     assert torch.equal(PooledFeatures(whole)(images), expected)
+    spread = build_model(config.model_copy(update={"normalize": "batch"}), seed=0)
+    deviations = expected - expected.mean(0)
+    standardized = deviations / (deviations.square().mean(0) + 1e-5).sqrt()
+    torch.testing.assert_close(spread(images), standardized)
     with pytest.raises(ConfigError, match=r"8 features the embedding; set embedding_size: 8"):
         build_model(config.model_copy(update={"embedding_size": 5}), seed=0)
 
@@ -267,18 +309,25 @@ def test_weights_are_checked_without_a_download(
 def test_wrong_weight_files(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     config = ModelConfig(backbone=ResNetConfig(weights=str(path)))
-    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
-    with pytest.raises(ConfigError, match=r"does not fit the network"):
-        build_model(config, seed=0)
-    with pytest.raises(ConfigError, match=r"does not fit the network"):
-        check_weights(config.backbone)
-    check_weights(ResNetConfig(name="resnet50", weights=str(path)))
+
+    def check(message: str) -> None:
+        """Both find it: a dry run, and the model of a run."""
+        with pytest.raises(ConfigError, match=message):
+            check_weights(config.backbone)
+        with pytest.raises(ConfigError, match=message):
+            build_model(config, seed=0)
+
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
+    check(r"does not fit the network")
     torch.save([1, 2], path)
-    with pytest.raises(ConfigError, match=r"not a state dict \(names to tensors\)"):
-        build_model(config, seed=0)
+    check(r"not a state dict \(names to tensors\)")
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ConfigError, match=r"cannot be read"):
-        build_model(config, seed=0)
+    check(r"cannot be read")
+    path.write_bytes(b"")
+    check(r"cannot be read")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    check_weights(config.backbone)
+    assert describe_weights(config.backbone) == [("pretrained weights", f"{path}, read")]
 
 
 def test_a_failed_download_says_what_to_copy_where(
@@ -296,6 +345,11 @@ def test_a_failed_download_says_what_to_copy_where(
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in message
     assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in message
     assert "no route to host" in message
+    # A dry run says that they are missing; a run finds it before its folder is made.
+    ((_, text),) = describe_weights(config.backbone)
+    assert text.startswith("IMAGENET1K_V1, to be downloaded from https://download.pytorch.org/")
+    with pytest.raises(ConfigError, match="no route to host"):
+        require_weights(config.backbone)
 
 
 @pytest.mark.parametrize(

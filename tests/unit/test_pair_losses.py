@@ -17,10 +17,12 @@ import dml_dist
 from dml_dist.config.objective import LossConfig
 from dml_dist.losses.build_loss import build_loss
 from dml_dist.losses.miners import distance_weights, draw_weighted
-from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, contrastive_loss, pair_distances
+from dml_dist.losses.pair_distances import pair_distances
+from dml_dist.losses.pairs import AnchorBatch, AnchorLoss, contrastive_loss
 from dml_dist.losses.pairs_margin import margin_loss
 from dml_dist.losses.pairs_multi_similarity import multi_similarity_loss
 from dml_dist.losses.pairs_triplet import triplet_loss
+from tests.boundary_pairs import boundary_rows, exact_distances
 from tests.oracles_pairs import (
     contrastive_oracle,
     drawn_negatives,
@@ -269,6 +271,38 @@ def test_memory_of_a_part(values: dict[str, Any]) -> None:
     with LargestTensor() as largest:
         loss.finish(loss.anchor_partial(AnchorBatch(x, labels, 60, 120))).backward()
     assert largest.elements <= 60 * 240
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_of_distances_are_within_their_bound(dtype: torch.dtype) -> None:
+    """Near pairs have the bits of the exact form, others differ by less than the callback is told.
+
+    Also under bf16 autocast, which must not reach the product.
+    """
+    rows = boundary_rows(dtype)
+    x, exact = torch.nn.functional.normalize(rows), exact_distances(rows)
+    told = []
+
+    def open_choices(distances: Tensor, errors: Tensor) -> Tensor:
+        told.append(((distances - exact).abs(), errors.clone()))
+        return exact > 1.5
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pair_distances(x, x, open_choices)
+    ((differences, errors),) = told
+    assert bool((differences <= errors).all())
+    assert float(differences.max()) > 0
+    near = exact < 0.09
+    for made_again in (near, exact > 1.5):
+        assert int(made_again.sum()) > len(x)
+        assert torch.equal(found[made_again], exact[made_again])
+
+
+def test_collapsed_rows_have_exact_distances() -> None:
+    rows = 1 + 1e-3 * torch.randn(30, 8)
+    x = torch.nn.functional.normalize(rows)
+    found = pair_distances(x, x, lambda distances, errors: distances < 0)
+    assert torch.equal(found, exact_distances(rows))
 
 
 def test_near_rows_keep_their_gradient_in_float32() -> None:

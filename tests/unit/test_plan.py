@@ -15,6 +15,7 @@ from dml_dist.errors import ConfigError, DataError, TopologyError
 from dml_dist.models.build_model import build_model
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
+from dml_dist.train.dynamic_assignment import SharedProxyWarning
 from dml_dist.train.run_plan import resolve
 
 CPU = torch.device("cpu")
@@ -119,6 +120,36 @@ def test_batch_norm_and_draws_are_described() -> None:
     labels = [label for label, _ in plan.describe()]
     assert "random layers" in labels
     assert "batch normalisation" not in labels
+
+
+def test_dynamic_assignment_needs_two_images_of_a_class() -> None:
+    dynamic = {"loss": "{name: proxy_nca, assignment: dynamic}", "model__normalize": "batch"}
+    alone = "{name: balanced, classes_per_batch: 10, samples_per_class: 1}"
+    run = config(data__batches=alone, **dynamic)
+    with pytest.raises(ConfigError, match=r"dynamic takes a positive .*samples_per_class is 1\."):
+        resolve(run, train_class_sizes=[4] * 12, world_size=1)
+    # 45 pairs of a batch; 100 of the 100 x 199 pairs of images are of a class.
+    few = r"batches of 10 of 200 images in 100 classes hold 0\.23 pairs of a class on average"
+    with pytest.raises(ConfigError, match=few):
+        resolve(config(**dynamic), train_class_sizes=[2] * 100, world_size=1)
+    plan = resolve(config(**dynamic), train_class_sizes=SIZES, world_size=2)
+    row = ("batch normalisation of embeddings", "no weights, statistics of the global batch")
+    assert row in plan.describe()
+    sent = (1 + 2 * 32) * 8 + 2 * 32 * 4  # moments in float64, two sums in float32
+    assert plan.traffic["batch normalisation"].total == sent
+
+
+def test_a_proxy_that_all_images_share_is_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
+    warning = SharedProxyWarning()
+    warning.see(40, 40, {"chosen_proxies": 1.0})
+    warning.see(50, 10, {"chosen_proxies": 1.1})
+    warning.see(70, 20, {"chosen_proxies": 1.0})
+    assert caplog.messages == []
+    for step in (100, 130, 160):
+        warning.see(step, 30, {"chosen_proxies": 1.0})
+    assert len(caplog.messages) == 1
+    assert "for 50 steps (noticed at step 100)" in caplog.messages[0]
+    assert "model.normalize: batch" in caplog.messages[0]
 
 
 def test_resnet50_is_counted_without_its_memory() -> None:
@@ -243,3 +274,81 @@ def test_pair_losses_have_no_proxies_to_spread() -> None:
     pairs = config(loss="{name: triplet}", proxies__initial_std=0.1)
     with pytest.raises(ConfigError, match=r"initial_std is 0.1, but loss triplet has no proxies"):
         resolve(pairs, train_class_sizes=SIZES, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "world_size", "message"),
+    [
+        # 37 images in batches of 12 leave one.
+        (
+            {"train__global_batch_size": 12},
+            SIZES,
+            1,
+            r"synchronized statistics needs at least 2 images, but there is only 1 image in a "
+            r"batch \(37 images in batches of 12 on 1 rank\)",
+        ),
+        (
+            {
+                "train__global_batch_size": 12,
+                "model__backbone__batch_norm": "{statistics: per_rank}",
+            },
+            SIZES,
+            1,
+            r"per_rank statistics needs at least 2 images, but rank 0 has 1 of the 1 images",
+        ),
+        # 37 images in batches of 16 leave 5 for 3 ranks: 1, 2 and 2.
+        (
+            {
+                "train__global_batch_size": 16,
+                "model__backbone__batch_norm": "{statistics: per_rank}",
+            },
+            SIZES,
+            3,
+            r"rank 0 has 1 of the 5 images in a batch \(37 images in batches of 16 on 3 ranks\)",
+        ),
+        # Every batch, not only the last.
+        (
+            {
+                "train__global_batch_size": 4,
+                "model__backbone__batch_norm": "{statistics: per_rank}",
+            },
+            [2, 2, 2, 2],
+            4,
+            r"rank 0 has 1 of the 4 images in a batch \(8 images in batches of 4 on 4 ranks\)",
+        ),
+    ],
+)
+def test_batch_statistics_of_one_image_are_refused(
+    changes: dict[str, Any], sizes: list[int], world_size: int, message: str
+) -> None:
+    batches = "{name: shuffled, last: keep}"
+    changes = {"model__backbone__norm": "batch", "data__batches": batches} | changes
+    with pytest.raises(ConfigError, match=message):
+        resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
+    changes |= {"train__epochs": "null", "train__steps": 0}  # Nothing is trained.
+    resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__batches": "{name: shuffled, last: drop}"},
+        {"model__backbone__norm": "group"},
+        {"train__global_batch_size": 16},
+        {"train__epochs": "null", "train__steps": 3},
+        {"train__epochs": "null", "train__steps": 7, "train__backbone_warmup_epochs": 1},
+        {
+            "model__backbone": "{name: resnet18, weights: IMAGENET1K_V1}",
+        },
+    ],
+    ids=["dropped", "group norm", "larger", "never reached", "in warm-up only", "frozen"],
+)
+def test_one_image_is_enough_without_its_statistics(changes: dict[str, Any]) -> None:
+    first = {
+        "model__backbone__norm": "batch",
+        "data__batches": "{name: shuffled, last: keep}",
+        "train__global_batch_size": 12,
+    }
+    if "model__backbone" in changes:
+        del first["model__backbone__norm"]
+    resolve(config(**first | changes), train_class_sizes=SIZES, world_size=1)

@@ -16,6 +16,7 @@ from dml_dist import dynamic_proxy_nca_loss, proxy_nca_loss
 from dml_dist.config.objective import LossConfig, ProxyNCAConfig, TripletConfig
 from dml_dist.losses.class_weights import class_weights, fractional_rows
 from dml_dist.losses.numerics import merge_statistics
+from dml_dist.losses.proxy_nca_dynamic import class_mates
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
@@ -42,50 +43,67 @@ BATCH = _circle(10, 350, 80, 200)
 """Nearest proxies 0, 0, 1, 2; proxy 3 is no sample's."""
 
 
-def _dynamic(labels: list[int] | None, **options: Any) -> float:
-    given = None if labels is None else torch.tensor(labels)
-    return dynamic_proxy_nca_loss(BATCH, given, PROXIES, **options).item()
+def _dynamic(labels: list[int], **options: Any) -> float:
+    return dynamic_proxy_nca_loss(BATCH, torch.tensor(labels), PROXIES, **options).item()
 
 
-def test_negatives_are_proxies_of_the_batchs_other_classes() -> None:
-    """Labels 0, 0, 1, 2: negatives {1, 2}, {1, 2}, {0, 2}, {0, 1}; proxy 3 is no negative."""
-    terms = [
-        math.log(math.exp(_cos(80)) + math.exp(_cos(170))) - _cos(10),
-        math.log(math.exp(_cos(100)) + math.exp(_cos(170))) - _cos(10),
-        math.log(math.exp(_cos(80)) + math.exp(_cos(100))) - _cos(10),
-        math.log(math.exp(_cos(160)) + math.exp(_cos(110))) - _cos(20),
-    ]
-    found = _dynamic([0, 0, 1, 2], denominator="negatives", **UNIT)
-    assert found == pytest.approx(sum(terms) / 4, rel=1e-12)
-    with_positive = [math.log(1 + math.exp(term)) for term in terms]
-    assert _dynamic([0, 0, 1, 2], **UNIT) == pytest.approx(sum(with_positive) / 4, rel=1e-12)
+def test_the_positive_is_the_proxy_of_another_sample_of_the_class() -> None:
+    """Labels 0, 1, 0, 1 at 10, 350, 80, 200 degrees, with the nearest proxies 0, 0, 90, 180.
 
-
-def test_a_shared_proxy_is_never_its_own_negative() -> None:
-    """Labels 0, 1, 0, 0: samples 0 and 1 share proxy 0 across classes.
-
-    Sample 0's other class has chosen proxy 0 alone, which is its own: no negative, no term.
-    Sample 1 has {1, 2}; samples 2 and 3 have {0}, which class 1 chose too.
+    Class 0 chose {0, 90}, class 1 {0, 180}; what is the positive is no negative:
+    10: positive 90, negatives {0, 180}. 350: positive 180, negatives {0, 90}.
+    80: positive 0, negative {180}. 200: positive 0, negative {90}.
     """
     terms = [
-        0.0,
-        math.log(math.exp(_cos(100)) + math.exp(_cos(170))) - _cos(10),
-        _cos(80) - _cos(10),
-        _cos(160) - _cos(20),
+        math.log(math.exp(_cos(10)) + math.exp(_cos(170))) - _cos(80),
+        math.log(math.exp(_cos(10)) + math.exp(_cos(100))) - _cos(170),
+        _cos(100) - _cos(80),
+        _cos(110) - _cos(160),
     ]
-    found = _dynamic([0, 1, 0, 0], denominator="negatives", **UNIT)
+    found = _dynamic([0, 1, 0, 1], denominator="negatives", **UNIT)
     assert found == pytest.approx(sum(terms) / 4, rel=1e-12)
+    with_positive = [math.log(1 + math.exp(term)) for term in terms]
+    assert _dynamic([0, 1, 0, 1], **UNIT) == pytest.approx(sum(with_positive) / 4, rel=1e-12)
 
 
-def test_without_labels_all_other_proxies_are_negatives() -> None:
-    angles = [[80, 170, 100], [100, 170, 80], [80, 100, 170], [160, 110, 70]]
-    positives = [_cos(10), _cos(10), _cos(10), _cos(20)]
+def test_a_sample_without_another_of_its_class_or_without_negatives_has_no_term() -> None:
+    """Labels 0, 0, 1, 2: 80 and 200 degrees are alone; both samples of class 0 have proxy 0."""
+    term = math.log(math.exp(_cos(80)) + math.exp(_cos(170))) - _cos(10)
+    other = math.log(math.exp(_cos(100)) + math.exp(_cos(170))) - _cos(10)
+    found = _dynamic([0, 0, 1, 2], denominator="negatives", **UNIT)
+    assert found == pytest.approx((term + other) / 4, rel=1e-12)
+    assert _dynamic([0, 1, 2, 3]) == 0
+    assert _dynamic([5, 5, 5, 5]) == 0
+    # At 10 and 350 degrees, of two classes with proxy 0: class 1's only choice is the positive.
+    batch, labels = _circle(10, 20, 350), torch.tensor([0, 0, 1])
+    assert dynamic_proxy_nca_loss(batch, labels, PROXIES) == 0
+
+
+def test_the_mean_over_all_positives() -> None:
+    """Labels 0, 0, 0, 1: of 10 degrees, y is 350 (proxy 0) or 80 (proxy 90); 180 is negative."""
+    rows = {10: (10, 80, 170), 350: (10, 100, 170), 80: (80, 80, 100)}
     terms = [
-        math.log(sum(math.exp(_cos(angle)) for angle in row)) - positive
-        for row, positive in zip(angles, positives, strict=True)
+        ((negative - first) + (negative - second)) / 2
+        for first, second, negative in (tuple(map(_cos, row)) for row in rows.values())
     ]
-    found = _dynamic(None, denominator="negatives", **UNIT)
+    options: dict[str, Any] = {"denominator": "negatives", **UNIT}
+    found = _dynamic([0, 0, 0, 1], positives="all", **options)
     assert found == pytest.approx(sum(terms) / 4, rel=1e-12)
+    draws = [_dynamic([0, 0, 0, 1], step=step, **options) for step in range(400)]
+    assert len(set(draws)) == 4  # 80 degrees has proxy 0 from either of the others.
+    assert sum(draws) / 400 == pytest.approx(found, abs=0.02)
+    assert draws[7] == _dynamic([0, 0, 0, 1], step=7, **options)
+    assert draws != [_dynamic([0, 0, 0, 1], step=step, seed=1, **options) for step in range(400)]
+
+
+def test_mates_are_drawn_evenly() -> None:
+    """Each of a class's other rows, wherever they are in the batch."""
+    groups = torch.tensor([2, 0, 2, 1, 2, 0, 2])
+    found = [class_mates(groups, torch.full((7,), shift)) for shift in (1, 2, 3)]
+    mates = torch.stack([torch.where(has, mate, -1) for mate, has in found])
+    expected = {0: [2, 4, 6], 1: [5], 2: [0, 4, 6], 3: [], 4: [0, 2, 6], 5: [1], 6: [0, 2, 4]}
+    for row, others in expected.items():
+        assert sorted(mate for mate in mates[:, row].tolist() if mate >= 0) == others
 
 
 def test_margin_surrogate_of_dynamic_assignment() -> None:
@@ -95,21 +113,23 @@ def test_margin_surrogate_of_dynamic_assignment() -> None:
         return max(0.0, 2 * _cos(negative) - 2 * _cos(positive) + 1.8)
 
     rows = [
-        [hinge(80, 10), hinge(170, 10)],
-        [hinge(100, 10), hinge(170, 10)],
-        [hinge(80, 10), hinge(100, 10)],
-        [hinge(160, 20), hinge(110, 20)],
+        [hinge(10, 80), hinge(170, 80)],
+        [hinge(10, 170), hinge(100, 170)],
+        [hinge(100, 80)],
+        [hinge(110, 160)],
     ]
     options = {"surrogate": "margin", "margin": 1.8}
-    found = _dynamic([0, 0, 1, 2], margin_reduction="sum", **options)
+    found = _dynamic([0, 1, 0, 1], margin_reduction="sum", **options)
     assert found == pytest.approx(sum(map(sum, rows)) / 4, rel=1e-12)
-    assert _dynamic([0, 0, 1, 2], **options) == pytest.approx(sum(map(sum, rows)) / 8, rel=1e-12)
+    means = [sum(row) / len(row) for row in rows]
+    assert _dynamic([0, 1, 0, 1], **options) == pytest.approx(sum(means) / 4, rel=1e-12)
 
 
 def test_ties_go_to_the_lower_row() -> None:
     proxies = _circle(180, 90, 0, 0)
     proxies.requires_grad_()
-    loss = dynamic_proxy_nca_loss(_circle(0, 180), torch.tensor([0, 1]), proxies, **UNIT)
+    batch, labels = _circle(0, 0, 180, 180), torch.tensor([0, 0, 1, 1])
+    loss = dynamic_proxy_nca_loss(batch, labels, proxies, **UNIT)
     loss.backward()
     assert proxies.grad is not None
     # Rows 2 and 0 are chosen; 3 equals 2, and 1 is no sample's: neither is counted.
@@ -334,3 +354,16 @@ def test_counts_are_in_checkpoints(tmp_path: Path) -> None:
         assert torch.equal(counts[name].values, buffer.values)
         assert (buffer.values > 0).any()
     assert set(whole_snapshot(again.state)) == set(whole_snapshot(run.state))
+
+
+def test_a_run_warns_of_one_shared_proxy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new network's embeddings lie in a narrow cone; normalised by the batch they do not."""
+    monkeypatch.setattr("dml_dist.train.dynamic_assignment._WARN_AFTER", 4)
+    loss = "{name: proxy_nca, assignment: dynamic, proxy_share: 0.3}"
+    spread = small_config(loss=loss, model__normalize="batch")
+    small_run(tmp_path / "spread", spread).train()
+    assert caplog.messages == []
+    small_run(tmp_path / "narrow", small_config(loss=loss)).train()
+    assert ["had the same nearest proxy for 4 steps" in text for text in caplog.messages] == [True]

@@ -157,6 +157,13 @@ def _rows(**changes: object) -> dict[str, object]:
     return {**rows, **changes}
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int8, np.uint64])
+def test_whole_numbers_are_labels_of_any_type(kind: type[np.generic]) -> None:
+    x = np.random.default_rng(3).standard_normal((8, 5)).astype(np.float32)
+    labels = np.array([0, 1, 2, 3, 3, 2, 1, 0])
+    assert evaluate(x, labels.astype(kind)).as_dict() == evaluate(x, labels).as_dict()
+
+
 def _spoilt(value: float) -> np.ndarray:
     x = np.eye(4, dtype=np.float32)
     x[2, 1] = value
@@ -172,7 +179,13 @@ def _spoilt(value: float) -> np.ndarray:
         ({"embeddings": np.eye(4, dtype=np.int64)}, DataError, ["floating", "int64"]),
         ({"embeddings": np.zeros(4, dtype=np.float32)}, DataError, ["(4,)"]),
         ({"labels": np.array([0, 0, 1])}, DataError, ["4", "(3,)"]),
-        ({"labels": np.array([0.0, 0.0, 1.0, 1.0])}, DataError, ["integer", "float64"]),
+        ({"labels": np.array([0.0, 0.5, 1.0, 1.0])}, DataError, ["label 0.5", "row 1", "int64"]),
+        ({"labels": np.array([0, 0, np.nan, 1])}, DataError, ["label nan", "row 2"]),
+        ({"labels": np.array([np.inf, 0, 0, 1])}, DataError, ["label inf", "row 0"]),
+        ({"labels": np.array([1e300, 0, 0, 1])}, DataError, ["label 1e+300", "row 0"]),
+        ({"labels": np.array([0, 0, 1, 2**24 + 2], np.float32)}, DataError, ["row 3", "int64"]),
+        ({"labels": np.array(["0", "0", "1", "1"])}, DataError, ["integer", "<U1"]),
+        ({"labels": [0, 0, None, 1]}, DataError, ["integer", "object"]),
         ({"labels": np.array([0, 0, 2**63, 1], dtype=np.uint64)}, DataError, ["9223372036"]),
         ({"labels": np.arange(4)}, DataError, ["4 queries", "4 gallery rows"]),
         ({"roles": ["query"] * 4}, DataError, ["4 queries", "0 gallery rows"]),

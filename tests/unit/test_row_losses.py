@@ -114,6 +114,18 @@ CASES = [
         oracles.dynamic_nca_oracle,
         MARGIN | {"margin_reduction": "sum"},
     ),
+    Case(
+        "dynamic, all positives",
+        dml_dist.dynamic_proxy_nca_loss,
+        oracles.dynamic_nca_oracle,
+        {"positives": "all", "denominator": "negatives"},
+    ),
+    Case(
+        "dynamic, another draw",
+        dml_dist.dynamic_proxy_nca_loss,
+        oracles.dynamic_nca_oracle,
+        {"seed": 3, "step": 8},
+    ),
 ]
 IDS = [case.name for case in CASES]
 
@@ -307,7 +319,11 @@ def test_defaults_of_config_and_of_the_losses_are_the_same() -> None:
             {"name": "proxy_nca", "assignment": "dynamic", "label_smoothing": 0.1},
             "got assignment: dynamic",
         ),
-        ({"name": "proxy_nca", "revive_dead": True}, "revive_dead True needs assignment: dynamic"),
+        (
+            {"name": "proxy_nca", "positives": "all"},
+            "positives all needs assignment: dynamic",
+        ),
+        ({"name": "proxy_nca", "use_labels": False}, "use_labels"),
     ],
 )
 def test_settings_outside_their_range_are_rejected(loss: dict[str, Any], text: str) -> None:
@@ -320,6 +336,11 @@ def test_settings_outside_their_range_are_rejected(loss: dict[str, Any], text: s
     with pytest.raises(ConfigError) as caught:
         parse_config(values, [])
     assert text in str(caught.value)
+
+
+def test_settings_of_older_run_folders_are_read() -> None:
+    older = '{"name": "proxy_nca", "use_labels": true, "revive_dead": false}'
+    assert ProxyNCAConfig.model_validate_json(older) == ProxyNCAConfig(revive_dead=False)
 
 
 def test_class_sizes_and_proxies_that_are_missing() -> None:

@@ -174,3 +174,24 @@ def test_the_run_folder_needs_no_torch() -> None:
     program = "import sys, dml_dist.runs.folder; sys.exit('torch' in sys.modules)"
     folder = Path(dml_dist.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", program], cwd=folder, check=False).returncode == 0
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_free(tmp_path: Path) -> None:
+    """The corrected command may use it; one that has begun, or may be alive, is refused."""
+    path = tmp_path / "run"
+    run = RunFolder.create(path, "lr: 1", name="demo", seed=1)
+    with pytest.raises(ConfigError, match="already holds the run"):
+        run.require_new()
+    run.begin_attempt(**ATTEMPT)
+    run.end("failed", "the weights cannot be read")
+    run.require_new()
+    again = RunFolder.create(path, "lr: 2", name="demo", seed=2)
+    assert (again.info().seed, again.info().attempts) == (2, ())
+    assert again.config_path.read_text() == "lr: 2"
+    for state in ("failed", "stopped"):
+        again.begin_attempt(**ATTEMPT)
+        again.begin_training(0)
+        again.end(state, "disk full")
+        with pytest.raises(ConfigError, match="already holds the run"):
+            RunFolder.create(path, "lr: 3", name="demo", seed=3)
+    assert again.config_path.read_text() == "lr: 2"

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dml_dist.errors import ConfigError
 from dml_dist.evaluation.retrieval import evaluate
+from dml_dist.losses.numerics import full_precision
 from dml_dist.search import exact, propose
 from dml_dist.search import gallery_shard as gallery
-from dml_dist.search.approximate import Approximation, full_precision
+from dml_dist.search.approximate import Approximation
 from dml_dist.search.exact import pair_distances, store_rows
 from dml_dist.search.gallery_shard import GalleryShard, Queries
 from dml_dist.search.neighbors import NO_ROW, Neighbors

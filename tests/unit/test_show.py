@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dml_dist.data.index import Index, build_index, read_index
+from dml_dist.data.build_index import build_index
+from dml_dist.data.index import Index, read_index
 from dml_dist.data.plans import ShuffledPlan
 from dml_dist.data.statistics import SplitFacts, contact_sheet, split_facts, split_names
 from dml_dist.errors import ConfigError

@@ -18,10 +18,11 @@ from PIL import Image
 
 from dml_dist.config.data import FolderConfig
 from dml_dist.data import tar_shard, write_shards
+from dml_dist.data.build_index import build_index
 from dml_dist.data.datasets.folder import FolderImporter
 from dml_dist.data.decode import decode_image
 from dml_dist.data.import_summary import read_summary
-from dml_dist.data.index import Index, build_index
+from dml_dist.data.index import Index
 from dml_dist.data.reader import ShardReader
 from dml_dist.data.sample import FileSource
 from dml_dist.data.verify import verify

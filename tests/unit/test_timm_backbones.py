@@ -20,7 +20,7 @@ from dml_dist.config.model import (
     TimmConfig,
 )
 from dml_dist.errors import ConfigError
-from dml_dist.models.backbones import check_weights
+from dml_dist.models.backbones import check_weights, describe_weights, require_weights
 from dml_dist.models.build_model import build_model, describe_network
 from dml_dist.models.timm_backbone import network_transform
 from dml_dist.train.run_plan import resolve
@@ -101,11 +101,13 @@ def test_forms_of_weight_files(
         assert torch.equal(built.backbone.network.conv_stem.weight, expected)
         assert torch.equal(built.backbone.network.bn2.norm.running_var, state["bn2.running_var"])
     caplog.clear()
-    check_weights(TimmConfig(model=MAP, weights="package:ships_weights"))
+    packaged = TimmConfig(model=MAP, weights="package:ships_weights")
+    require_weights(packaged)
     assert not caplog.text  # The run will say it.
+    assert describe_weights(packaged) == [("pretrained weights", "package:ships_weights, read")]
     (package / "e.pt").touch()
     with pytest.raises(ConfigError, match=r"which has 2: d\.pth, e\.pt; give package:ships_w"):
-        check_weights(TimmConfig(model=MAP, weights="package:ships_weights"))
+        require_weights(packaged)
 
 
 class Harmful:

@@ -141,7 +141,7 @@ def page(search: Search) -> Page:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the figures, which take seconds to draw."""
     nothing = tune_page._Figures([], [], [], [], None, [], [], [], [])
-    monkeypatch.setattr(tune_page, "_figures", lambda tuning: nothing)
+    monkeypatch.setattr(tune_page, "_figures", lambda *_: nothing)
 
 
 def test_states(page: Page) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dml_dist.data.index import INDEX_NAME, Index, build_index, read_index, write_index
+from dml_dist.data.build_index import build_index
+from dml_dist.data.index import INDEX_NAME, Index, read_index, write_index
 from dml_dist.data.verify import VerifyReport, verify
 from dml_dist.data.write_shards import import_dataset
 from dml_dist.errors import DataError
@@ -33,7 +34,7 @@ def only_problem(root: Path, pattern: str) -> None:
 def test_whole_shards(index: Index) -> None:
     reports: list[tuple[int, int]] = []
     report = verify(index.root, lambda *at: reports.append(at), processes=2)
-    assert report == VerifyReport([], 40, int(index.length.sum()))
+    assert report == VerifyReport([], 40, int(index.length.sum()), [])
     assert reports[-1] == (40, 40)
     assert len(reports) == 5
 
@@ -141,3 +142,12 @@ def test_shards_from_elsewhere(tmp_path: Path) -> None:
     build_index(tmp_path, processes=1)
     assert check(tmp_path).problems == []
     assert read_index(tmp_path).class_names == ("0", "10")
+
+
+def test_a_name_in_an_older_spelling_is_no_problem(tmp_path: Path) -> None:
+    facts = b'{"class": "cat ", "super_class": "", "split": "train"}'
+    write_tar(tmp_path / "a.tar", [("a.png", encoded_image(0)), ("a.json", facts)])
+    index = build_index(tmp_path, processes=1)
+    for name, problems in (("cat ", 0), ("cat", 0), ("cats", 1)):
+        write_index(dataclasses.replace(index, class_names=(name,)))
+        assert len(check(tmp_path).problems) == problems

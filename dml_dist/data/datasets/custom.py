@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dml_dist.config.custom import load_target
+from dml_dist.config.custom import call_target
 from dml_dist.config.data import CustomDatasetConfig
 from dml_dist.data.sample import DatasetFacts, Sample
 from dml_dist.errors import ConfigError
@@ -33,9 +33,8 @@ class CustomImporter:
 
     @cached_property
     def _target(self) -> Any:
-        target = load_target(self.config.target)
         try:
-            made = target(**self.config.options)
+            made = call_target(self.config.target, options=self.config.options)
         except TypeError as error:
             raise ConfigError(
                 f"data.dataset.options must be arguments of {self.config.target}, "

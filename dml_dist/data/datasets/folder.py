@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dml_dist.config.data import FolderConfig, SplitConfig
 from dml_dist.data.datasets.expected import check_expected, expected_facts
-from dml_dist.data.datasets.on_disk import file_kind, visible
+from dml_dist.data.datasets.on_disk import file_kind, hidden_images, visible
+from dml_dist.data.labels import class_texts
 from dml_dist.data.sample import (
     IMAGE_EXTENSIONS,
     DatasetFacts,
@@ -69,6 +70,7 @@ class FolderImporter:
             return self._of_split_folders(root, folders)
         found, skipped = _images(root, "", folders)
         _report_skipped(root, skipped + Counter(file_kind(name) for name in files))
+        found = _with_class_texts(root, found)
         paths = [path for path, _ in found]
         splits = assign_splits(paths, [name for _, name in found], self.config.split)
         return _make_samples(root, found, splits)
@@ -95,6 +97,7 @@ class FolderImporter:
             found += images
             splits += [split] * len(images)
         _report_skipped(root, all_skipped)
+        found = _with_class_texts(root, found)
         split_count = Counter(
             name for name, _ in {(name, s) for (_, name), s in zip(found, splits, strict=True)}
         )
@@ -105,6 +108,12 @@ class FolderImporter:
                 root, len(shared), len(split_count), "/, ".join(folders), ", ".join(shared[:5]),
             )  # fmt: skip
         return _make_samples(root, found, splits)
+
+
+def _with_class_texts(root: Path, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Apply the label rule to the names of class folders."""
+    names = class_texts([name for _, name in found], str(root), "class folder")
+    return [(path, name) for (path, _), name in zip(found, names, strict=True)]
 
 
 def _make_samples(root: Path, found: list[tuple[str, str]], splits: list[str]) -> list[Sample]:
@@ -144,6 +153,11 @@ def _images(
 
 
 def _report_skipped(root: Path, skipped: Counter[str]) -> None:
+    if hidden := hidden_images(root):
+        _log.warning(
+            "%s: %d images in hidden folders or files are left out: %s",
+            root, len(hidden), ", ".join(hidden[:3]) + (", ..." if len(hidden) > 3 else ""),
+        )  # fmt: skip
     if skipped:
         kinds = ", ".join(f"{kind or 'none'} ({count})" for kind, count in sorted(skipped.items()))
         _log.warning("%s: files without an image extension are left out: %s", root, kinds)

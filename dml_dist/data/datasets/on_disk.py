@@ -21,6 +21,23 @@ def visible(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
+def hidden_images(root: Path) -> list[str]:
+    """Return the images below a folder that `visible` leaves out, but for the ._* of macOS."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        inside = os.path.relpath(folder, root)
+        hidden = any(part.startswith(".") for part in inside.split(os.sep) if part != ".")
+        found += [
+            os.path.normpath(os.path.join(inside, name))
+            for name in names
+            if is_image_name(name)
+            and not name.startswith("._")
+            and (hidden or name.startswith("."))
+        ]
+        folders[:] = [name for name in folders if name != "__MACOSX"]
+    return sorted(found)
+
+
 def file_kind(name: str) -> str:
     """Return the extension of a file name, lower case, with its dot."""
     return os.path.splitext(name)[1].lower()

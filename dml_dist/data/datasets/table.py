@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dml_dist.config.data import TableConfig
 from dml_dist.data.datasets.expected import check_expected, expected_facts
+from dml_dist.data.labels import class_text, class_texts, optional_texts
 from dml_dist.data.sample import ROLES, DatasetFacts, FileSource, Sample, facts_of, make_keys
 from dml_dist.data.table_file import read_table, refuse
 from dml_dist.errors import DataError
@@ -60,8 +61,8 @@ class TableImporter:
             _log.warning("%s: the columns %s are not used", file, ", ".join(unknown))
         columns = {name: table[name].to_pylist() for name in table.column_names}
         empty = [""] * table.num_rows
-        super_classes = columns.get("super_class", empty)
-        roles = [role or "both" for role in columns.get("role", empty)]
+        super_classes = optional_texts(columns.get("super_class", empty))
+        roles = [role.strip() or "both" for role in columns.get("role", empty)]
         for name in REQUIRED:
             bad = [row for row, value in enumerate(columns[name], 1) if not value.strip()]
             _refuse_rows(
@@ -69,6 +70,7 @@ class TableImporter:
             )
         bad = [row for row, role in enumerate(roles, 1) if role not in ROLES]
         _refuse_rows(file, f"role must be one of {', '.join(ROLES)}", bad, roles)
+        labels = _labels(file, columns["label"])
         _refuse_repeated(file, columns["path"])
         full = [os.path.join(file.parent, path) for path in columns["path"]]
         bad = [row for row, path in enumerate(full, 1) if not os.path.isfile(path)]
@@ -77,8 +79,8 @@ class TableImporter:
             Sample(key, label, split, FileSource(path, name), super_class or None, role)
             for key, label, split, path, name, super_class, role in zip(
                 make_keys(columns["path"]),
-                columns["label"],
-                columns["split"],
+                labels,
+                [split.strip() for split in columns["split"]],
                 full,
                 columns["path"],
                 super_classes,
@@ -91,6 +93,18 @@ class TableImporter:
 def _refuse_rows(file: Path, rule: str, rows: list[int], values: Sequence[str]) -> None:
     """Raise a DataError that names the first of the wrong rows, if there are any."""
     refuse(f"{file}: {rule}", [f"row {row}: {values[row - 1]!r}" for row in rows], "; ")
+
+
+def _labels(file: Path, given: Sequence[str]) -> list[str]:
+    """Return the class of each row by the label rule."""
+    wrong: list[int] = []
+    for row, label in enumerate(given, start=1):
+        try:
+            class_text(label)
+        except DataError:
+            wrong.append(row)
+    _refuse_rows(file, "every label must name a class, these do not", wrong, given)
+    return class_texts(given, str(file))
 
 
 def _refuse_repeated(file: Path, paths: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from dml_dist.config.search_space import format_value
 from dml_dist.config.study import SearchConfig
 from dml_dist.files import write_text_atomic
 from dml_dist.report.formatting import MISSING, format_metric, format_seconds
+from dml_dist.report.parts import Parts
 from dml_dist.report.render import write_page
 from dml_dist.report.study.comparison_tables import (
     comparison_rows,
-    csv_text,
     difference_notes,
     difference_rows,
     plain_differences,
@@ -26,6 +26,7 @@ from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
 from dml_dist.report.study.references import ReferenceRow, own_protocols
 from dml_dist.report.study.stats import LEVEL, format_interval
 from dml_dist.runs.comparison import ComparisonFolder, compare_section
+from dml_dist.terminal import csv_text
 
 
 def write_comparison(path: Path) -> Path:
@@ -43,7 +44,9 @@ def write_comparison(path: Path) -> Path:
     """
     comparison = read_comparison(path)
     report_dir = ComparisonFolder(comparison.folder).report_dir
-    convergence, axis = draw_convergence(comparison), draw_axis(comparison)
+    parts = Parts()
+    convergence = parts.make("convergence", lambda: draw_convergence(comparison), [])
+    axis = parts.make("figure against a field", lambda: draw_axis(comparison), [])
     differences = difference_rows(comparison)
     sections: list[tuple[str, str, bool]] = [
         ("results", "Results", True),
@@ -62,7 +65,7 @@ def write_comparison(path: Path) -> Path:
         command="compare",
         name=comparison.config.name,
         status="unfinished" if comparison.num_missing else "finished",
-        warnings=_warnings(comparison),
+        warnings=[*_warnings(comparison), *parts.failed],
         missing=_missing(comparison),
         sections=sections,
         facts=_facts(comparison),

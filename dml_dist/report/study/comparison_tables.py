@@ -5,10 +5,7 @@ Each table of the page is also written as CSV with plain numbers.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from dml_dist.report.formatting import MISSING, format_metric, format_seconds, metric_label
@@ -162,12 +159,3 @@ def plain_differences(comparison: Comparison) -> tuple[list[str], list[list[Any]
 
 def _cell(value: float) -> float | str:
     return "" if math.isnan(value) else value
-
-
-def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table as CSV."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return file.getvalue()
