@@ -219,6 +219,9 @@ BatchesConfig = Annotated[
 
 # ---------------------------------------------------------------- transforms
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 class StandardTransformConfig(Section):
     """Training: random resized crop and flip. Evaluation: resize and centre crop."""
@@ -240,13 +243,21 @@ class StandardTransformConfig(Section):
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Training: probability of a horizontal flip."""
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How images are resized; auto is what a network of timm states, bilinear for others."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel, values in [0, 1]."""
 
     std: tuple[
         Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ] = (0.229, 0.224, 0.225)
+    ] = IMAGENET_STD
     """Each channel is divided by it."""
+
+    @property
+    def resize_mode(self) -> Literal["bilinear", "bicubic"]:
+        """The interpolation, where auto has not been replaced by a network's."""
+        return "bicubic" if self.interpolation == "bicubic" else "bilinear"
 
     @model_validator(mode="after")
     def _check(self) -> StandardTransformConfig:

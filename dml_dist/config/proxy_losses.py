@@ -11,6 +11,17 @@ from dml_dist.config.base import PositiveFloat, PositiveInt, Section
 CosineMargin = Annotated[float, Field(ge=0, le=1)]
 
 
+class ProxiesConfig(Section):
+    """How the proxies of a loss begin."""
+
+    initial_std: PositiveFloat | None = None
+    """Standard deviation of their normal initial values; null is 1 / sqrt(D), about unit length.
+
+    With Adam the rate over this spread decides how fast a proxy turns: a rate copied from other
+    code belongs to its spread.
+    """
+
+
 class ProxyNCAConfig(Section):
     """Proxy-NCA (Movshovitz-Attias et al., ICCV 2017): both surrogates, all assignments."""
 

@@ -16,9 +16,9 @@ from dml_dist.config.base import (
     Section,
     resumable,
 )
-from dml_dist.config.data import BalancedBatchesConfig, DataConfig, StandardTransformConfig
+from dml_dist.config.data import BalancedBatchesConfig, DataConfig
 from dml_dist.config.loggers import LoggerConfig
-from dml_dist.config.model import ModelConfig, ViTConfig
+from dml_dist.config.model import ModelConfig, check_images
 from dml_dist.config.nir import NIRConfig
 from dml_dist.config.objective import (
     AdamConfig,
@@ -29,6 +29,7 @@ from dml_dist.config.objective import (
     ScheduleConfig,
 )
 from dml_dist.config.projections import ProjectionsConfig
+from dml_dist.config.proxy_losses import ProxiesConfig
 from dml_dist.config.study import CompareConfig, TuneConfig
 
 # ---------------------------------------------------------------- validation
@@ -98,8 +99,9 @@ class TrainConfig(Section):
     Not with batch normalisation by statistics of the batch.
     """
 
-    steps: PositiveInt | None = resumable(None)
-    """Number of optimiser updates; give this or `epochs`."""
+    steps: NonNegativeInt | None = resumable(None)
+    """Number of optimiser updates; give this or `epochs`. 0 evaluates the network as it is given.
+    """
 
     epochs: PositiveInt | None = resumable(None)
     """Number of passes over the training images; give this or `steps`."""
@@ -286,6 +288,8 @@ class RunConfig(Section):
     loss: LossConfig = ProxyNCAConfig()
     """The loss function."""
 
+    proxies: ProxiesConfig = ProxiesConfig()
+
     nir: NIRConfig | None = None
     """Non-isotropy regularisation added to `loss`; null disables it."""
 
@@ -330,16 +334,16 @@ class RunConfig(Section):
         names = [logger.name for logger in self.loggers]
         if len(set(names)) < len(names):
             raise ValueError(f"loggers must have different names, got {', '.join(names)}")
+        if self.train.steps == 0 and (self.compare or self.tune):
+            raise ValueError("compare and tune train their runs: train.steps must be positive")
         self._check_compare()
         self._check_tune()
-        backbone, transform = self.model.backbone, self.data.transform
-        # The positional embedding of a Vision Transformer has one size.
-        side = backbone.image_size if isinstance(backbone, ViTConfig) else None
-        if side and isinstance(transform, StandardTransformConfig) and transform.size != side:
+        if self.model.head == "none" and self.train.backbone_warmup_epochs:
             raise ValueError(
-                f"data.transform.size must equal the image_size {side} of "
-                f"model.backbone {backbone.name}, got {transform.size}"
+                f"train.backbone_warmup_epochs {self.train.backbone_warmup_epochs} trains the head "
+                "alone, which model.head: none leaves out"
             )
+        check_images(self.model.backbone, self.data.transform)
         if self.launch.launcher == "ray" and self.launch.num_workers > self.train.global_batch_size:
             raise ValueError(
                 f"train.global_batch_size {self.train.global_batch_size} must be at least "

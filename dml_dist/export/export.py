@@ -25,6 +25,7 @@ from dml_dist.export import bundle as files
 from dml_dist.export.onnx import EXTRA, export_onnx, require_extra
 from dml_dist.files import write_json_atomic
 from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.models.timm_backbone import network_transform
 from dml_dist.orchestration.evaluate import evaluation_config
 from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.parallel.comm import Comm
@@ -132,9 +133,8 @@ def _write(
     model = model.to(context.topology.device)
     reader = ShardReader(context.index)
     gallery = _write_gallery(target, context, rows, model, reader, options, emit)
-    write_json_atomic(
-        target / files.PREPROCESSING, preprocessing(config.data.transform, config.data.exif)
-    )
+    transform = network_transform(config.data.transform, config.model.backbone)
+    write_json_atomic(target / files.PREPROCESSING, preprocessing(transform, config.data.exif))
     cast(Any, model.cpu().float().eval()).to(memory_format=torch.contiguous_format)
     model.channels_last = False
     torch.save(model.state_dict(), target / files.WEIGHTS)
@@ -249,7 +249,7 @@ def preprocessing(config: TransformConfig, exif: ExifRule) -> dict[str, Any]:
             {
                 "resize": {
                     "shorter_side": config.resize or config.size,
-                    "interpolation": "bilinear",
+                    "interpolation": config.resize_mode,
                     "antialias": True,
                 }
             },

@@ -22,18 +22,21 @@ from dml_dist.config.model import (
     GoogLeNetConfig,
     ResNetConfig,
     SwinConfig,
+    TimmConfig,
     TorchvisionConfig,
     ViTConfig,
 )
 from dml_dist.errors import ConfigError
+from dml_dist.models.rescale import Rescale
+from dml_dist.models.timm_backbone import build_timm
+from dml_dist.models.weights import find_weight_file, load_weights, read_weight_file
 
 _CONV4_GROUPS = 8
 _RESNET_GROUPS = 32
+# Mean and std of the inputs that GoogLeNet's weights expect, in [-1, 1].
+_GOOGLENET = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 # Children of torchvision's networks after the last feature map.
 _AFTER_FEATURES = ("avgpool", "dropout", "fc", "classifier", "flatten", "head")
-# Prefixes of parameters in weight files that our networks lack: (auxiliary) classifiers.
-_CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.")
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def build_conv4(config: Conv4Config) -> tuple[nn.Module, int]:
@@ -81,11 +84,13 @@ def build_torchvision(config: TorchvisionConfig, *, pretrained: bool) -> tuple[n
             )
         )
     if isinstance(config, GoogLeNetConfig) and config.weights != "none":
-        trunk = nn.Sequential(OrderedDict([("rescale", _Rescale()), *trunk.named_children()]))
+        trunk = nn.Sequential(
+            OrderedDict([("rescale", Rescale(*_GOOGLENET)), *trunk.named_children()])
+        )
     if isinstance(config, EfficientNetConfig | ConvNeXtConfig | SwinConfig):
         _set_stochastic_depth(trunk, config.stochastic_depth)
     if pretrained and config.weights != "none":
-        _load(trunk, _read_weights(config), config.weights)
+        load_weights(trunk, _read_weights(config), config.weights)
     return trunk, classifier.in_features
 
 
@@ -109,21 +114,6 @@ def _set_stochastic_depth(trunk: nn.Module, active: bool) -> None:
     for layer in trunk.modules():
         if isinstance(layer, StochasticDepth) and not active:
             layer.p = 0.0
-
-
-class _Rescale(nn.Module):
-    """Rescale inputs from ImageNet's mean and std to [-1, 1], as GoogLeNet's weights expect."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, values in _IMAGENET.items():
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images * self.std + self.mean) * 2 - 1
 
 
 def _require_image_size(network: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -172,13 +162,15 @@ def check_weights(config: BackboneConfig) -> None:
 
     Raises:
         ConfigError: If they are neither none, nor a weight name of this network, nor a file of
-            such weights.
+            weights that fit it.
     """
     if not _is_pretrained(config):
         return
-    _check_name(config)
-    if _named(config) is None:
-        _check_fit(config, _read_file(config.weights))
+    with torch.device("meta"):  # Of the network only the shapes are made.
+        if isinstance(config, TimmConfig):
+            build_timm(config, pretrained=True)
+        elif _find_file(config) is not None:
+            build_torchvision(config, pretrained=True)
 
 
 def require_weights(config: BackboneConfig) -> None:
@@ -194,7 +186,7 @@ def require_weights(config: BackboneConfig) -> None:
         return
     known = _named(config)
     if known is not None and not _cached(known).is_file():
-        _download(known, config.weights)
+        _download(known)
 
 
 def describe_weights(config: BackboneConfig) -> list[tuple[str, str]]:
@@ -209,12 +201,14 @@ def describe_weights(config: BackboneConfig) -> list[tuple[str, str]]:
     return [("pretrained weights", f"{config.weights}, {found}")]
 
 
-def _is_pretrained(config: BackboneConfig) -> TypeGuard[TorchvisionConfig]:
+def _is_pretrained(config: BackboneConfig) -> TypeGuard[TorchvisionConfig | TimmConfig]:
     return not isinstance(config, Conv4Config | CustomBackboneConfig) and config.weights != "none"
 
 
-def _named(config: TorchvisionConfig) -> Any:
+def _named(config: TorchvisionConfig | TimmConfig) -> Any:
     """Return torchvision's entry of a weight name, None for a file."""
+    if isinstance(config, TimmConfig):
+        return None
     return torchvision.models.get_model_weights(config.name).__members__.get(config.weights)
 
 
@@ -222,17 +216,17 @@ def _cached(entry: Any) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
 
 
-def _check_name(config: TorchvisionConfig) -> None:
-    """Raise unless `weights` is a name of this network or a file."""
+def _find_file(config: TorchvisionConfig) -> Path | None:
+    """Return the file that `weights` names, None for a name of torchvision; raise for others."""
     known = torchvision.models.get_model_weights(config.name)
-    names = sorted(known.__members__)
-    if config.weights not in names:
-        if not Path(config.weights).is_file():
+    if config.weights not in known.__members__:
+        if (path := find_weight_file(config.weights)) is None:
+            names = sorted(known.__members__)
             raise ConfigError(
                 f"model.backbone.weights must be none, one of {names}, or the path of a state "
                 f"dict, but {config.weights!r} is neither a name of {config.name} nor a file"
             )
-        return
+        return path
     if isinstance(config, ViTConfig):
         side = known[config.weights].meta["min_size"][0]
         if config.image_size != side:
@@ -241,13 +235,7 @@ def _check_name(config: TorchvisionConfig) -> None:
                 f"{config.weights} of {config.name} need {side}; set it and data.transform.size "
                 f"to {side}"
             )
-
-
-def _check_fit(config: TorchvisionConfig, state: dict[str, Tensor]) -> None:
-    """Raise if a state dict does not fit the network, of which only the shapes are made."""
-    with torch.device("meta"):
-        trunk, _ = build_torchvision(config, pretrained=False)
-    _load(trunk, {name: value.to("meta") for name, value in state.items()}, config.weights)
+    return None
 
 
 def _group_norm(num_channels: int) -> nn.GroupNorm:
@@ -256,51 +244,20 @@ def _group_norm(num_channels: int) -> nn.GroupNorm:
 
 def _read_weights(config: TorchvisionConfig) -> dict[str, Tensor]:
     """Return the state dict that `weights` names: a torchvision weight name or a file."""
-    _check_name(config)
-    if (known := _named(config)) is not None:
-        return _download(known, config.weights)
-    return _read_file(config.weights)
+    if (path := _find_file(config)) is not None:
+        return read_weight_file(path)
+    return _download(_named(config))
 
 
-def _read_file(weights: str) -> dict[str, Tensor]:
-    path = Path(weights)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many unrelated types.
-        raise ConfigError(
-            f"model.backbone.weights: {path} cannot be read ({error}); save a state dict of "
-            "tensors with torch.save"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ConfigError(
-            f"model.backbone.weights: {path} holds {type(state).__name__}, not a state dict (names "
-            "to tensors); save model.state_dict() and nothing else"
-        )
-    return state
-
-
-def _download(entry: Any, name: str) -> dict[str, Tensor]:
+def _download(entry: Any) -> dict[str, Tensor]:
     """Return torchvision's weights from its cache folder; download them if missing."""
     target = _cached(entry)
     try:
         state: dict[str, Tensor] = entry.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"model.backbone.weights {name}: the download of {entry.url} failed ({error}); "
+            f"model.backbone.weights {entry.name}: the download of {entry.url} failed ({error}); "
             f"download it on a machine with network access and copy it to {target}, or set "
             "model.backbone.weights to its path"
         ) from error
     return state
-
-
-def _load(trunk: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict of the whole network, with or without its classifier."""
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(_CLASSIFIERS)}
-    try:
-        trunk.load_state_dict(state)
-    except RuntimeError as error:
-        text = str(error)
-        raise ConfigError(
-            f"model.backbone.weights: the state dict {source} does not fit the network; use "
-            f"weights of the same architecture: {text[:600]}{' ...' if len(text) > 600 else ''}"
-        ) from error

@@ -16,10 +16,13 @@ from dml_dist.config.model import (
     Conv4Config,
     CustomBackboneConfig,
     ModelConfig,
+    TimmConfig,
 )
+from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import build_conv4, build_custom, build_torchvision
 from dml_dist.models.embedding import BatchNormStatistics, EmbeddingModel, freeze_affine
 from dml_dist.models.pooling import build_pooling
+from dml_dist.models.timm_backbone import build_timm
 from dml_dist.random_streams import Stream, seed_of
 
 
@@ -68,17 +71,29 @@ def _build(config: ModelConfig, pretrained: bool) -> EmbeddingModel:
         backbone=backbone,
         pool=build_pooling(config.pooling, config.gem_power),
         norm=norm,
-        # Batch normalisation subtracts a bias again: it would only follow rounding errors.
-        head=nn.Linear(num_features, config.embedding_size, bias=config.normalize == "none"),
+        head=_build_head(config, num_features),
         normalize=(
             nn.BatchNorm1d(config.embedding_size, affine=False)
             if config.normalize == "batch"
             else nn.Identity()
         ),
+        embedding_size=config.embedding_size,
         batch_norm="frozen" if batch_norm is None else batch_norm.statistics,
         has_own_buffers=isinstance(config.backbone, CustomBackboneConfig),
         channels_last=config.channels_last,
     )
+
+
+def _build_head(config: ModelConfig, num_features: int) -> nn.Module:
+    if config.head == "linear":
+        # Batch normalisation subtracts a bias again: it would only follow rounding errors.
+        return nn.Linear(num_features, config.embedding_size, bias=config.normalize == "none")
+    if config.embedding_size != num_features:
+        raise ConfigError(
+            f"model.embedding_size is {config.embedding_size}, but model.head none makes the "
+            f"network's {num_features} features the embedding; set embedding_size: {num_features}"
+        )
+    return nn.Identity()
 
 
 def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module, int]:
@@ -87,6 +102,8 @@ def _build_backbone(config: BackboneConfig, pretrained: bool) -> tuple[nn.Module
             return build_conv4(config)
         case CustomBackboneConfig():
             return build_custom(config)
+        case TimmConfig():
+            return build_timm(config, pretrained=pretrained)
         case _:
             return build_torchvision(config, pretrained=pretrained)
 
@@ -105,7 +122,7 @@ _STATISTICS = {
 def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
     """Return (label, value) rows on batch normalization and random layers, if there are any."""
     layers = [layer for layer in model.backbone.modules() if isinstance(layer, _BatchNorm)]
-    rows = []
+    rows = [*getattr(model.backbone, "facts", ())]
     if layers:
         trained = any(
             parameter.requires_grad for layer in layers for parameter in layer.parameters()

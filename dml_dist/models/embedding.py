@@ -34,14 +34,15 @@ class ParameterKind:
 
 
 class EmbeddingModel(nn.Module):
-    """Backbone, pooling, optional LayerNorm, linear head, optional batch normalization.
+    """Backbone, pooling, optional LayerNorm, optional linear head and batch normalization.
 
     Attributes:
         backbone: Images (B, 3, H, W) to features (B, F, h, w) or (B, F).
         pool: Feature maps to (B, F); skipped for features (B, F).
         norm: LayerNorm without learned parameters, or the identity.
-        head: Linear layer to the embedding.
-        normalize: Batch normalization without weights behind the head, or the identity.
+        head: Linear layer to the embedding, or the identity.
+        normalize: Batch normalization without weights of embeddings, or the identity.
+        embedding_size: D, the embedding dimension.
         batch_norm: Statistics of the backbone's batch normalization in training. "frozen": its
             running ones, in evaluation mode; "synchronized": of all ranks
             (`parallel/batch_norm.py`); "per_rank": of the rank's own batch.
@@ -55,9 +56,10 @@ class EmbeddingModel(nn.Module):
         backbone: nn.Module,
         pool: nn.Module,
         norm: nn.Module,
-        head: nn.Linear,
+        head: nn.Module,
         normalize: nn.Module,
         *,
+        embedding_size: int,
         batch_norm: BatchNormStatistics = "frozen",
         has_own_buffers: bool = False,
         channels_last: bool = False,
@@ -68,15 +70,11 @@ class EmbeddingModel(nn.Module):
         self.norm = norm
         self.head = head
         self.normalize = normalize
+        self.embedding_size = embedding_size
         self.batch_norm = batch_norm
         self.has_own_buffers = has_own_buffers
         self.is_backbone_frozen = False
         self.channels_last = channels_last
-
-    @property
-    def embedding_size(self) -> int:
-        """D, the embedding dimension."""
-        return self.head.out_features
 
     @property
     def normalize_statistics(self) -> BatchNormStatistics:
@@ -100,25 +98,31 @@ class EmbeddingModel(nn.Module):
             images: (B, 3, H, W).
 
         Returns:
-            (B, D) in the dtype of the head, float32 also under autocast: only the backbone runs
-            in lower precision.
+            (B, D) in the dtype of the parameters, float32 also under autocast: only the backbone
+            runs in lower precision.
         """
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        features = self.backbone(images)
-        # Pooling and head in full precision: distances are sensitive to their rounding.
+        features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
-            features = features.to(self.head.weight.dtype)
-            if features.ndim == 4:
-                features = self.pool(features)
             embeddings: Tensor = self.normalize(self.head(self.norm(features)))
             return embeddings
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the pooled features of the backbone, (B, F), in the dtype of the parameters."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
+            features = self.backbone(images)
+        # Pooling and head in full precision: distances are sensitive to their rounding.
+        with torch.autocast(images.device.type, enabled=False):
+            features = features.to(next(self.parameters()).dtype)
+            return self.pool(features) if features.ndim == 4 else features
 
     def freeze_backbone(self, freeze: bool) -> None:
         """Freeze or unfreeze the backbone, for the warm-up of the head.
 
-        Frozen, its batch normalization is in evaluation mode whatever `batch_norm` says, since
-        running statistics must not change. The caller handles gradients.
+        Frozen, it gets no gradient, so no backward pass goes through it, and its batch
+        normalization is in evaluation mode whatever `batch_norm` says, since running statistics
+        must not change.
         """
         if freeze != self.is_backbone_frozen:
             self.is_backbone_frozen = freeze
@@ -132,6 +136,18 @@ class EmbeddingModel(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+class PooledFeatures(nn.Module):
+    """The features that a network's head sees, as embeddings."""
+
+    def __init__(self, model: EmbeddingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the pooled features of images (B, 3, H, W), (B, F)."""
+        return self.model.features(images)
 
 
 def freeze_affine(backbone: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dml_dist.report.formatting import format_seconds, result_table
+from dml_dist.report.formatting import filled_columns, format_seconds, result_table
 from dml_dist.report.summary import read_summary
 from dml_dist.runs.folder import RunFolder
 
@@ -16,16 +16,20 @@ from dml_dist.runs.folder import RunFolder
 def print_results(folder: RunFolder, console: Console) -> None:
     """Print a finished run: metrics, speed, times, restarts and the cost of checkpoints."""
     summary = read_summary(folder.path)
-    table = Table("test classes", "untrained", "trained", "best validation")
-    for row in summary.table():
-        table.add_row(row.label, row.untrained, row.trained, row.validation)
+    rows = summary.table()
+    columns = filled_columns(rows)
+    table = Table("test classes", *(heading for heading, _ in columns))
+    for row in rows:
+        table.add_row(row.label, *(getattr(row, field) for _, field in columns))
     table.add_section()
+    before = [""] * next((i for i, (_, field) in enumerate(columns) if field == "trained"), 0)
     if summary.images_per_second is not None:
-        table.add_row("training speed", "", f"{summary.images_per_second:,.0f} images/s", "")
+        speed = f"{summary.images_per_second:,.0f} images/s"
+        table.add_row("training speed", *before, speed)
     seconds = summary.metrics.get("seconds", {})
     for name, label in (("train", "training"), ("evaluate", "evaluation"), ("total", "whole run")):
         if name in seconds:
-            table.add_row(f"time, {label}", "", format_seconds(seconds[name]), "")
+            table.add_row(f"time, {label}", *before, format_seconds(seconds[name]))
     console.print(table)
     for line in (summary.history.restarts_text, summary.history.checkpoints_text):
         if line is not None:

@@ -25,7 +25,7 @@ from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.pairs import PairObjective, anchor_objective
-from dml_dist.parallel.proxies import ProxyObjective
+from dml_dist.parallel.proxies import PROXIES, ProxyObjective
 from dml_dist.parallel.sampling import SampledProxyObjective
 
 
@@ -39,6 +39,7 @@ def build_objective(
     dtype: torch.dtype = torch.float32,
     nir: NIRConfig | None = None,
     class_sizes: Sequence[int] | None = None,
+    initial_std: float | None = None,
 ) -> Objective:
     """Return the objective on this rank's device, with this rank's part of the class table.
 
@@ -55,10 +56,11 @@ def build_objective(
         dtype: float32, or float64, of proxies and loss.
         nir: The section of non-isotropy regularisation, if there is one.
         class_sizes: Images of each training class; needed where the loss weighs classes.
+        initial_std: Spread of the initial proxies; None means 1 / sqrt(D).
 
     Raises:
-        ConfigError: If the loss cannot be built or regularised, or there are fewer than two
-            classes.
+        ConfigError: If the loss cannot be built or regularised or has no proxies to spread, or
+            there are fewer than two classes.
         TopologyError: If there are more ranks than classes or proxies.
     """
     loss = build_loss(config, num_classes, class_sizes=class_sizes, seed=seed, device=comm.device)
@@ -70,6 +72,8 @@ def build_objective(
         "dtype": dtype,
     }
     objective = _objective(config, loss, seed, shared)
+    if initial_std is not None:
+        _spread_proxies(config, objective, initial_std)
     return objective if nir is None else regularized(nir, objective, seed=seed)
 
 
@@ -92,6 +96,17 @@ def _objective(config: LossConfig, loss: AnyLoss, seed: int, shared: dict[str, A
         if share < 1:
             return SampledProxyObjective(loss, negatives_share=share, seed=seed, **shared)
     return ProxyObjective(loss, seed=seed, **shared)
+
+
+@torch.no_grad()
+def _spread_proxies(config: LossConfig, objective: Objective, initial_std: float) -> None:
+    table = objective.owned_parameters().get(PROXIES)
+    if table is None:
+        raise ConfigError(
+            f"proxies.initial_std is {initial_std:g}, but loss {config.name} has no proxies. "
+            "Remove it."
+        )
+    table.parameter.mul_(initial_std * objective.embedding_size**0.5)
 
 
 def _check_tables(config: LossConfig, loss: AnyLoss, num_classes: int, world_size: int) -> None:

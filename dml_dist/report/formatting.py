@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class ResultRow:
     Attributes:
         key: Name of the metric, such as "recall_at_1".
         label: Its display name, such as "R@1".
+        features: Value on the test split of the given network's features, or a dash.
         untrained: Value on the test split before training, or a dash.
         trained: Value on the test split after training, or a dash.
         validation: Value of the best validation, or a dash.
@@ -57,6 +58,7 @@ class ResultRow:
 
     key: str
     label: str
+    features: str
     untrained: str
     trained: str
     validation: str
@@ -144,20 +146,32 @@ def result_table(
     """Return the table of results: recalls in rising K, other scores, then counts.
 
     Args:
-        metrics: Content of metrics.json; its groups "untrained" and "trained" are read.
+        metrics: Content of metrics.json; its groups "features", "untrained" and "trained" are read.
         validation: Record of the best validation, if there is one.
     """
-    untrained = group(metrics, "untrained")
-    trained = group(metrics, "trained")
+    groups = [group(metrics, name) for name in ("features", "untrained", "trained")]
     held_out = dict(validation or {})
     known = [key for key in held_out if is_metric(key)]
     return [
         ResultRow(
             key,
             metric_label(key),
-            *(format_metric(key, values.get(key)) for values in (untrained, trained, held_out)),
+            *(format_metric(key, values.get(key)) for values in (*groups, held_out)),
         )
-        for key in _in_order([*untrained, *trained, *known])
+        for key in _in_order([*(key for values in groups for key in values), *known])
+    ]
+
+
+def filled_columns(table: Sequence[ResultRow]) -> list[tuple[str, str]]:
+    """Return heading and field of the columns of the table of results that have a value."""
+    every = [
+        *(("features", "features"), ("untrained", "untrained"), ("trained", "trained")),
+        ("best validation", "validation"),
+    ]
+    return [
+        (heading, field)
+        for heading, field in every
+        if any(getattr(row, field) != MISSING for row in table)
     ]
 
 

@@ -14,8 +14,7 @@ from dml_dist.report.class_results import draw_classes, read_class_results, weak
 from dml_dist.report.curves import draw_curves
 from dml_dist.report.figures import Picture
 from dml_dist.report.formatting import (
-    MISSING,
-    ResultRow,
+    filled_columns,
     format_count,
     format_metric,
     format_seconds,
@@ -101,7 +100,7 @@ def write_report(run_dir: Path) -> Path:
         info=summary.info,
         headline=headline,
         table=table,
-        columns=_columns(table),
+        columns=filled_columns(table),
         best=summary.best_validation,
         curves=_of_size(curves, small=False),
         small_curves=_of_size(curves, small=True),
@@ -141,16 +140,6 @@ def _distance(config: str | None) -> Literal["cosine", "euclidean"]:
     except (ConfigError, KeyError, TypeError):
         return "cosine"
     return "euclidean" if euclidean else "cosine"
-
-
-def _columns(table: Sequence[ResultRow]) -> list[tuple[str, str]]:
-    """Return heading and field of the columns with a value."""
-    every = [("untrained", "untrained"), ("trained", "trained"), ("best validation", "validation")]
-    return [
-        (heading, field)
-        for heading, field in every
-        if any(getattr(row, field) != MISSING for row in table)
-    ]
 
 
 def _headline(summary: RunSummary) -> list[_Headline]:

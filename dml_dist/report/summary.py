@@ -73,8 +73,8 @@ class RunSummary:
     def under(self, protocol: str) -> list[dict[str, Any]]:
         """Return the evaluations under a protocol; a record without one is named by its split.
 
-        Protocols are "validation" (held-out training classes), and on the test split "untrained",
-        "final", and "literature" (evaluated during training, never selected on).
+        Protocols are "validation" (held-out training classes), and on the test split "features",
+        "untrained", "final", and "literature" (evaluated during training, never selected on).
         """
         return [
             record
@@ -86,9 +86,9 @@ class RunSummary:
         """Return a metric of the evaluations under a protocol against the step."""
         return _series(self.under(protocol), key)
 
-    def result(self, name: Literal["untrained", "trained"]) -> dict[str, Any]:
+    def result(self, name: Literal["features", "untrained", "trained"]) -> dict[str, Any]:
         """Return the metrics on the test split: of metrics.json, else of the last such record."""
-        records = self.under("untrained" if name == "untrained" else "final")
+        records = self.under("final" if name == "trained" else name)
         recorded = records[-1] if records else {}
         return group(self.metrics, name) or {
             key: value for key, value in recorded.items() if is_metric(key)
@@ -106,7 +106,11 @@ class RunSummary:
 
     def table(self) -> list[ResultRow]:
         """Return the table of results."""
-        results = {"untrained": self.result("untrained"), "trained": self.result("trained")}
+        results = {
+            "features": self.result("features"),
+            "untrained": self.result("untrained"),
+            "trained": self.result("trained"),
+        }
         return result_table(results, self.best_validation)
 
     @property

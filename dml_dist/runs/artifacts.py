@@ -4,13 +4,15 @@ metrics.json, and metrics-SPLIT-CHECKPOINT.json of `dml-dist evaluate`:
 
     trained       metrics of the checkpoint on the evaluated split
     untrained     metrics of the untrained network on the test split
+    features      those of its pooled features, before the head, if it has given weights
     validation    recorded metrics of the best validation
     checkpoint    folder and step of the checkpoint; at the end of a run also whether it is the best
     split         the evaluated split
     seconds       part of the run -> duration
 
 Which metrics the metrics.json of a run holds depends on `evaluation.final`: `trained` and
-`untrained` for full, `trained` for metrics, and `validation` for none, if the run validates.
+`untrained` (and `features`) for full, `trained` for metrics, and `validation` for none, if the run
+validates.
 metrics-SPLIT-CHECKPOINT.json holds `trained` and `split`.
 
 per_class.parquet, one row for each class of the evaluated images, in ascending order of labels:

@@ -65,7 +65,7 @@ FREE = (
 
 
 METHOD = (
-    *("model", "loss", "nir", "projections", "optim", "schedule", "checkpoint"),
+    *("model", "loss", "proxies", "nir", "projections", "optim", "schedule", "checkpoint"),
     *("data.batches", "data.transform"),
     *("train.backbone_warmup_epochs", "train.max_grad_norm"),
     *("train.precision", "train.log_every"),
@@ -87,12 +87,13 @@ _UNTRAINED = (
 )
 
 
-def untrained_digest(config: RunConfig, device: str) -> str:
+def untrained_digest(config: RunConfig, device: str, kind: str = "untrained") -> str:
     """Return a hash of everything that decides on the metrics of a run's untrained network.
 
     Args:
         config: The run's configuration.
         device: Type of the device, which decides on the precision.
+        kind: What is measured of it.
     """
     without = (*FREE, "data.batches")
     kept = [
@@ -100,7 +101,7 @@ def untrained_digest(config: RunConfig, device: str) -> str:
         for pair in _fields(config)
         if is_below(pair[0], _UNTRAINED) and not is_below(pair[0], without)
     ]
-    return _hash([("device", device), *kept])
+    return _hash([("kind", kind), ("device", device), *kept])
 
 
 def check_identity(study: RunConfig, run: RunConfig, identity: Sequence[str], source: str) -> None:

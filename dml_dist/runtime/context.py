@@ -19,6 +19,7 @@ from dml_dist.data.transforms import Transform, build_transform
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.evaluation.embed import embed
 from dml_dist.evaluation.retrieval import RetrievalResult, evaluate
+from dml_dist.models.timm_backbone import network_transform
 from dml_dist.parallel.comm import Comm
 from dml_dist.runs.artifacts import SavedEmbeddings, write_embeddings
 from dml_dist.runtime.fetch import require_cache_room
@@ -219,7 +220,7 @@ def open_context(config: RunConfig, topology: Topology, comm: Comm, emit: Emit) 
         config=config,
         index=index,
         split=split_classes(index, config.data, config.validation, config.seed),
-        transform=build_transform(config.data.transform),
+        transform=build_transform(network_transform(config.data.transform, config.model.backbone)),
         topology=topology,
         comm=comm,
         emit=emit if topology.is_main else discard,

@@ -12,20 +12,21 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dml_dist.config.data import BalancedBatchesConfig
+from dml_dist.config.model import ModelConfig
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
 from dml_dist.data.systematic import StatefulPlan, SystematicPlan
 from dml_dist.errors import RunError
 from dml_dist.models.build_model import build_model
-from dml_dist.models.embedding import EmbeddingModel
+from dml_dist.models.embedding import EmbeddingModel, PooledFeatures
 from dml_dist.parallel.comm import Comm
 from dml_dist.report.gallery import write_gallery
 from dml_dist.runs.artifacts import ClassTable, PerClass, write_class_table
@@ -201,13 +202,16 @@ def _final_results(
             found["trained"] = measure_checkpoint(
                 context, chosen, split, keep=folder, per_class=folder.per_class
             )
-            found["untrained"] = _measure_untrained(context, untrained_dir)
+            found["untrained"] = _measure_untrained(context, untrained_dir, "untrained")
+            if has_features_row(config.model):
+                found["features"] = _measure_untrained(context, untrained_dir, "features")
         case "metrics":
             found["trained"] = measure_checkpoint(context, chosen, split)
         case "none" if result.best is not None:
             found["validation"] = _recorded_validation(folder, result.best.step, context.comm)
-    if evaluations is not None and "untrained" in found:
-        evaluations.write(0, split=split, protocol="untrained", **found["untrained"])
+    for name in ("features", "untrained"):
+        if evaluations is not None and name in found:
+            evaluations.write(0, split=split, protocol=name, **found[name])
     if evaluations is not None and "trained" in found:
         evaluations.write(step, split=split, protocol="final", **found["trained"])
     found["checkpoint"] = {
@@ -218,13 +222,25 @@ def _final_results(
     return found
 
 
-def _measure_untrained(context: RunContext, untrained_dir: str | None) -> dict[str, Any]:
+def has_features_row(config: ModelConfig) -> bool:
+    """Whether a run is compared with the features that its weights give without a head."""
+    return config.head != "none" and getattr(config.backbone, "weights", "none") != "none"
+
+
+def _measure_untrained(
+    context: RunContext, untrained_dir: str | None, kind: Literal["untrained", "features"]
+) -> dict[str, Any]:
     """Return the test metrics of the untrained network, measured once for all runs of a study.
 
     Parallel runs may measure it at the same time; they write the same file.
+
+    Args:
+        context: Data and topology.
+        untrained_dir: Where the runs of a study share them.
+        kind: Embeddings of the network with its head, or the features before the head.
     """
     config, topology = context.config, context.topology
-    digest = untrained_digest(config, topology.device_type)
+    digest = untrained_digest(config, topology.device_type, kind)
     known = None
     if untrained_dir is not None and topology.is_main:
         known = read_untrained(Path(untrained_dir), digest)
@@ -235,7 +251,10 @@ def _measure_untrained(context: RunContext, untrained_dir: str | None) -> dict[s
     split = config.data.test_split
     model = _untrained(config, topology)
     metrics = context.measure(
-        model, context.rows_of(split), f"embed {split}, untrained", final=True
+        PooledFeatures(model) if kind == "features" else model,
+        context.rows_of(split),
+        f"embed {split}, {kind}",
+        final=True,
     ).as_dict()
     if untrained_dir is not None and topology.is_main:
         write_untrained(Path(untrained_dir), digest, metrics)

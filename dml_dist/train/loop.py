@@ -127,6 +127,10 @@ class _Loop:
             self.hooks.begin(state.step)
         self.meter.restart()
         self.stop_checks.restart(state.step)
+        if not plan.total_steps and self.last is None:
+            if plan.num_validation_classes:
+                self._is_best(0, self._validate(0)["map_at_r"])
+            self._save()
         batches = iter(self._batches())
         try:
             while state.step < plan.total_steps:

@@ -30,9 +30,11 @@ from dml_dist.config.objective import (
     SGDConfig,
     StepScheduleConfig,
 )
+from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
 from dml_dist.models.embedding import EmbeddingModel, ParameterKind, parameter_kinds
 from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.proxies import PROXIES
 
 OWNED_PREFIX = "objective."
@@ -201,6 +203,47 @@ def _build_custom(config: CustomOptimizerConfig, groups: list[dict[str, Any]]) -
             f"{where} returned {type(optimizer).__name__}. It must return a torch.optim.Optimizer."
         )
     return optimizer
+
+
+def state_slots(config: OptimizerConfig) -> int | None:
+    """Return how many values the optimiser keeps per element of a parameter; None if unknown."""
+    match config:
+        case AdamConfig() | AdamWConfig():
+            return 2
+        case SGDConfig():
+            return 1 if config.momentum else 0
+        case RMSpropConfig():
+            return 2 if config.momentum else 1
+        case CustomOptimizerConfig():
+            return None
+
+
+# ---------------- the plan
+
+
+def describe_learning_rates(
+    config: RunConfig, objective: Objective, steps_per_epoch: int
+) -> list[tuple[str, str]]:
+    """Return labels and values: the learning rate of every kind of parameter, and warm-ups."""
+    optim, schedule = config.optim, config.schedule
+    owned = objective.owned_parameters()
+    rates = {"backbone": optim.lr}
+    if config.model.head != "none":
+        rates["head"] = optim.head_lr or optim.lr
+    if optim.bias_lr is not None:
+        rates["biases"] = optim.bias_lr
+    if PROXIES in owned:
+        rates["proxies"] = optim.proxy_lr or optim.lr
+    if owned.keys() - {PROXIES} or objective.replicated_parameters():
+        rates["loss"] = optim.loss_lr or optim.lr
+    steps = f", {schedule.warmup_steps:,} steps of warm-up" if schedule.warmup_steps else ""
+    rows = [
+        ("learning rates", ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items())),
+        ("schedule", f"{schedule.name}{steps}"),
+    ]
+    if epochs := config.train.backbone_warmup_epochs:
+        rows.append(("backbone frozen", f"the first {epochs * steps_per_epoch:,} steps"))
+    return rows
 
 
 # ---------------- learning rate schedules

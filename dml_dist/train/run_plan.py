@@ -9,20 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dml_dist.config.objective import (
-    AdamConfig,
-    AdamWConfig,
-    CosineScheduleConfig,
-    CustomOptimizerConfig,
-    OptimizerConfig,
-    RMSpropConfig,
-    SGDConfig,
-)
+from dml_dist.config.objective import CosineScheduleConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.data.plans import build_plan
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.models.build_model import batch_norm_channels, build_model, describe_network
 from dml_dist.models.embedding import EmbeddingModel, parameter_kinds
+from dml_dist.models.timm_backbone import network_transform
 from dml_dist.parallel.batch_norm import batch_norm_traffic, check_batch_norm
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
@@ -30,6 +23,7 @@ from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
 from dml_dist.train.micro_batches import check_micro_batches
+from dml_dist.train.optim import describe_learning_rates, state_slots
 from dml_dist.train.plan_methods import check_methods, describe_methods
 from dml_dist.train.state import resolve_precision
 
@@ -58,7 +52,7 @@ class RunPlan:
         num_backbone_parameters: Parameters of the backbone.
         num_head_parameters: Parameters of pooling and head.
         network: Further facts about the network, as labels and values.
-        methods: Label and value of regularisation and alternating projections.
+        methods: Label and value of learning rates, regularisation and alternating projections.
     """
 
     world_size: int
@@ -161,16 +155,7 @@ def resolve(
     sizes = np.asarray(train_class_sizes, dtype=np.int64)
     _check_classes(sizes)
     dtype = resolve_precision(config.train.precision, "cpu").dtype
-    objective = build_objective(
-        config.loss,
-        num_classes=len(sizes),
-        embedding_size=config.model.embedding_size,
-        seed=config.seed,
-        comm=Comm.planned(world_size),
-        dtype=dtype,
-        nir=config.nir,
-        class_sizes=sizes.tolist(),
-    )
+    objective = _objective_without_data(config, sizes, world_size, dtype)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     batches = build_plan(
         config.data.batches,
@@ -204,12 +189,29 @@ def resolve(
         num_backbone_parameters=backbone,
         num_head_parameters=head,
         network=describe_network(model),
-        methods=tuple(describe_methods(config, objective, sizes)),
+        methods=(
+            *describe_learning_rates(config, objective, batches.steps_per_epoch),
+            *describe_methods(config, objective, sizes),
+        ),
     )
-    trained = total_steps - config.train.backbone_warmup_epochs * plan.steps_per_epoch
-    steps = (0, plan.steps_per_epoch - 1) if trained >= plan.steps_per_epoch else (0,)
-    check_batch_norm(model, plan.num_images, [plan.batch_sizes(step) for step in steps])
+    _check_batch_norm(config, plan, model)
     return plan
+
+
+def _objective_without_data(
+    config: RunConfig, sizes: np.ndarray, world_size: int, dtype: torch.dtype
+) -> Objective:
+    return build_objective(
+        config.loss,
+        num_classes=len(sizes),
+        embedding_size=config.model.embedding_size,
+        seed=config.seed,
+        comm=Comm.planned(world_size),
+        dtype=dtype,
+        nir=config.nir,
+        class_sizes=sizes.tolist(),
+        initial_std=config.proxies.initial_std,
+    )
 
 
 def _check_classes(sizes: np.ndarray) -> None:
@@ -226,6 +228,8 @@ def _check_classes(sizes: np.ndarray) -> None:
 
 
 def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> None:
+    if not total_steps:
+        return  # The network is evaluated as it is.
     warmup = config.schedule.warmup_steps
     if isinstance(config.schedule, CosineScheduleConfig) and warmup >= total_steps:
         raise ConfigError(
@@ -241,8 +245,17 @@ def _check_course(config: RunConfig, total_steps: int, steps_per_epoch: int) -> 
         )
 
 
+def _check_batch_norm(config: RunConfig, plan: RunPlan, model: EmbeddingModel) -> None:
+    if not plan.total_steps:
+        return  # The network is evaluated as it is.
+    trained = plan.total_steps - config.train.backbone_warmup_epochs * plan.steps_per_epoch
+    steps = (0, plan.steps_per_epoch - 1) if trained >= plan.steps_per_epoch else (0,)
+    check_batch_norm(model, plan.num_images, [plan.batch_sizes(step) for step in steps])
+
+
 def _model_without_memory(config: RunConfig) -> EmbeddingModel:
     """Return the network without memory for its parameters: for its shapes alone."""
+    network_transform(config.data.transform, config.model.backbone)  # Refuses another size.
     # A custom backbone may read files or compute in its constructor: it is built on the CPU.
     device = "cpu" if config.model.backbone.name == "custom" else "meta"
     with torch.device(device):
@@ -287,24 +300,11 @@ def _proxy_bytes(
     config: RunConfig, rows: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[int, ...] | None:
     """Return the bytes of each rank's proxies with their optimiser state, if that is known."""
-    slots = _state_slots(config.optim)
+    slots = state_slots(config.optim)
     if slots is None:
         return None
     row_bytes = config.model.embedding_size * dtype.itemsize
     return tuple(size * row_bytes * (1 + slots) for size in rows)
-
-
-def _state_slots(config: OptimizerConfig) -> int | None:
-    """Return how many values the optimiser keeps per element of a parameter; None if unknown."""
-    match config:
-        case AdamConfig() | AdamWConfig():
-            return 2
-        case SGDConfig():
-            return 1 if config.momentum else 0
-        case RMSpropConfig():
-            return 2 if config.momentum else 1
-        case CustomOptimizerConfig():
-            return None
 
 
 def _describe_traffic(traffic: Traffic) -> str:

@@ -134,6 +134,7 @@ def build_state(
             dtype=precision.dtype,
             nir=config.nir,
             class_sizes=class_sizes,
+            initial_std=config.proxies.initial_std,
         ).to(comm.device)
         owned = {name: rows.parameter for name, rows in objective.owned_parameters().items()}
         replicated = objective.replicated_parameters()
@@ -145,13 +146,18 @@ def build_state(
     comm.agree(error, what="building the model")
     return TrainState(
         model=model,
-        network=distribute(model, comm, any_may_be_unused=config.model.backbone.name == "custom"),
+        network=distribute(model, comm, any_may_be_unused=_any_may_be_unused(config)),
         objective=objective,
         optimizer=optimizer,
         comm=comm,
         precision=precision,
         step=0,
     )
+
+
+def _any_may_be_unused(config: RunConfig) -> bool:
+    """Whether parameters may have no gradient: a custom backbone's, or a frozen backbone's."""
+    return config.model.backbone.name == "custom" or config.train.backbone_warmup_epochs > 0
 
 
 def share_buffers(model: EmbeddingModel, comm: Comm) -> None:
@@ -218,9 +224,10 @@ class _SpareParameter(nn.Module):
 def distribute(model: EmbeddingModel, comm: Comm, *, any_may_be_unused: bool) -> nn.Module:
     """Return the model inside DDP, which averages gradients over ranks.
 
-    A custom backbone may have parameters without a gradient, as in one process: DDP then has to
-    look for them (`find_unused_parameters`). The project's own networks use all of theirs, and on
-    a GPU the search would wait for the device in every step.
+    A custom backbone may have parameters without a gradient, as in one process, and a backbone has
+    none during the warm-up of the head: DDP then has to look for them (`find_unused_parameters`).
+    The project's own networks use all of theirs, and on a GPU the search would wait for the device
+    in every step.
 
     On the CPU DDP always searches, because that keeps it from rebuilding its buckets after the
     first step. The rebuilding changes the order of summation (from three ranks on), so that a

@@ -100,8 +100,6 @@ def train_step(
                 micro_batches.backward(embeddings)
         state.objective.sum_replicated_gradients()
     with spans("optimizer"):
-        if not update_backbone:
-            state.model.backbone.zero_grad(set_to_none=True)  # No gradient, no update, no state.
         touched = state.objective.touched_rows()
         norm, finite = _check_gradients(state, touched, max_grad_norm)
         if proximal is not None:

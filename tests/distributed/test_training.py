@@ -231,6 +231,18 @@ def test_errors_end_all_ranks_and_keep_the_last_checkpoint(tmp_path: Path, world
         assert not list(checkpoints.glob(".*"))
 
 
+def test_a_run_of_no_steps_keeps_the_network_as_it_is_given(tmp_path: Path) -> None:
+    config = small_config(train__steps=0, schedule="{name: cosine, warmup_steps: 3}")
+    for evaluated in ([("validation", 0)], []):  # The second finds the checkpoint of the first.
+        run = SmallRun(Topology(), Comm.single(), config, tmp_path)
+        result = run.train(resume=True)
+        assert (result.state.step, result.last.name) == (0, "step_00000000-a1")
+        assert run.evaluated == evaluated
+    initial = build_model(config.model, seed=config.seed).state_dict()
+    kept = result.state.model.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in initial.items())
+
+
 def test_reported_progress_and_records(tmp_path: Path) -> None:
     config = small_config(evaluation__evaluate_test_every=4, train__steps=5)
     run = SmallRun(Topology(), Comm.single(), config, tmp_path)

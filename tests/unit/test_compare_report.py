@@ -19,6 +19,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.report.study import comparison as compare_page
 from dml_dist.report.study import plots
 from dml_dist.report.study.comparison import write_comparison
+from dml_dist.report.study.comparison_tables import comparison_rows, plain_results
 from dml_dist.report.study.read import Comparison, MethodResult, read_comparison
 from dml_dist.runs.comparison import ComparisonFolder, run_name
 from dml_dist.runs.folder import RunFolder
@@ -321,3 +322,24 @@ def test_published_rows_match_the_protocol(tmp_path: Path) -> None:
         ["nca", "62.5 %", "70.00 ± 41.79 %", "fixed_epochs", "B"],
         ["softmax", DASH, DASH, "fixed_epochs", "C (not verified)"],
     ]
+
+
+def test_features_of_given_networks_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "demo", config_of())
+    given = {"recall_at_1": 0.213, "map_at_r": 0.02}
+    for method, seed in FINISHED:
+        run = RunFolder(ComparisonFolder(path).run(run_name(method, seed)))
+        values = given if method != "nir" else {"recall_at_1": 0.31, "map_at_r": 0.04}
+        metrics = json.loads(run.metrics_path.read_text())
+        run.metrics_path.write_text(json.dumps({**metrics, "features": values}))
+    comparison = read_comparison(path)
+    assert comparison.features == {
+        "features of triplet, nca, not trained": given,
+        "features of nir, not trained": {"recall_at_1": 0.31, "map_at_r": 0.04},
+    }
+    header, rows = comparison_rows(comparison)
+    assert [row[2:4] for row in rows[3:]] == [["21.30 %", "2.00 %"], ["31.00 %", "4.00 %"]]
+    assert {len(row) for row in rows} == {len(header)}
+    header, plain = plain_results(comparison)
+    assert plain[3][2] == 0.213
+    assert {len(row) for row in plain} == {len(header)}

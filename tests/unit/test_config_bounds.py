@@ -27,7 +27,7 @@ POSITIVE_INTEGERS = """
 data.prefetch  data.batches:shuffled.window  data.batches:balanced.samples_per_class
 data.dataset:folder.expected.x.classes  data.dataset:folder.expected.x.images
 data.dataset:table.expected.x.classes  data.dataset:table.expected.x.images
-model.backbone:vit_b_16.image_size  model.embedding_size
+model.backbone:vit_b_16.image_size  model.backbone:timm.image_size  model.embedding_size
 loss:proxy_nca.proxies_per_class  loss:proxy_nca.dead_after_steps
 loss:soft_triple.centers_per_class
 nir.flow.num_blocks  nir.flow.width
@@ -35,7 +35,7 @@ projections.steps_per_problem  projections.patience  projections.representatives
 projections.pool_per_class  projections.mining.neighbors_per_class
 projections.mining.refresh_every  projections.lead_steps
 schedule:step.milestones.0
-train.micro_batch_size  train.steps  train.epochs  train.log_every
+train.micro_batch_size  train.epochs  train.log_every
 evaluation.recall_at.0  evaluation.batch_size  evaluation.every_steps
 evaluation.evaluate_test_every
 checkpoint.every_steps  checkpoint.keep
@@ -56,14 +56,14 @@ data.cache.retries  data.loader_workers  data.decoded_cache_mb
 data.dataset:glyphs.seed  data.dataset:folder.split.seed
 nir.warmup_steps  projections.min_steps
 schedule:constant.warmup_steps  schedule:step.warmup_steps  schedule:cosine.warmup_steps
-train.backbone_warmup_epochs  validation:folds.fold  launch.max_failures
+train.steps  train.backbone_warmup_epochs  validation:folds.fold  launch.max_failures
 compare.seeds.0  compare.search.seed
 tune.seed  tune.final_seeds.0
 """
 POSITIVE_NUMBERS = """
 data.cache.max_gb  data.cache.timeout_seconds
 data.transform:standard.std.0  data.transform:standard.std.1  data.transform:standard.std.2
-model.gem_power
+model.gem_power  proxies.initial_std
 loss:proxy_nca.embedding_scale  loss:proxy_nca.proxy_scale  loss:proxy_nca.logit_memory_mb
 loss:proxy_anchor.scale  loss:proxy_anchor.logit_memory_mb
 loss:soft_triple.scale  loss:soft_triple.gamma  loss:soft_triple.logit_memory_mb

@@ -48,7 +48,10 @@ ONLY_IN: dict[str, set[str]] = {
     "optuna": {"studies"},
     "typer": {"cli", "cli_data", "cli_jobs", "cli_options", "cli_studies"},
 }
-NEVER_AT_TOP = {"onnx", "onnxruntime", "onnxscript", "faiss", "webdataset", "zuko", "matplotlib"}
+NEVER_AT_TOP = {
+    *("onnx", "onnxruntime", "onnxscript", "faiss", "webdataset", "zuko", "matplotlib"),
+    *("timm", "safetensors"),
+}
 NO_TORCH = LAYERS[0] | {"runs"}
 
 MAX_LINES = 400

@@ -22,7 +22,7 @@ from dml_dist.config.model import (
 from dml_dist.errors import ConfigError
 from dml_dist.models.backbones import check_weights, describe_weights, require_weights
 from dml_dist.models.build_model import batch_norm_channels, build_model
-from dml_dist.models.embedding import parameter_kinds
+from dml_dist.models.embedding import PooledFeatures, parameter_kinds
 from dml_dist.models.pooling import build_pooling
 
 
@@ -207,6 +207,37 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
     assert torch.allclose(model(images), build_model(plain, seed=0)(images), atol=1e-5)
 
 
+def test_a_frozen_backbone_has_no_backward_pass() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = build_model(ModelConfig(backbone=Conv4Config(width=8)), seed=0)
+    model(images).square().sum().backward()
+    expected = model.head.weight.grad.clone()
+    model.zero_grad(set_to_none=True)
+    model.freeze_backbone(True)
+    assert not model.features(images).requires_grad
+    model(images).square().sum().backward()
+    assert torch.equal(model.head.weight.grad, expected)
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    model.freeze_backbone(False)
+    assert model.features(images).requires_grad
+
+
+def test_a_network_without_a_head_gives_its_pooled_features() -> None:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    config = ModelConfig(backbone=Conv4Config(width=8), head="none", embedding_size=8)
+    model = build_model(config, seed=0)
+    whole = build_model(ModelConfig(backbone=Conv4Config(width=8)), seed=0)
+    expected = model.backbone(images).mean(dim=(2, 3))
+    assert torch.equal(model(images), expected)
+    assert torch.equal(PooledFeatures(whole)(images), expected)
+    spread = build_model(config.model_copy(update={"normalize": "batch"}), seed=0)
+    deviations = expected - expected.mean(0)
+    standardized = deviations / (deviations.square().mean(0) + 1e-5).sqrt()
+    torch.testing.assert_close(spread(images), standardized)
+    with pytest.raises(ConfigError, match=r"8 features the embedding; set embedding_size: 8"):
+        build_model(config.model_copy(update={"embedding_size": 5}), seed=0)
+
+
 def test_parameter_kinds() -> None:
     config = ModelConfig(backbone=Conv4Config(width=8), pooling="gem")
     kinds = parameter_kinds(build_model(config, seed=0))
@@ -253,7 +284,7 @@ def test_weights_are_not_loaded_before_a_checkpoint(tmp_path: Path) -> None:
         build_model(config, seed=0)
 
 
-def test_weights_are_checked_before_anything_is_built(
+def test_weights_are_checked_without_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build_nothing(**_: Any) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from dml_dist.config.load import parse_config
+from dml_dist.config.proxy_losses import ProxyNCAConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, DataError, TopologyError
 from dml_dist.models.build_model import build_model
+from dml_dist.parallel.build_objective import build_objective
+from dml_dist.parallel.comm import Comm
 from dml_dist.train.dynamic_assignment import SharedProxyWarning
 from dml_dist.train.run_plan import resolve
+
+CPU = torch.device("cpu")
 
 
 def config(**changes: Any) -> RunConfig:
@@ -228,6 +234,48 @@ def test_settings_that_do_not_fit_are_refused(
         resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
 
 
+def test_the_plan_shows_every_learning_rate() -> None:
+    changes = {
+        "optim": "{name: adamw, lr: 1e-4, head_lr: 1e-3, proxy_lr: 1e-2, bias_lr: 2e-4}",
+        "schedule": "{name: cosine, warmup_steps: 2}",
+        "train__backbone_warmup_epochs": 1,
+    }
+    rows = dict(resolve(config(**changes), train_class_sizes=SIZES, world_size=1).describe())
+    assert rows["learning rates"] == "backbone 0.0001, head 0.001, biases 0.0002, proxies 0.01"
+    assert rows["schedule"] == "cosine, 2 steps of warm-up"
+    assert rows["backbone frozen"] == "the first 3 steps"
+    margin = config(loss="{name: margin}", optim="{name: adam, lr: 0.1, loss_lr: 0.5}")
+    rows = dict(resolve(margin, train_class_sizes=SIZES, world_size=1).describe())
+    assert rows["learning rates"] == "backbone 0.1, head 0.1, loss 0.5"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_proxies_begin_with_their_spread(world_size: int) -> None:
+    def proxies(rank: int, initial_std: float | None) -> torch.Tensor:
+        comm = cast(Comm, SimpleNamespace(rank=rank, world_size=world_size, device=CPU))
+        objective = build_objective(
+            ProxyNCAConfig(),
+            num_classes=700,
+            embedding_size=64,
+            seed=0,
+            comm=comm,
+            initial_std=initial_std,
+        )
+        return objective.owned_parameters()["proxies"].parameter
+
+    wide = torch.cat([proxies(rank, 0.5) for rank in range(world_size)])
+    assert wide.std().item() == pytest.approx(0.5, rel=0.02)
+    default = torch.cat([proxies(rank, None) for rank in range(world_size)])
+    assert default.std().item() == pytest.approx(1 / 8, rel=0.02)
+    torch.testing.assert_close(wide, 4 * default)
+
+
+def test_pair_losses_have_no_proxies_to_spread() -> None:
+    pairs = config(loss="{name: triplet}", proxies__initial_std=0.1)
+    with pytest.raises(ConfigError, match=r"initial_std is 0.1, but loss triplet has no proxies"):
+        resolve(pairs, train_class_sizes=SIZES, world_size=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "sizes", "world_size", "message"),
     [
@@ -274,9 +322,11 @@ def test_batch_statistics_of_one_image_are_refused(
     changes: dict[str, Any], sizes: list[int], world_size: int, message: str
 ) -> None:
     batches = "{name: shuffled, last: keep}"
-    run = config(**{"model__backbone__norm": "batch", "data__batches": batches} | changes)
+    changes = {"model__backbone__norm": "batch", "data__batches": batches} | changes
     with pytest.raises(ConfigError, match=message):
-        resolve(run, train_class_sizes=sizes, world_size=world_size)
+        resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
+    changes |= {"train__epochs": "null", "train__steps": 0}  # Nothing is trained.
+    resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
 
 
 @pytest.mark.parametrize(

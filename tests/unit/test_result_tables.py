@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from dml_dist.files import read_json
 from dml_dist.orchestration.tables import print_metrics, print_results
 from dml_dist.report import write_report
-from dml_dist.report.formatting import ResultRow
+from dml_dist.report.formatting import MISSING, ResultRow, filled_columns
 from dml_dist.report.summary import read_summary
 from dml_dist.runs.folder import RunFolder
 from dml_dist.runs.records import RecordWriter
@@ -44,7 +46,7 @@ def test_the_summary_keeps_untrained_and_trained_apart(run: RunFolder) -> None:
     assert summary.result("untrained") == scores(0.05)
     assert summary.result("trained") == scores(0.8734)
     assert summary.table()[0] == ResultRow(
-        "recall_at_1", "R@1", untrained="5.00 %", trained="87.34 %", validation="90.00 %"
+        "recall_at_1", "R@1", MISSING, untrained="5.00 %", trained="87.34 %", validation="90.00 %"
     )
 
 
@@ -98,3 +100,13 @@ def test_the_terminal_shows_the_evaluated_checkpoint() -> None:
     header, *rows = cells(output.getvalue())
     assert header == ["split test", "step_00000020"]
     assert rows == [*([row[0], row[2]] for row in ROWS), ["time, evaluation", "2.3 s"]]
+
+
+def test_features_of_the_given_network_are_a_column_of_their_own(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "demo")
+    metrics = {**read_json(folder.metrics_path), "features": scores(0.213)}
+    folder.metrics_path.write_text(json.dumps(metrics))
+    table = read_summary(folder.path).table()
+    assert table[0].features == "21.30 %"
+    assert [heading for heading, _ in filled_columns(table)][:2] == ["features", "untrained"]
+    assert "21.30 %" in Page(write_report(folder.path)).table("results")[1]

@@ -33,6 +33,14 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
             *(_reached(method, target) if target is not None else []),
         ]
         for method in comparison.methods
+    ] + [
+        [
+            label,
+            "",
+            *(format_metric(key, values.get(key)) for key in (recall, "map_at_r")),
+            *([MISSING] * (len(header) - 4)),
+        ]
+        for label, values in comparison.features.items()
     ]
 
 
@@ -68,6 +76,9 @@ def plain_results(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
             found = method.reached(target)
             row += [target, found.steps, found.seconds, len(found.of_runs)]
         rows.append(row)
+    for label, values in comparison.features.items():
+        scores = [x for key in (recall, "map_at_r") for x in (values.get(key), "", "")]
+        rows.append([label, "", *scores, "", "", "", ""])
     return header, rows
 
 

@@ -160,6 +160,23 @@ class Comparison:
         return None if found is None else float(found.band.mean.recall.max())
 
     @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        """What the pooled features of the given networks reach without training, by label."""
+        groups: list[tuple[dict[str, Any], list[str]]] = []
+        for method in self.methods:
+            found = next((run.summary.result("features") for run in method.runs), {})
+            if not found:
+                continue
+            same = next((names for values, names in groups if values == found), None)
+            if same is None:
+                groups.append((found, [method.name]))
+            else:
+                same.append(method.name)
+        if len(groups) == 1:
+            return {"features, not trained": groups[0][0]}
+        return {f"features of {', '.join(names)}, not trained": one for one, names in groups}
+
+    @property
     def runs(self) -> list[RunResult]:
         """All finished runs."""
         return [run for method in self.methods for run in method.runs]
