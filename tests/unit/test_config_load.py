@@ -207,7 +207,7 @@ def test_all_problems_are_listed_with_lines(tmp_path: Path) -> None:
     assert lines[1] == "data.path (line 3): must be text, got 12; put it in quotes"
     assert lines[2] == "optim.lr (line 5): must be a number > 0, got -1"
     assert lines[3].startswith("optim.momentun (line 6): unknown key; did you mean optim.momentum?")
-    assert lines[4] == "train.steps (line 8): must be an integer >= 1, or null, got true"
+    assert lines[4] == "train.steps (line 8): must be an integer >= 0, or null, got true"
     assert lines[5] == (
         "loss.name (line 10): must be one of proxy_nca, proxy_anchor, soft_triple, "
         "normalized_softmax, cosface, arcface, contrastive, triplet, margin, multi_similarity, "
