@@ -162,7 +162,7 @@ def test_a_training_is_submitted_and_followed(
 def test_a_stopped_job_saves_a_checkpoint_and_is_resumed(
     to: tuple[str, ...], cli: Cli, tmp_path: Path
 ) -> None:
-    slow = ("--set", "data.transform.options.pause=0.01")
+    slow = ("--set", "data.transform.options.pause=0.05")
     code, output = cli("submit", *to, "--detach", "--", "train", "small.yaml", *slow)
     assert code == 0, output
     records = tmp_path / "runs/small/records/evaluations.jsonl"
