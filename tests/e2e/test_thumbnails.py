@@ -10,7 +10,9 @@ from PIL import Image
 
 from dml_dist.data.index import read_index
 from dml_dist.data.reader import ShardReader
+from dml_dist.export import search_figure as search_picture
 from dml_dist.export.export import thumbnail, thumbnails
+from dml_dist.export.search_figure import Tile
 from dml_dist.runtime.progress import Event
 
 
