@@ -1,0 +1,154 @@
+"""What a point costs by its sizes alone: rows, bytes in memory, bytes sent. Nothing is run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dml_dist.config.model import BackboneConfig, Conv4Config, TimmConfig
+from dml_dist.config.objective import LossConfig, ProxyNCAConfig
+from dml_dist.config.schema import RunConfig
+from dml_dist.losses.chunks import chunk_rows
+from dml_dist.parallel.build_objective import build_objective
+from dml_dist.parallel.comm import Comm
+from dml_dist.parallel.traffic import Traffic
+from dml_dist.partition import part_sizes
+from dml_dist.studies.scale.points import ScalePoint
+from dml_dist.train.optim import state_slots
+
+_FLOAT_BYTES = 4
+
+_GUESSED_IMAGE_SECONDS = 2e-3
+_GUESSED_PRODUCT_SECONDS = 5e-10
+"""A processor's time for an image and for one product of logits (forward and backward) before
+anything was measured: orders of magnitude of a small network."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the cost of a step depends on beside the sizes of a point.
+
+    Attributes:
+        loss: The section `loss` of the configuration.
+        state_slots: Values that the optimiser keeps per element of a parameter.
+    """
+
+    loss: LossConfig = ProxyNCAConfig()
+    state_slots: int = 2
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Method:
+        """Return the method of a configuration; a custom optimiser counts as Adam."""
+        slots = state_slots(config.optim)
+        loss = config.loss
+        if isinstance(loss, ProxyNCAConfig) and loss.class_weighting != "none":
+            # Weights of classes cost nothing, and would need the images of each class.
+            unweighted = {"class_weighting": "none", "effective_number_beta": 0.999}
+            loss = loss.model_copy(update=unweighted)
+        return cls(loss, 2 if slots is None else slots)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of a rank and step, from sizes alone.
+
+    Attributes:
+        owned_rows: Rows of proxies of the largest rank.
+        products: Products of queries and proxies, times D: the arithmetic of the logits.
+        state_bytes: The proxies with their gradient and optimiser state.
+        logits_bytes: One chunk of logits with its temporaries.
+        batch_bytes: Embeddings and labels of the gathered batch.
+        network_bytes: Parameters of the network with gradient and optimiser state, without
+            activations; 0 where `gradient_bytes` of the point is unknown.
+        objective: What the objective sends.
+        gradients: What DDP sends.
+        seconds_guess: A step on this machine's processors at guessed rates, for a study of which
+            no point was measured.
+    """
+
+    owned_rows: int
+    products: float
+    state_bytes: int
+    logits_bytes: int
+    batch_bytes: int
+    network_bytes: int
+    objective: Traffic
+    gradients: Traffic
+    seconds_guess: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Proxies with state and gradient, logits and gathered batch: a point's
+        `memory_predicted`."""
+        return self.state_bytes + self.logits_bytes + self.batch_bytes
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a rank sends in a step: a point's `sent_predicted`."""
+        return self.objective.total + self.gradients.total
+
+
+def backbone_name(config: BackboneConfig) -> str:
+    """Return the name of a backbone with what tells it apart, such as conv4-32."""
+    match config:
+        case Conv4Config():
+            return f"conv4-{config.width}"
+        case TimmConfig():
+            return config.model
+        case _:
+            return config.name
+
+
+def estimate(point: ScalePoint, method: Method) -> Estimate:
+    """Return the costs of a point; of its measured numbers only `gradient_bytes` is read.
+
+    Raises:
+        TopologyError: If there are more ranks than proxies.
+    """
+    world_size, width = point.world_size, point.embedding_size
+    batch_sizes = part_sizes(point.global_batch_size, world_size)
+    replicated = point.proxies == "replicated"
+    comm = Comm.planned(1 if replicated else world_size)
+    objective = build_objective(
+        method.loss, num_classes=point.num_classes, embedding_size=width, seed=0, comm=comm
+    )
+    rows = max(objective.proxy_rows())
+    # A rank with all proxies needs only its own images; one with a part of them needs all images.
+    queries = max(batch_sizes) if replicated else point.global_batch_size
+    if replicated:
+        sent = Traffic.of("all_reduce", "proxies", rows * width * _FLOAT_BYTES, world_size)
+    else:
+        sent = objective.traffic(batch_sizes)
+    gradient = 0 if math.isnan(point.gradient_bytes) else int(point.gradient_bytes)
+    products = float(queries) * width * (rows or max(batch_sizes))
+    share = processor_share(point)
+    return Estimate(
+        owned_rows=rows,
+        products=products,
+        state_bytes=rows * width * _FLOAT_BYTES * (2 + method.state_slots),
+        logits_bytes=_logits_bytes(point, method, queries, rows or max(batch_sizes)),
+        batch_bytes=queries * (width * _FLOAT_BYTES + 8),
+        network_bytes=gradient * (2 + method.state_slots),
+        objective=sent,
+        gradients=Traffic.of("all_reduce", "gradients", gradient, world_size),
+        seconds_guess=share
+        * (_GUESSED_IMAGE_SECONDS * max(batch_sizes) + _GUESSED_PRODUCT_SECONDS * products),
+    )
+
+
+def processor_share(point: ScalePoint) -> float:
+    """Return the ranks that a processor serves: they share it. A GPU serves one."""
+    return point.world_size / max(1, point.processors) if point.device == "cpu" else 1.0
+
+
+def _logits_bytes(point: ScalePoint, method: Method, queries: int, rows: int) -> int:
+    memory_mb = getattr(method.loss, "logit_memory_mb", None)
+    chunk = rows
+    if memory_mb is not None:
+        device = "cpu" if point.device == "cpu" else "meta"
+        # Its shape is all that counts.
+        shape = torch.empty(1, 1, device=device).expand(queries, point.embedding_size)
+        chunk = min(rows, chunk_rows(shape, memory_mb))
+    return ((chunk + 1) * queries + chunk * point.embedding_size) * _FLOAT_BYTES
