@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dml_dist.studies.scale.estimate import Method, estimate
 from dml_dist.studies.scale.hardware import Hardware
-from dml_dist.studies.scale.model import DEFAULT_ERROR, Prediction, extrapolation
+from dml_dist.studies.scale.model import (
+    DEFAULT_ERROR,
+    CostModel,
+    Prediction,
+    extrapolation,
+    time_terms,
+)
 from dml_dist.studies.scale.nccl import Network, collective_seconds
 from dml_dist.studies.scale.points import ScalePoint
 
@@ -35,6 +41,8 @@ class Compute:
         activations: Bytes of an image's activations; NaN where they were not measured.
         error: Relative error of a step that nodes do not change.
         points: The points, for the range that was measured.
+        inside: The model of measured points, whose terms of communication are what a node loses
+            inside itself; None where that is part of `image`.
         sources: Where the numbers come from, as sentences.
         notes: What was assumed, as sentences.
     """
@@ -45,6 +53,7 @@ class Compute:
     activations: float
     points: tuple[ScalePoint, ...]
     sources: tuple[str, ...]
+    inside: CostModel | None = None
     error: float = DEFAULT_ERROR
     notes: tuple[str, ...] = ()
 
@@ -86,6 +95,10 @@ def predict_on(
         collective_seconds(kind, num_bytes, world_size, network)
         for (kind, _), num_bytes in costs.objective.sent.items()
     )
+    if compute.inside is not None:
+        # Measured inside a node; NCCL's model counts only where there are several.
+        inside = _inside_seconds(compute.inside, hardware, point)
+        sent = inside + (sent if network.nodes(world_size) > 1 else 0.0)
     same = network_seconds + optimizer + sent
     low, high = (same + objective[i] + exposed[i] for i in (0, 1))
     widening, marked = extrapolation(compute.points, point)
@@ -113,3 +126,14 @@ def predict_on(
         limits,
         (*compute.notes, *marked),
     )
+
+
+def _inside_seconds(model: CostModel, hardware: Hardware, point: ScalePoint) -> float:
+    """Return the communication of the ranks of one node, as the model was fitted to it."""
+    if model.time is None:
+        return 0.0
+    ranks = min(point.world_size, hardware.network.gpus_per_node)
+    images = math.ceil(point.global_batch_size / point.world_size)
+    node = replace(point, world_size=ranks, global_batch_size=ranks * images)
+    parts = model.time.parts(time_terms(node, model.method))
+    return parts["collectives"] + parts["sent"] + parts["gradients"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,7 +35,7 @@ class Method:
         state_slots: Values that the optimiser keeps per element of a parameter.
     """
 
-    loss: LossConfig = ProxyNCAConfig()
+    loss: LossConfig = field(default_factory=ProxyNCAConfig)
     state_slots: int = 2
 
     @classmethod

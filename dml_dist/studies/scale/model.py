@@ -286,16 +286,16 @@ def _usable(points: Sequence[ScalePoint]) -> tuple[list[ScalePoint], dict[str, s
 
 
 def _fits(points: Sequence[ScalePoint], method: Method) -> tuple[Fit | None, Fit | None]:
-    def of(terms, value):
-        known = [point for point in points if value(point) > 0]  # NaN is not.
-        if not known:
-            return None
-        return Fit.to([terms(point, method) for point in known], [value(p) for p in known])
-
-    return (
-        of(time_terms, lambda point: point.seconds_step),
-        of(memory_terms, lambda point: point.memory_measured),
-    )
+    timed = [point for point in points if point.seconds_step > 0]  # NaN is not.
+    sized = [point for point in points if point.memory_measured > 0]
+    time = memory = None
+    if timed:
+        terms = [time_terms(point, method) for point in timed]
+        time = Fit.to(terms, [point.seconds_step for point in timed])
+    if sized:
+        terms = [memory_terms(point, method) for point in sized]
+        memory = Fit.to(terms, [point.memory_measured for point in sized])
+    return time, memory
 
 
 def _residuals(
@@ -331,18 +331,23 @@ def predict(model: CostModel, point: ScalePoint) -> Prediction:
     )
     widening, marked = extrapolation(model.points, point)
     terms = time_terms(point, model.method)
-    limits: Counter[str] = Counter()
+    limits: dict[str, float] = {}
     low = seconds = high = math.nan
     if model.time is not None:
         for name, value in model.time.parts(terms).items():
-            limits[_LIMIT_OF[name]] += value  # type: ignore[assignment]
+            limits[_LIMIT_OF[name]] = limits.get(_LIMIT_OF[name], 0.0) + value
         low, seconds, high = _bracket(model.time, terms, model.error("seconds") * widening)
         marked += _unseen(model.time, terms)
     memory = (math.nan,) * 3
     if model.memory is not None:
         terms = memory_terms(point, model.method)
         memory = _bracket(model.memory, terms, model.error("memory") * widening)
-    return Prediction(low, seconds, high, *memory, dict(limits), tuple(marked))
+    if point.device == "cpu" and point.world_size > point.processors:
+        marked.append(
+            f"{point.world_size:,} ranks share {point.processors:,} processors: they wait for each "
+            "other."
+        )
+    return Prediction(low, seconds, high, *memory, limits, tuple(marked))
 
 
 def _bracket(fit: Fit, terms: Mapping[str, float], error: float) -> tuple[float, float, float]:
