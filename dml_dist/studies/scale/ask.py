@@ -1,4 +1,4 @@
-"""`dml-dist scale CONFIG --ask "gpus=64 classes=10000000"`: what sizes that were not run would give.
+"""The answer to `dml-dist scale CONFIG --ask "gpus=64 classes=10000000"`, by the model.
 
 An answer for a GPU needs the time of a step on that GPU: measured by the study, published for that
 network, or given as `step_time`. Without one the question is refused.
@@ -106,13 +106,9 @@ def answer(question: str, points: Sequence[ScalePoint], config: RunConfig) -> An
     backbone = asked.backbone or backbone_name(config.model.backbone)
     if asked.hardware == MEASURED:
         return _on_measured_machine(asked, points, config, method)
-    hardware = PRESETS[asked.hardware] if asked.hardware else _default_hardware(backbone, points)
-    on_gpu = [
-        point
-        for point in points
-        if hardware.gpu.lower() in point.device.lower() and point.backbone == backbone
-    ]
-    usable = [point for point in on_gpu if point.measured and not point.noisy]
+    of_network = [point for point in points if point.measured and point.backbone == backbone]
+    hardware = _hardware(asked, backbone, of_network)
+    usable = [point for point in of_network if _is_on(hardware, point) and not point.noisy]
     cited = cited_step_time(backbone, hardware.gpu)
     rows = max((p.global_batch_size // p.world_size for p in usable), default=None)
     if rows is None:
@@ -127,14 +123,15 @@ def answer(question: str, points: Sequence[ScalePoint], config: RunConfig) -> An
     else:
         raise ConfigError(_no_step_time(backbone, hardware))
     compute = with_activations(compute, points, method, point)
-    point = replace(point, gradient_bytes=gradient_bytes_of(backbone, points))
-    prediction = predict_on(hardware, compute, point, method)
-    marked = list(prediction.marked)
-    if math.isnan(point.gradient_bytes):
+    marked = []
+    gradient = gradient_bytes_of(backbone, points)
+    if math.isnan(gradient):
         marked.append(
             f"The parameters of {backbone} are not known: its all-reduce and memory count as 0."
         )
-        point = replace(point, gradient_bytes=0.0)
+        gradient = 0.0
+    point = replace(point, gradient_bytes=gradient)
+    prediction = predict_on(hardware, compute, point, method)
     return Answer(
         point,
         hardware,
@@ -142,17 +139,24 @@ def answer(question: str, points: Sequence[ScalePoint], config: RunConfig) -> An
         asked.images,
         asked.epochs or 1,
         (*compute.sources, f"{hardware.name}: {hardware.source}"),
-        tuple(marked),
+        (*marked, *prediction.marked),
     )
 
 
-def _default_hardware(backbone: str, points: Sequence[ScalePoint]) -> Hardware:
-    """Return the first preset whose GPU has a step time of the backbone."""
+def _hardware(asked: Question, backbone: str, points: Sequence[ScalePoint]) -> Hardware:
+    """Return the hardware of the question, or the first whose GPU has a step time."""
+    if asked.hardware is not None:
+        return PRESETS[asked.hardware]
     for preset in PRESETS.values():
-        on_gpu = (p.measured and preset.gpu.lower() in p.device.lower() for p in points)
-        if any(on_gpu) or cited_step_time(backbone, preset.gpu):
+        measured = any(_is_on(preset, point) for point in points)
+        if measured or cited_step_time(backbone, preset.gpu):
             return preset
     return next(iter(PRESETS.values()))
+
+
+def _is_on(hardware: Hardware, point: ScalePoint) -> bool:
+    """Whether a point was measured on the GPU; its name is longer, such as NVIDIA H100 80GB."""
+    return hardware.gpu.lower() in point.device.lower()
 
 
 def _sizes(asked: Question, config: RunConfig, backbone: str, batch: int) -> ScalePoint:

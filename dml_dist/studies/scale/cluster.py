@@ -103,7 +103,7 @@ def predict_on(
     low, high = (same + objective[i] + exposed[i] for i in (0, 1))
     widening, marked = extrapolation(compute.points, point)
     error = compute.error * widening
-    memory = costs.memory_bytes + costs.network_bytes
+    memory = float(costs.memory_bytes + costs.network_bytes)
     if math.isnan(compute.activations):
         marked.append(
             f"Activations of {point.backbone} were not measured: they are not counted in memory."
@@ -121,7 +121,7 @@ def predict_on(
         (low + high) / 2,
         high * (1 + error),
         memory / (1 + error),
-        float(memory),
+        memory,
         memory * (1 + error),
         limits,
         (*compute.notes, *marked),

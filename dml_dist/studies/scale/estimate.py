@@ -12,6 +12,7 @@ from dml_dist.config.objective import LossConfig, ProxyNCAConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.losses.chunks import chunk_rows
 from dml_dist.parallel.build_objective import build_objective
+from dml_dist.parallel.collectives import gather_traffic
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
@@ -118,7 +119,9 @@ def estimate(point: ScalePoint, method: Method) -> Estimate:
     # A rank with all proxies needs only its own images; one with a part of them needs all images.
     queries = max(batch_sizes) if replicated else point.global_batch_size
     if replicated:
-        sent = Traffic.of("all_reduce", "proxies", rows * width * _FLOAT_BYTES, world_size)
+        sent = gather_traffic(batch_sizes, 1, torch.int64, what="labels", sums_gradients=False)
+        for what, size in (("loss", 1), ("proxies", rows * width)):
+            sent += Traffic.of("all_reduce", what, size * _FLOAT_BYTES, world_size)
     else:
         sent = objective.traffic(batch_sizes)
     gradient = 0 if math.isnan(point.gradient_bytes) else int(point.gradient_bytes)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dml_dist.errors import ConfigError
 from dml_dist.studies.scale.cluster import Compute
 from dml_dist.studies.scale.estimate import Method
 from dml_dist.studies.scale.hardware import GRADIENT_BYTES, PRESETS, Hardware, StepTime
@@ -37,6 +38,7 @@ def _product_seconds(hardware: Hardware) -> tuple[tuple[float, float], tuple[Sca
 
 
 def from_citation(cited: StepTime, hardware: Hardware) -> Compute:
+    """Return the compute of a published step time."""
     product, measured, source = _product_seconds(hardware)
     return Compute(
         fixed=0.0,
@@ -46,13 +48,21 @@ def from_citation(cited: StepTime, hardware: Hardware) -> Compute:
         points=measured,
         sources=(
             f"Step of {cited.backbone} on {cited.gpu}: {cited.images_per_second:,.0f} images/s a "
-            f"GPU in a node of {cited.gpus}, {cited.precision} precision; {cited.source}",
+            f"GPU in a node of {cited.gpus}, {cited.precision} precision, {cited.image_size} "
+            f"pixels; {cited.source}",
             source,
         ),
     )
 
 
 def from_step_time(seconds: float, point: ScalePoint, hardware: Hardware) -> Compute:
+    """Return the compute of a step that the user measured.
+
+    Args:
+        seconds: Forward and backward of a GPU's share of the batch.
+        point: The sizes that are asked for.
+        hardware: The GPU.
+    """
     product, measured, source = _product_seconds(hardware)
     images = math.ceil(point.global_batch_size / point.world_size)
     return Compute(
@@ -67,9 +77,10 @@ def from_step_time(seconds: float, point: ScalePoint, hardware: Hardware) -> Com
 
 
 def from_points(model: CostModel) -> Compute:
+    """Return the compute of points that were measured on the GPU."""
     assert model.time is not None
     seconds = dict(zip(model.time.names, model.time.coefficients, strict=True))
-    notes = ()
+    notes: tuple[str, ...] = ()
     if max(point.world_size for point in model.points) == 1:
         notes = ("What a node of GPUs loses inside itself is not counted: only 1 was measured.",)
     return Compute(
@@ -86,6 +97,7 @@ def from_points(model: CostModel) -> Compute:
 
 
 def describe_model(model: CostModel) -> str:
+    """Return from which points a model follows, and its error."""
     names = ", ".join(point.name for point in model.points)
     error = f"error of points held out at most {100 * model.error('seconds'):.0f} %"
     if not model.residuals:
@@ -98,21 +110,22 @@ def with_activations(
 ) -> Compute:
     """Return the compute with bytes of an image's activations, if the study measured them."""
     same = [other for other in points if other.backbone == point.backbone]
-    if not sum(other.measured and other.memory_measured > 0 for other in same) >= 2:
+    try:
+        model = fit(same, method)
+    except ConfigError:  # Too few points.
         return compute
-    model = fit(same, method)
-    assert model.memory is not None
-    index = model.memory.names.index("images")
+    if model.memory is None:
+        return compute
+    image = dict.fromkeys(model.memory.names, 0.0) | {"images": 1.0}
+    # The most that the points allow, where they do not tell images from what is fixed.
+    _, activations = model.memory.bounds(image)
     first = model.points[0]
     source = f"Activations: {first.device}, images of {first.image_size} pixels, this study"
-    return replace(
-        compute,
-        activations=float(model.memory.coefficients[index]),
-        sources=(*compute.sources, source),
-    )
+    return replace(compute, activations=activations, sources=(*compute.sources, source))
 
 
 def gradient_bytes_of(backbone: str, points: Sequence[ScalePoint]) -> float:
+    """Return the bytes of a network's gradients, as measured or published; NaN if unknown."""
     measured = (p.gradient_bytes for p in points if p.backbone == backbone)
     known = next((size for size in measured if size > 0), math.nan)
     return GRADIENT_BYTES.get(backbone, math.nan) if math.isnan(known) else known

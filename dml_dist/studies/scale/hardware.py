@@ -87,6 +87,7 @@ class StepTime:
         batch_size_per_gpu: Images of a step on a GPU.
         gpus: GPUs of that node.
         precision: Arithmetic.
+        image_size: Side of the images, pixels.
         source: Where it is published.
     """
 
@@ -96,6 +97,7 @@ class StepTime:
     batch_size_per_gpu: int
     gpus: int
     precision: str
+    image_size: int
     source: str
 
 
@@ -104,8 +106,8 @@ _NVIDIA = (
     "training performance"
 )
 STEP_TIMES = (
-    StepTime("resnet50", "A100", 16621 / 8, 256, 8, "mixed", f"{_NVIDIA}, DGX A100"),
-    StepTime("resnet50", "V100", 8056 / 8, 256, 8, "mixed", f"{_NVIDIA}, DGX-1 32GB"),
+    StepTime("resnet50", "A100", 16621 / 8, 256, 8, "mixed", 224, f"{_NVIDIA}, DGX A100"),
+    StepTime("resnet50", "V100", 8056 / 8, 256, 8, "mixed", 224, f"{_NVIDIA}, DGX-1 32GB"),
 )
 
 GRADIENT_BYTES = {
