@@ -16,7 +16,7 @@ from rich.table import Table
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
 from dml_dist.studies.scale.cluster import predict_on
-from dml_dist.studies.scale.estimate import Method, backbone_name
+from dml_dist.studies.scale.estimate import Method, backbone_name, network_gradient_bytes
 from dml_dist.studies.scale.gpu_steps import (
     describe_model,
     from_citation,
@@ -48,6 +48,7 @@ class Answer:
         epochs: Passes over them.
         sources: From what points and numbers the answer was derived, as sentences.
         marked: What makes it less certain, as sentences.
+        counts_activations: Whether memory has the activations of the network.
     """
 
     point: ScalePoint
@@ -57,6 +58,7 @@ class Answer:
     epochs: float
     sources: tuple[str, ...]
     marked: tuple[str, ...]
+    counts_activations: bool = True
 
     @property
     def images_per_second(self) -> tuple[float, float, float]:
@@ -125,6 +127,8 @@ def answer(question: str, points: Sequence[ScalePoint], config: RunConfig) -> An
     compute = with_activations(compute, points, method, point)
     marked = []
     gradient = gradient_bytes_of(backbone, points)
+    if backbone == backbone_name(config.model.backbone) and math.isnan(gradient):
+        gradient = network_gradient_bytes(config.model)
     if math.isnan(gradient):
         marked.append(
             f"The parameters of {backbone} are not known: its all-reduce and memory count as 0."
@@ -140,6 +144,7 @@ def answer(question: str, points: Sequence[ScalePoint], config: RunConfig) -> An
         asked.epochs or 1,
         (*compute.sources, f"{hardware.name}: {hardware.source}"),
         (*marked, *prediction.marked),
+        counts_activations=not math.isnan(compute.activations),
     )
 
 
@@ -265,5 +270,7 @@ def _memory_text(given: Answer) -> str:
     text = f"{middle:,.3g} GB a rank ({low:,.3g} to {high:,.3g})"
     if given.hardware is None:
         return text
+    if not given.counts_activations:
+        text += " without activations"
     verb = "fits" if given.fits else "does not fit"
     return f"{text}; {verb} in the {given.hardware.memory / 1e9:g} GB of one {given.hardware.gpu}"

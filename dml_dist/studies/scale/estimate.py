@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dml_dist.config.model import BackboneConfig, Conv4Config, TimmConfig
+from dml_dist.config.model import BackboneConfig, Conv4Config, ModelConfig, TimmConfig
 from dml_dist.config.objective import LossConfig, ProxyNCAConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.losses.chunks import chunk_rows
+from dml_dist.models.build_model import build_model
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.collectives import gather_traffic
 from dml_dist.parallel.comm import Comm
@@ -100,6 +101,14 @@ def backbone_name(config: BackboneConfig) -> str:
             return config.model
         case _:
             return config.name
+
+
+def network_gradient_bytes(config: ModelConfig) -> int:
+    """Return the bytes of the gradients of a network, which is built without memory."""
+    # A custom backbone may read files or compute in its constructor: it is built on the CPU.
+    with torch.device("cpu" if config.backbone.name == "custom" else "meta"):
+        model = build_model(config, seed=0, pretrained=False)
+    return sum(p.numel() * _FLOAT_BYTES for p in model.parameters() if p.requires_grad)
 
 
 def estimate(point: ScalePoint, method: Method) -> Estimate:

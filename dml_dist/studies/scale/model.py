@@ -14,6 +14,7 @@ was measured (gloo), and say nothing of another network; `cluster.py` has GPUs.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ class CostModel:
         time: Terms of `TIME_TERMS`, seconds.
         memory: Terms of `MEMORY_TERMS`, bytes; None where no memory was measured.
         points: The points that it was fitted to.
-        residuals: Points held out, with their predictions; empty with fewer than four points.
+        residuals: Points held out, with their predictions; empty with too few points.
         left_out: Names of measured points that were not used, and why.
     """
 
@@ -226,8 +227,8 @@ def fit(points: Sequence[ScalePoint], method: Method | None = None) -> CostModel
     """Return a model of the measured points.
 
     Of points that differ in more than W, B, C, D and the proxies' placement, the largest group is
-    used. Noisy and oversubscribed points are left out. With nine points or more every third one is
-    held out; with fewer, each one in turn.
+    used. Noisy and oversubscribed points are left out. With nine points or more a third of them
+    is held out; with fewer, each one in turn. Only points inside the range of the others are.
 
     Args:
         points: Points of a study, in any order.
@@ -243,18 +244,15 @@ def fit(points: Sequence[ScalePoint], method: Method | None = None) -> CostModel
             f"A model needs at least two measured points of one kind, but of {len(points)} points "
             f"only {len(used)} can be used. Run `dml-dist scale` until more points are measured."
         )
-    kept, held = used, []
+    kept, residuals = used, []
     if len(used) >= _FEWEST_FOR_PARTS:
-        held = used[1::3]
-        kept = [point for point in used if point not in held]
+        kept, held = _parts(used)
         residuals = _residuals(kept, held, method)
     elif len(used) >= _FEWEST_FOR_ERRORS:
-        residuals = []
         for point in used:
             others = [other for other in used if other is not point]
-            residuals += _residuals(others, [point], method)
-    else:
-        residuals = []
+            if _is_inside(point, others):
+                residuals += _residuals(others, [point], method)
     time, memory = _fits(kept, method)
     return CostModel(method, time, memory, tuple(kept), tuple(residuals), left_out)
 
@@ -283,6 +281,29 @@ def _usable(points: Sequence[ScalePoint]) -> tuple[list[ScalePoint], dict[str, s
             left_out[point.name] = "of another kind than most points"
     used.sort(key=lambda point: (*(getattr(point, size) for size in SIZES), point.name))
     return used, left_out
+
+
+def _parts(points: Sequence[ScalePoint]) -> tuple[list[ScalePoint], list[ScalePoint]]:
+    """Return the points to fit and a third to hold out, the same for the same names.
+
+    In an order that is unrelated to sizes: every third point of a grid may be all of one size.
+    """
+    kept, held = list(points), []
+    for point in sorted(points, key=lambda point: hashlib.sha256(point.name.encode()).digest()):
+        others = [other for other in kept if other is not point]
+        if len(held) < len(points) // 3 and _is_inside(point, others):
+            kept, held = others, [*held, point]
+    return kept, held
+
+
+def _is_inside(point: ScalePoint, others: Sequence[ScalePoint]) -> bool:
+    """Whether no size of a point is beyond those of the others: its error is no extrapolation's."""
+    return point.proxies in {other.proxies for other in others} and all(
+        min(getattr(other, size) for other in others)
+        <= getattr(point, size)
+        <= max(getattr(other, size) for other in others)
+        for size in SIZES
+    )
 
 
 def _fits(points: Sequence[ScalePoint], method: Method) -> tuple[Fit | None, Fit | None]:
