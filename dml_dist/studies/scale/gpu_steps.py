@@ -11,7 +11,7 @@ from dml_dist.errors import ConfigError
 from dml_dist.studies.scale.cluster import Compute
 from dml_dist.studies.scale.estimate import Method
 from dml_dist.studies.scale.hardware import GRADIENT_BYTES, PRESETS, Hardware, StepTime
-from dml_dist.studies.scale.model import CostModel, fit, predict
+from dml_dist.studies.scale.model import CostModel, fit, time_terms
 from dml_dist.studies.scale.points import ScalePoint
 from dml_dist.studies.scale.published import insightface_points
 
@@ -25,9 +25,9 @@ def _product_seconds(hardware: Hardware) -> tuple[tuple[float, float], tuple[Sca
     model = fit(insightface_points("model parallel"))
     assert model.time is not None
     point = model.points[-1]
-    costs = predict(model, point).limits
-    products = point.global_batch_size * point.embedding_size * point.num_classes / 8
-    slow = (costs["objective"] + costs["optimizer"]) / products
+    terms = time_terms(point, model.method)
+    parts = model.time.parts(terms)
+    slow = (parts["products"] + parts["state"]) / terms["products"]
     ratio = hardware.memory_bandwidth / PRESETS["v100-nvlink-100g"].memory_bandwidth
     source = (
         "Objective: model parallel at 125,000 to 5,500,000 classes on 8 V100, insightface's README"
