@@ -173,6 +173,11 @@ def test_ranks_that_share_processors_are_marked() -> None:
     assert found.marked == ("4 ranks share 2 processors: they wait for each other.",)
 
 
+def test_another_backbone_is_marked() -> None:
+    found = predict(fit(GRID), replace(sized(), backbone="resnet50"))
+    assert found.marked == ("The points are of conv4-32, not of resnet50.",)
+
+
 def test_unquiet_points_and_those_of_another_kind_are_left_out() -> None:
     others = [
         replace(GRID[0], name="noisy", noisy=True, seconds_step=99.0),

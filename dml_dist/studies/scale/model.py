@@ -291,6 +291,8 @@ def predict(model: CostModel, point: ScalePoint) -> Prediction:
         point, device=first.device, processors=first.processors, gradient_bytes=gradient
     )
     widening, marked = extrapolation(model.points, point)
+    if point.backbone != first.backbone:
+        marked.append(f"The points are of {first.backbone}, not of {point.backbone}.")
     terms = time_terms(point, model.method)
     limits: dict[str, float] = {}
     low = seconds = high = math.nan
