@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,54 +19,63 @@ from dml_dist.report.figures import (
     style_axes,
 )
 from dml_dist.report.formatting import format_count
-from dml_dist.studies.scale.point_lines import SIZES, Line, lines_over
+from dml_dist.studies.scale.point_lines import SIZES, Batch, Line, lines_over
 from dml_dist.studies.scale.points import SPANS, ScalePoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (7.4, 4.2)  # inches
+SIZE = (4.9, 3.9)  # inches
 MEGABYTE = 1e6
 _SHARDED = ("o", "^", "v", "p", "<", ">")
-_REPLICATED = ("s", "D", "X", "P", "h", "d")
-_MAX_LINES = 12
-"""Of a figure; more cannot be told apart."""
+_REPLICATED = ("s", "D", "X", "P", "d", "h")
 _LOG_FROM = 8.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
-Value = Callable[[ScalePoint], float]
-
 
 def draw_throughput(points: Sequence[ScalePoint]) -> list[Picture]:
-    """Draw images per second against the number of ranks."""
-    lines = lines_over(points, "world_size", ("per rank", "global"))
-    text = (
-        "Images per second of all ranks against the number of ranks: the median of the "
-        "repetitions, bars from the lowest to the highest."
-    )
-    return _draw("throughput", text, lines, "world_size", "images/s", _speed)
+    """Draw images per second against the number of ranks, for weak and strong scaling."""
+    pictures = []
+    for batch, (kind, what) in _SCALING.items():
+        text = (
+            f"{what}: images per second of all ranks; the median of the repetitions, bars from the "
+            "lowest to the highest."
+        )
+        lines = lines_over(points, "world_size", batch)
+        pictures += _draw(f"throughput-{kind}", text, lines, "world_size", "images/s", _speed)
+    return pictures
 
 
 def draw_efficiency(points: Sequence[ScalePoint]) -> list[Picture]:
     """Draw images per second and rank, as a share of those with the fewest ranks."""
-    lines = [
-        line
-        for line in lines_over(points, "world_size", ("per rank", "global"))
-        if sum(point.measured for point in line.points) > 1
-    ]
-    text = (
-        "Efficiency: images per second and rank, as a share of those at the smallest number of "
-        "ranks of the same line. Dashed: ideal, 100 %."
-    )
-    over = [point for line in lines for point in line.points if point.oversubscribed]
-    if over:
-        most = max(over, key=lambda point: point.world_size / max(1, point.processors))
-        text += (
-            f" With more ranks than processors the ideal cannot be reached: {most.world_size} "
-            f"ranks share {most.processors} processors."
+    pictures = []
+    for batch, (kind, what) in _SCALING.items():
+        text = (
+            f"{what}: images per second and rank, as a share of those at the smallest number of "
+            "ranks of the same line. Dashed: ideal, 100 %."
         )
-    return _draw("efficiency", text, lines, "world_size", "efficiency (%)", _efficiency)
+        lines = [
+            line
+            for line in lines_over(points, "world_size", batch)
+            if sum(point.measured for point in line.points) > 1
+        ]
+        over = [point for line in lines for point in line.points if point.oversubscribed]
+        if over:
+            most = max(over, key=lambda point: point.world_size / max(1, point.processors))
+            text += (
+                f" The ideal is out of reach with more ranks than processors: {most.world_size} "
+                f"ranks share {most.processors}."
+            )
+        name = f"efficiency-{kind}"
+        pictures += _draw(name, text, lines, "world_size", "efficiency (%)", _efficiency)
+    return pictures
+
+
+_SCALING: dict[Batch, tuple[str, str]] = {
+    "per rank": ("weak", "Weak scaling, the rows of a rank fixed"),
+    "global": ("strong", "Strong scaling, the global batch fixed"),
+}
 
 
 def draw_speeds(points: Sequence[ScalePoint]) -> list[Picture]:
@@ -73,8 +83,8 @@ def draw_speeds(points: Sequence[ScalePoint]) -> list[Picture]:
     pictures = []
     sizes = [name for name in SIZES if name not in ("world_size", "backbone", "proxies", "remote")]
     for size in sizes:
-        lines = lines_over(points, size)
         text = f"Images per second of all ranks against {SIZES[size]}."
+        lines = lines_over(points, size)
         pictures += _draw(f"speed-{size}", text, lines, size, "images/s", _speed)
     return pictures
 
@@ -82,22 +92,25 @@ def draw_speeds(points: Sequence[ScalePoint]) -> list[Picture]:
 def draw_traffic(points: Sequence[ScalePoint]) -> list[Picture]:
     """Draw counted bytes against classes."""
     lines = lines_over([p for p in points if p.world_size > 1], "num_classes")
-    text = (
-        "Megabytes that a rank sends in a step, counted on the network interface, against classes."
-    )
+    text = "Megabytes that a rank sends in a step, counted on the network interface."
     return _draw("traffic", text, lines, "num_classes", "MB sent per step", _sent)
 
 
 def _draw(
     name: str, text: str, lines: Sequence[Line], size: str, label: str, triple: _Triple
 ) -> list[Picture]:
-    kept = [line for line in lines if any(_known(triple, line))][:_MAX_LINES]
-    if not kept:
-        return []
-    if len(lines) > _MAX_LINES:
-        text += f" {_MAX_LINES} of {len(lines)} lines; the table of points has all."
-    text = f"{text} {marks_text([point for line in kept for point in line.points])}".strip()
-    return [draw_picture(name, text, partial(_draw_lines, kept, size, label, triple))]
+    """Draw lines, in several pictures if they are too many to be told apart."""
+    kept = [line for line in lines if any(_known(triple, line))]
+    groups = list(dict.fromkeys(line.group for line in kept))
+    pictures = []
+    for start in range(0, len(groups), len(SERIES)):
+        chosen = groups[start : start + len(SERIES)]
+        some = [line for line in kept if line.group in chosen]
+        caption = f"{text} {marks_text([point for line in some for point in line.points])}".strip()
+        number = f"-{start // len(SERIES) + 1}" if start else ""
+        draw = partial(_draw_lines, some, size, label, triple)
+        pictures.append(draw_picture(f"{name}{number}", caption, draw))
+    return pictures
 
 
 # ---------------------------------------------------------------- values of a point
@@ -137,7 +150,7 @@ def _draw_lines(
 ) -> Figure:
     figure, axes = new_axes(colors, SIZES[size], label, size=SIZE)
     values: list[float] = []
-    for place, line in enumerate(lines):
+    for place, line in zip(places_of(lines), lines, strict=True):
         known = list(_known(triple, line))
         lows, middles, highs = zip(*(triple(point, line) for point in known), strict=True)
         values += middles
@@ -159,8 +172,14 @@ def _draw_lines(
         set_axis(axes.yaxis, values)
     put_missing(axes, every, size, colors)
     add_mark_labels(axes, every, colors)
-    legend_above(figure, colors, columns=2 if len(lines) > 2 else 3)
+    legend_above(figure, colors)
     return figure
+
+
+def places_of(lines: Sequence[Line]) -> list[int]:
+    """Return the place of each line among the styles: the same for the lines of a group."""
+    groups = list(dict.fromkeys(line.group for line in lines))
+    return [groups.index(line.group) for line in lines]
 
 
 def line_style(place: int, replicated: bool, colors: Colors) -> dict[str, Any]:
@@ -279,7 +298,7 @@ def set_axis(
 def _are_apart(values: Sequence[float]) -> bool:
     """Return whether ticks at values of a logarithmic axis have space for their texts."""
     width = math.log(values[-1] / values[0])
-    gaps = [math.log(b / a) for a, b in zip(values, values[1:], strict=False)]
+    gaps = [math.log(b / a) for a, b in itertools.pairwise(values)]
     return len(values) <= 12 and min(gaps) > 0.07 * width
 
 
@@ -339,6 +358,10 @@ def draw_split(points: Sequence[ScalePoint]) -> list[Picture]:
         "lines: the gather, and the part of DDP's reduction that backward does not hide. Right: "
         "the whole step."
     )
+    if any(point.oversubscribed for point in kept):
+        text += " *: more ranks than processors."
+    if any(point.noisy for point in kept):
+        text += " †: the machine was not quiet."
     return [draw_picture("split", text, partial(_draw_split, kept))]
 
 

@@ -21,10 +21,10 @@ from dml_dist.report.figures import (
 )
 from dml_dist.studies.scale.figures import (
     MEGABYTE,
-    SIZE,
     add_mark_labels,
     line_style,
     marks_text,
+    places_of,
     put_missing,
     put_points,
     set_axis,
@@ -138,7 +138,7 @@ def _draw_memory(lines: Sequence[Line], peers: Sequence[PeerMemory], colors: Col
     figure, axes = new_axes(colors, SIZES["num_classes"], "memory of a rank (MB)", size=(7.4, 4.8))
     x_values: list[float] = []
     y_values: list[float] = []
-    for place, line in enumerate(lines):
+    for place, line in zip(places_of(lines), lines, strict=True):
         style = line_style(place, line.replicated, colors)
         known = [p for p in line.points if p.measured and math.isfinite(p.memory_measured)]
         x = [float(point.num_classes) for point in known]
@@ -252,7 +252,7 @@ def draw_forecast(forecasts: Sequence[Forecast], text: str) -> list[Picture]:
 
 
 def _draw_forecast(forecasts: Sequence[Forecast], colors: Colors) -> Figure:
-    figure, axes = new_axes(colors, SIZES["world_size"], "images/s", size=SIZE)
+    figure, axes = new_axes(colors, SIZES["world_size"], "images/s", size=(7.4, 4.2))
     x_values: list[float] = []
     y_values: list[float] = []
     for place, one in enumerate(forecasts):

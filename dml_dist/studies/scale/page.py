@@ -6,10 +6,9 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dml_dist.config.load import dump_config
 from dml_dist.config.schema import RunConfig
@@ -43,6 +42,8 @@ TRAFFIC_BAND = 0.05
 """Counted bytes may be this much above the predicted ones."""
 
 _TABLES = ("points.parquet", "points.csv")
+_SHOWN = 4
+"""Points that a note names."""
 _EMPTY: Table = ([], [])
 
 
@@ -229,8 +230,10 @@ def _missing(points: Sequence[ScalePoint]) -> list[str]:
     return missing
 
 
-def _names(points: Any) -> str:
-    return ", ".join(point.name for point in points)
+def _names(points: Iterable[ScalePoint]) -> str:
+    names = [point.name for point in points]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _headline(points: Sequence[ScalePoint], model: ModelPart | None) -> list[tuple[str, str, str]]:
@@ -241,7 +244,8 @@ def _headline(points: Sequence[ScalePoint], model: ModelPart | None) -> list[tup
         best = max(measured, key=lambda point: point.images_per_second)
         found.append(("images/s at most", format_number(best.images_per_second), best.name))
     quiet = [p for p in measured if not p.noisy and not p.oversubscribed]
-    weak = lines_over(quiet, "world_size", ("per rank",))
+    sharded = [point for point in quiet if point.proxies == "sharded"]
+    weak = lines_over(sharded, "world_size", "per rank")
     if weak:
         ends = [(line.points[0], line.points[-1]) for line in weak]
         most = max(end.world_size for _, end in ends)
@@ -252,7 +256,8 @@ def _headline(points: Sequence[ScalePoint], model: ModelPart | None) -> list[tup
         ]
         low, high = f"{min(shares):.0f}", f"{max(shares):.0f}"
         value = f"{low} %" if low == high else f"{low} to {high} %"
-        found.append((f"weak efficiency at {most} ranks", value, f"{len(shares)} lines"))
+        detail = "sharded proxies, rows of a rank fixed"
+        found.append((f"efficiency at {most} ranks", value, detail))
     errors = [abs(p.deviation) for p in model.pairs if p.group == "held out"] if model else []
     if errors:
         text = f"{100 * statistics.median(errors):.1f} %"

@@ -41,10 +41,12 @@ class Line:
 
     Attributes:
         label: What tells it from the other lines of the figure.
+        group: The same without the form of the proxies; its lines share a color.
         points: At least two with different sizes, of any status.
     """
 
     label: str
+    group: str
     points: tuple[ScalePoint, ...]
 
     @property
@@ -53,41 +55,40 @@ class Line:
         return self.points[0].proxies == "replicated"
 
 
-def lines_over(
-    points: Sequence[ScalePoint], size: str, batches: Sequence[Batch] = ("global",)
-) -> list[Line]:
+def lines_over(points: Sequence[ScalePoint], size: str, batch: Batch = "global") -> list[Line]:
     """Return the lines over a size.
 
     Args:
         points: Of any status.
         size: A key of SIZES.
-        batches: What is equal along a line: the global batch, or the rows of a rank.
+        batch: What is equal along a line: the global batch, or the rows of a rank.
     """
-    found: list[tuple[dict[str, Any], list[ScalePoint]]] = []
-    for batch in batches:
-        groups: dict[tuple[Any, ...], list[ScalePoint]] = defaultdict(list)
-        for point in points:
-            groups[tuple(_others(point, size, batch).items())].append(point)
-        for key, members in groups.items():
-            if len({getattr(point, size) for point in members}) > 1:
-                found.append((dict(key), sorted(members, key=lambda point: getattr(point, size))))
-    names = dict.fromkeys(name for others, _ in found for name in others)
-    differing = [name for name in names if len({others.get(name) for others, _ in found}) > 1]
-    return [
-        Line(", ".join(_text(n, others[n]) for n in differing if n in others), tuple(members))
-        for others, members in found
-    ]
+    groups: dict[tuple[tuple[str, Any], ...], list[ScalePoint]] = defaultdict(list)
+    for point in points:
+        groups[_others(point, size, batch)].append(point)
+    found = {
+        others: sorted(members, key=lambda point: getattr(point, size))
+        for others, members in groups.items()
+        if len({getattr(point, size) for point in members}) > 1
+    }
+    values: dict[str, set[Any]] = defaultdict(set)
+    for name, value in (pair for others in found for pair in others):
+        values[name].add(value)
+    lines = []
+    for others, members in found.items():
+        texts = {name: _text(name, value) for name, value in others if len(values[name]) > 1}
+        group = ", ".join(text for name, text in texts.items() if name != "proxies")
+        lines.append(Line(", ".join(texts.values()), group, tuple(members)))
+    return lines
 
 
-def _others(point: ScalePoint, size: str, batch: Batch) -> dict[str, Any]:
+def _others(point: ScalePoint, size: str, batch: Batch) -> tuple[tuple[str, Any], ...]:
     """Return what is equal along a line through a point."""
     others = {name: getattr(point, name) for name in SIZES if name != size}
     if batch == "per rank":
         del others["global_batch_size"]
         others["rows"] = point.global_batch_size / point.world_size
-    if size == "world_size":
-        others = {"batch": "weak" if batch == "per rank" else "strong", **others}
-    return others
+    return tuple(others.items())
 
 
 def varied_sizes(points: Sequence[ScalePoint]) -> list[str]:
