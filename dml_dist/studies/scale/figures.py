@@ -1,4 +1,4 @@
-"""Figures of what a scaling study measured: speed, efficiency, memory, time split, traffic."""
+"""Figures of what a scaling study measured by its sizes: speed, efficiency, traffic."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from dml_dist.report.figures import (
     draw_picture,
     legend_above,
     new_axes,
-    new_figure,
-    style_axes,
 )
 from dml_dist.report.formatting import format_count
 from dml_dist.studies.scale.point_lines import SIZES, Batch, Line, lines_over
-from dml_dist.studies.scale.points import SPANS, ScalePoint
+from dml_dist.studies.scale.points import ScalePoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,17 +98,22 @@ def _draw(
     name: str, text: str, lines: Sequence[Line], size: str, label: str, triple: _Triple
 ) -> list[Picture]:
     """Draw lines, in several pictures if they are too many to be told apart."""
-    kept = [line for line in lines if any(_known(triple, line))]
-    groups = list(dict.fromkeys(line.group for line in kept))
     pictures = []
+    kept = [line for line in lines if any(_known(triple, line))]
+    for number, some in numbered_pictures(name, kept):
+        caption = f"{text} {marks_text([point for line in some for point in line.points])}".strip()
+        draw = partial(_draw_lines, some, size, label, triple)
+        pictures.append(draw_picture(number, caption, draw))
+    return pictures
+
+
+def numbered_pictures(name: str, lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
+    """Yield names and lines of pictures in which each group of lines has its own style."""
+    groups = list(dict.fromkeys(line.group for line in lines))
     for start in range(0, len(groups), len(SERIES)):
         chosen = groups[start : start + len(SERIES)]
-        some = [line for line in kept if line.group in chosen]
-        caption = f"{text} {marks_text([point for line in some for point in line.points])}".strip()
-        number = f"-{start // len(SERIES) + 1}" if start else ""
-        draw = partial(_draw_lines, some, size, label, triple)
-        pictures.append(draw_picture(f"{name}{number}", caption, draw))
-    return pictures
+        number = f"{name}-{start // len(SERIES) + 1}" if start else name
+        yield number, [line for line in lines if line.group in chosen]
 
 
 # ---------------------------------------------------------------- values of a point
@@ -317,93 +320,3 @@ def plain_number(value: float) -> str:
     if abs(value) >= MEGABYTE:
         return f"{value / MEGABYTE:,g} M"
     return format_count(value) if abs(value) >= 100 else f"{value:.12g}"
-
-
-# ---------------------------------------------------------------- time of a step
-
-_SPLIT = {
-    "data": ("fifth", ""),
-    "forward": ("recall", ""),
-    "wait": ("faint", ""),
-    "gather": ("fourth", "////"),
-    "objective": ("map", ""),
-    "backward": ("sixth", ""),
-    "reduction": ("third", "\\\\\\\\"),
-    "optimizer": ("muted", ""),
-    "between": ("rule", "...."),
-}
-"""Color and hatch of each part; hatched parts are communication."""
-
-
-def split_of(point: ScalePoint) -> dict[str, float]:
-    """Return seconds of each part of a step, in its order; `between` is in none of the spans."""
-    spans = {name: getattr(point, f"seconds_{name}") for name in SPANS}
-    known = {name: seconds if math.isfinite(seconds) else 0.0 for name, seconds in spans.items()}
-    return {**known, "between": max(0.0, point.seconds_step - sum(known.values()))}
-
-
-def has_split(point: ScalePoint) -> bool:
-    """Whether the time of a point's step and of at least one span are there."""
-    spans = [getattr(point, f"seconds_{name}") for name in SPANS]
-    return point.measured and point.seconds_step > 0 and any(map(math.isfinite, spans))
-
-
-def draw_split(points: Sequence[ScalePoint]) -> list[Picture]:
-    """Draw the parts of a step as stacked bars, and its whole time."""
-    kept = [point for point in points if has_split(point)]
-    if not kept:
-        return []
-    text = (
-        "Left: parts of a step in the order in which they happen, as shares of it. Hatched with "
-        "lines: the gather, and the part of DDP's reduction that backward does not hide. Right: "
-        "the whole step."
-    )
-    if any(point.oversubscribed for point in kept):
-        text += " *: more ranks than processors."
-    if any(point.noisy for point in kept):
-        text += " †: the machine was not quiet."
-    return [draw_picture("split", text, partial(_draw_split, kept))]
-
-
-def _draw_split(points: Sequence[ScalePoint], colors: Colors) -> Figure:
-    figure = new_figure((7.4, 1.3 + 0.24 * len(points)))
-    shares, steps = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    style_axes(shares, colors, "share of a step (%)", "")
-    style_axes(steps, colors, "step (ms)", "")
-    rows = range(len(points))
-    splits = [split_of(point) for point in points]
-    left = [0.0] * len(points)
-    for name, (color, hatch) in _SPLIT.items():
-        widths = [
-            100 * split[name] / max(point.seconds_step, sum(split.values()))
-            for split, point in zip(splits, points, strict=True)
-        ]
-        shares.barh(
-            rows,
-            widths,
-            0.74,
-            left,
-            color=colors[color],
-            hatch=hatch or None,
-            edgecolor=colors["ink"],
-            linewidth=0,
-            label=name,
-        )
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    milliseconds = [1000 * point.seconds_step for point in points]
-    steps.plot(milliseconds, rows, marker="o", ls="", color=colors["ink"], ms=4)
-    set_axis(steps.xaxis, milliseconds, count=4)
-    shares.set_yticks(rows, [name_of(point) for point in points], color=colors["ink"])
-    shares.set_ylim(len(points) - 0.5, -0.5)
-    shares.set_xlim(0, 100)
-    steps.grid(axis="x", color=colors["rule"], linewidth=0.8)
-    shares.grid(visible=False)
-    legend_above(figure, colors, columns=5, handlelength=1.2)
-    return figure
-
-
-def name_of(point: ScalePoint) -> str:
-    """Return a point's name for an axis, with its marks; long names are cut."""
-    name = point.name if len(point.name) <= 30 else f"{point.name[:29]}…"
-    marks = "*" * point.oversubscribed + "†" * point.noisy
-    return f"{name} {marks}".strip().replace("$", r"\$")

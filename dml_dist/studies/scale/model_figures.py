@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from dml_dist.studies.scale.figures import (
     add_mark_labels,
     line_style,
     marks_text,
+    numbered_pictures,
     places_of,
     put_missing,
     put_points,
@@ -63,6 +65,7 @@ class Pair:
         low: Lower end of the bracket.
         high: Upper end of the bracket.
         measured: What was measured.
+        deviation: How far they are apart, relative to one of them.
     """
 
     point: ScalePoint
@@ -71,35 +74,32 @@ class Pair:
     low: float
     high: float
     measured: float
-
-    @property
-    def deviation(self) -> float:
-        """Measured above predicted, relative to predicted."""
-        return self.measured / self.predicted - 1
+    deviation: float
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Images per second by the number of ranks, as predicted.
+    """Images per second by a size, as predicted.
 
     Attributes:
         label: What is predicted.
-        world_sizes: Numbers of ranks.
+        size: A key of SIZES.
+        values: Of the size.
         low: Lower end of the bracket at each.
         middle: Images per second at each.
         high: Upper end of the bracket at each.
-        limit: Largest number of ranks that is near the measured ones; beyond it the bracket is
-            wider.
-        measured: Measured points of the same sizes.
+        marked: Whether each is far from what was measured.
+        measured: Measured points of the same other sizes.
     """
 
     label: str
-    world_sizes: Sequence[int]
+    size: str
+    values: Sequence[int]
     low: Sequence[float]
     middle: Sequence[float]
     high: Sequence[float]
-    limit: float
-    measured: Sequence[ScalePoint]
+    marked: Sequence[bool]
+    measured: Sequence[ScalePoint] = ()
 
 
 # ---------------------------------------------------------------- memory
@@ -121,12 +121,14 @@ def draw_memory(points: Sequence[ScalePoint], peers: Sequence[PeerMemory]) -> li
     )
     if peers:
         text += (
-            " Stars: published by peers for a whole GPU, with their networks, embedding sizes and "
-            "batches; compare their slopes, not their heights."
+            " Gray: published by peers for a whole GPU, with their networks, embedding sizes and "
+            "batches; compare slopes, not heights."
         )
-    text += f" {marks_text([point for line in lines for point in line.points])}"
-    draw = partial(_draw_memory, lines, peers)
-    return [draw_picture("memory", text.strip(), draw)]
+    pictures = []
+    for name, some in numbered_pictures("memory", lines):
+        caption = f"{text} {marks_text([point for line in some for point in line.points])}".strip()
+        pictures.append(draw_picture(name, caption, partial(_draw_memory, some, peers)))
+    return pictures
 
 
 def _has_memory(point: ScalePoint) -> bool:
@@ -153,24 +155,12 @@ def _draw_memory(lines: Sequence[Line], peers: Sequence[PeerMemory], colors: Col
         x_values += [*x, *x_planned]
         y_values += [*y, *y_planned]
     axes.plot([], [], color=colors["ink"], linewidth=0.8, ls=(0, (1, 1.5)), label="predicted part")
-    for place, peer in enumerate(peers):
+    for peer, marker in zip(peers, itertools.cycle("*12348")):
         y = [value / MEGABYTE for value in peer.num_bytes]
-        color = colors["muted"]
-        dashes = (0, (1 + 3 * place, 2))
-        axes.plot(peer.num_classes, y, marker="*", ms=8, color=color, ls=dashes, linewidth=0.8)
-        axes.annotate(
-            peer.label,
-            (peer.num_classes[-1], y[-1]),
-            xytext=(5, 5),
-            textcoords="offset points",
-            ha="right",
-            color=color,
-            fontsize=7.5,
-        )
+        style = {"marker": marker, "ms": 7, "mew": 1.3, "ls": (0, (1, 2)), "lw": 0.8}
+        axes.plot(peer.num_classes, y, color=colors["muted"], **style, label=peer.label)
         x_values += peer.num_classes
         y_values += y
-    if peers:
-        axes.plot([], [], marker="*", ms=8, color=colors["muted"], ls="", label="published, a GPU")
     every = [point for line in lines for point in line.points]
     set_axis(axes.xaxis, x_values)
     set_axis(axes.yaxis, y_values)
@@ -184,7 +174,7 @@ def _draw_memory(lines: Sequence[Line], peers: Sequence[PeerMemory], colors: Col
 
 
 def draw_pairs(
-    name: str, text: str, pairs: Sequence[Pair], unit: str, band: float | None = None
+    name: str, text: str, pairs: Sequence[Pair], unit: str, above: str, band: float | None = None
 ) -> list[Picture]:
     """Draw measured against predicted values, and by how much they differ.
 
@@ -193,18 +183,21 @@ def draw_pairs(
         text: Its caption.
         pairs: What is drawn, in `unit`.
         unit: What the axes show, such as "step (ms)".
-        band: Half the width of the band in the right panel, relative; None draws none.
+        above: What the deviation is, such as "model above measured".
+        band: Half the width of the band of accepted deviations; None draws none.
     """
     if not pairs:
         return []
-    return [draw_picture(name, text, partial(_draw_pairs, pairs, unit, band))]
+    return [draw_picture(name, text, partial(_draw_pairs, pairs, unit, above, band))]
 
 
-def _draw_pairs(pairs: Sequence[Pair], unit: str, band: float | None, colors: Colors) -> Figure:
+def _draw_pairs(
+    pairs: Sequence[Pair], unit: str, above: str, band: float | None, colors: Colors
+) -> Figure:
     figure = new_figure((7.4, 3.9))
     both, rest = figure.subplots(1, 2)
     style_axes(both, colors, f"predicted {unit}", f"measured {unit}")
-    style_axes(rest, colors, f"predicted {unit}", "measured above predicted (%)")
+    style_axes(rest, colors, f"predicted {unit}", f"{above} (%)")
     groups: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.group].append(pair)
@@ -212,9 +205,9 @@ def _draw_pairs(pairs: Sequence[Pair], unit: str, band: float | None, colors: Co
         style = line_style(place, bool(place % 2), colors)
         x = [pair.predicted for pair in members]
         y = [pair.measured for pair in members]
-        below = [max(0.0, pair.predicted - pair.low) for pair in members]
-        above = [max(0.0, pair.high - pair.predicted) for pair in members]
-        both.errorbar(x, y, xerr=[below, above], color=style["color"], ls="", elinewidth=1)
+        left = [max(0.0, pair.predicted - pair.low) for pair in members]
+        right = [max(0.0, pair.high - pair.predicted) for pair in members]
+        both.errorbar(x, y, xerr=[left, right], color=style["color"], ls="", elinewidth=1)
         points = [pair.point for pair in members]
         marks = style["marker"], style["color"], colors
         put_points(both, points, x, y, *marks)
@@ -244,38 +237,40 @@ def _scale_pairs(both: Axes, rest: Axes, pairs: Sequence[Pair]) -> None:
 # ---------------------------------------------------------------- extrapolation
 
 
-def draw_forecast(forecasts: Sequence[Forecast], text: str) -> list[Picture]:
-    """Draw predicted images per second against the number of ranks, with their brackets."""
+def draw_forecast(name: str, text: str, forecasts: Sequence[Forecast]) -> list[Picture]:
+    """Draw predicted images per second against a size, with their brackets."""
     if not forecasts:
         return []
-    return [draw_picture("forecast", text, partial(_draw_forecast, forecasts))]
+    return [draw_picture(name, text, partial(_draw_forecast, forecasts))]
 
 
 def _draw_forecast(forecasts: Sequence[Forecast], colors: Colors) -> Figure:
-    figure, axes = new_axes(colors, SIZES["world_size"], "images/s", size=(7.4, 4.2))
+    label = "images/s, by the model"
+    figure, axes = new_axes(colors, SIZES[forecasts[0].size], label, size=(7.4, 4.2))
     x_values: list[float] = []
     y_values: list[float] = []
     for place, one in enumerate(forecasts):
         color = colors[SERIES[place % len(SERIES)]]
-        dashes = (0, (4, 2)) if place % 2 else "-"
-        axes.fill_between(one.world_sizes, one.low, one.high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(one.world_sizes, one.middle, color=color, lw=1.5, ls=dashes, label=one.label)
-        x = [float(point.world_size) for point in one.measured]
+        axes.fill_between(one.values, one.low, one.high, color=color, alpha=0.16, linewidth=0)
+        near = [math.nan if far else y for y, far in zip(one.middle, one.marked, strict=True)]
+        axes.plot(one.values, one.middle, color=color, lw=1.5, ls=(0, (1, 1.5)))
+        axes.plot(one.values, near, color=color, lw=1.8)
+        shape = _SHAPES[place % len(_SHAPES)]
+        axes.plot([], [], color=color, marker=shape, ms=5, lw=1.8, label=one.label)
+        if not one.measured:
+            axes.plot(one.values, one.middle, color=color, marker=shape, ms=4, ls="")
+        x = [float(getattr(point, one.size)) for point in one.measured]
         y = [point.images_per_second for point in one.measured]
-        put_points(axes, one.measured, x, y, "s" if place % 2 else "o", color, colors)
-        x_values += [*map(float, one.world_sizes), *x]
+        put_points(axes, one.measured, x, y, shape, color, colors)
+        x_values += [*map(float, one.values), *x]
         y_values += [*one.low, *one.high, *y]
+    if any(any(one.marked) for one in forecasts):
+        axes.plot([], [], color=colors["ink"], lw=1.5, ls=(0, (1, 1.5)), label="far from measured")
     set_axis(axes.xaxis, x_values, at_values=True)
     set_axis(axes.yaxis, y_values)
-    axes.axvspan(
-        min(one.limit for one in forecasts),
-        axes.get_xlim()[1],
-        color=colors["rule"],
-        alpha=0.5,
-        linewidth=0,
-        zorder=0,
-        label="beyond 4 times the measured ranks",
-    )
     add_mark_labels(axes, [point for one in forecasts for point in one.measured], colors)
-    legend_above(figure, colors, columns=2)
+    legend_above(figure, colors, columns=3)
     return figure
+
+
+_SHAPES = ("o", "s", "^", "D", "v", "P")

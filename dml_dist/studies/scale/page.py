@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,31 +19,37 @@ from dml_dist.studies.scale.figures import (
     MEGABYTE,
     draw_efficiency,
     draw_speeds,
-    draw_split,
     draw_throughput,
     draw_traffic,
 )
 from dml_dist.studies.scale.model_figures import Pair, draw_forecast, draw_memory, draw_pairs
-from dml_dist.studies.scale.model_part import ModelPart, check_table, model_part, peer_memory
+from dml_dist.studies.scale.model_part import (
+    HELD_OUT,
+    ModelPart,
+    check_table,
+    model_part,
+    peer_memory,
+)
 from dml_dist.studies.scale.point_lines import SIZES, lines_over, sizes_text, varied_sizes
 from dml_dist.studies.scale.point_tables import (
     POINT_CELLS,
     Table,
     format_number,
     memory_table,
+    names_of,
     point_rows,
     results_table,
+    results_text,
     split_table,
     traffic_table,
 )
 from dml_dist.studies.scale.points import ScalePoint
+from dml_dist.studies.scale.step_split import draw_split
 
 TRAFFIC_BAND = 0.05
 """Counted bytes may be this much above the predicted ones."""
 
 _TABLES = ("points.parquet", "points.csv")
-_SHOWN = 4
-"""Points that a note names."""
 _EMPTY: Table = ([], [])
 
 
@@ -60,7 +66,7 @@ def write_scale_page(folder: Path, points: Sequence[ScalePoint], config: RunConf
         Path of the page.
     """
     parts, report_dir = Parts(), folder / "report"
-    model = parts.make("cost model", lambda: model_part(points), None)
+    model = parts.make("cost model", lambda: model_part(points, config), None)
     pictures = _pictures(points, model, parts)
     tables = {
         name: parts.make(f"table of {name}", lambda function=function: function(points), _EMPTY)
@@ -105,6 +111,7 @@ def write_scale_page(folder: Path, points: Sequence[ScalePoint], config: RunConf
         headline=headline,
         figures_of=pictures,
         **tables,
+        results_text=parts.make("results", lambda: results_text(points), ""),
         model=model,
         checks=checks,
         points=rows,
@@ -156,7 +163,7 @@ def _pictures(points: Sequence[ScalePoint], model: ModelPart | None, parts: Part
         model=parts.make("residuals", lambda: [] if model is None else _draw_model(model), []),
         forecast=parts.make(
             "extrapolation",
-            lambda: [] if model is None else draw_forecast(model.forecasts, model.forecast_text),
+            lambda: [] if model is None else _draw_forecasts(model),
             [],
         ),
     )
@@ -169,6 +176,7 @@ def _draw_sent(points: Sequence[ScalePoint]) -> list[Picture]:
             point.proxies,
             *[point.sent_predicted / MEGABYTE] * 3,
             measured=point.sent_counted / MEGABYTE,
+            deviation=point.sent_counted / point.sent_predicted - 1,
         )
         for point in points
         if point.measured and point.sent_predicted > 0 and math.isfinite(point.sent_counted)
@@ -178,15 +186,35 @@ def _draw_sent(points: Sequence[ScalePoint]) -> list[Picture]:
         "computed from the plan. Right: how far they are apart; headers and acknowledgements of "
         "the network are in the counted ones alone."
     )
-    return draw_pairs("sent", text, pairs, "MB sent per step", TRAFFIC_BAND)
+    return draw_pairs("sent", text, pairs, "MB sent", "counted above predicted", TRAFFIC_BAND)
 
 
 def _draw_model(model: ModelPart) -> list[Picture]:
+    text = "measured against the model's, with its bracket. Right: residuals."
+    above = "model above measured"
+    return [
+        *draw_pairs("model-step", f"Time of a step: {text}", model.seconds, "step (ms)", above),
+        *draw_pairs(
+            "model-memory", f"Memory of a rank: {text}", model.memory, "memory (MB)", above
+        ),
+    ]
+
+
+def _draw_forecasts(model: ModelPart) -> list[Picture]:
     text = (
-        "Time of a step: measured against the model's, with its bracket. The held-out points were "
-        "in no fit. Right: residuals."
+        "Lines and bands are the model and its bracket, not measurements. Dotted: a size is more "
+        "than 4 times outside what was measured, or something else is uncertain."
     )
-    return draw_pairs("model", text, model.pairs, "step (ms)")
+    machine = "Points are measured on this machine; ranks beyond its processors share them."
+    return [
+        *draw_forecast("forecast-classes", f"By classes. {machine} {text}", model.over_classes),
+        *draw_forecast(
+            "forecast-ranks",
+            f"By ranks of this machine, the rows of a rank fixed. {machine} {text}",
+            model.over_ranks,
+        ),
+        *draw_forecast("forecast-gpus", f"On GPUs, nothing measured here. {text}", model.on_gpus),
+    ]
 
 
 # ---------------------------------------------------------------- notes and facts
@@ -203,12 +231,12 @@ def _warnings(points: Sequence[ScalePoint]) -> list[str]:
     warnings = []
     if not measured:
         warnings.append("No point is measured, so there are no figures and no model.")
-    if names := _names(point for point in measured if point.noisy):
+    if names := names_of(point for point in measured if point.noisy):
         warnings.append(
             f"The machine was not quiet, also when measured again, at: {names}. These are marked "
             "and in no fit."
         )
-    if names := _names(point for point in measured if point.oversubscribed):
+    if names := names_of(point for point in measured if point.oversubscribed):
         warnings.append(
             f"More ranks than processors at: {names}. Their speed says little about machines with "
             "enough processors; they are marked and in no fit."
@@ -225,15 +253,9 @@ def _missing(points: Sequence[ScalePoint]) -> list[str]:
         for point in points
         if point.status in ("failed", "refused")
     ]
-    if names := _names(point for point in points if point.status == "waiting"):
+    if names := names_of(point for point in points if point.status == "waiting"):
         missing.append(f"Not measured yet: {names}.")
     return missing
-
-
-def _names(points: Iterable[ScalePoint]) -> str:
-    names = [point.name for point in points]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _headline(points: Sequence[ScalePoint], model: ModelPart | None) -> list[tuple[str, str, str]]:
@@ -258,10 +280,12 @@ def _headline(points: Sequence[ScalePoint], model: ModelPart | None) -> list[tup
         value = f"{low} %" if low == high else f"{low} to {high} %"
         detail = "sharded proxies, rows of a rank fixed"
         found.append((f"efficiency at {most} ranks", value, detail))
-    errors = [abs(p.deviation) for p in model.pairs if p.group == "held out"] if model else []
+    errors = [abs(p.deviation) for p in model.seconds if p.group == HELD_OUT] if model else []
     if errors:
         text = f"{100 * statistics.median(errors):.1f} %"
-        found.append(("model's median error", text, f"{len(errors)} held-out points"))
+        found.append(
+            ("error of the model's step time", text, f"median of {len(errors)} points held out")
+        )
     return found
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dml_dist.report.formatting import MISSING, format_count, format_metric
-from dml_dist.studies.scale.figures import has_split, split_of
 from dml_dist.studies.scale.point_lines import sizes_text, varied_sizes
 from dml_dist.studies.scale.points import SPANS, ScalePoint
+from dml_dist.studies.scale.step_split import has_split, split_of
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows, formatted; the first column names the point."""
+
+_SHOWN = 4
+"""Points that a sentence names."""
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -37,6 +40,13 @@ def format_number(value: float) -> str:
 def format_share(value: float) -> str:
     """Return a relative difference in percent; a dash for NaN."""
     return f"{100 * value:+.1f} %" if math.isfinite(value) else MISSING
+
+
+def names_of(points: Iterable[ScalePoint]) -> str:
+    """Return names of points, of many the first ones and how many more there are."""
+    names = [point.name for point in points]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def state_of(point: ScalePoint) -> str:
@@ -141,12 +151,28 @@ def results_table(points: Sequence[ScalePoint]) -> Table:
         [
             point.name,
             f"{point.images_seen:,}",
-            format_metric("recall_at_1", point.recall_at_1)
-            if math.isfinite(point.recall_at_1)
-            else MISSING,
+            _recall(point),
             f"{point.loss_difference:.1e}" if math.isfinite(point.loss_difference) else MISSING,
         ]
         for point in points
         if math.isfinite(point.recall_at_1) or math.isfinite(point.loss_difference)
     ]
     return ["point", "images seen", "R@1, validation classes", "loss, largest difference"], rows
+
+
+def _recall(point: ScalePoint) -> str:
+    known = math.isfinite(point.recall_at_1)
+    return format_metric("recall_at_1", point.recall_at_1) if known else MISSING
+
+
+def results_text(points: Sequence[ScalePoint]) -> str:
+    """Return the largest difference of the losses, as a sentence; empty if none was measured."""
+    known = [p for p in points if p.world_size > 1 and math.isfinite(p.loss_difference)]
+    if not known:
+        return ""
+    worst = max(known, key=lambda point: point.loss_difference)
+    return (
+        f"The loss of {len(known)} {'point' if len(known) == 1 else 'points'} with several ranks "
+        f"differs from that of one rank by at most {worst.loss_difference:.1e}, relative to it "
+        f"({worst.name})."
+    )
