@@ -252,7 +252,7 @@ def _on_gpus(points: Sequence[ScalePoint], config: RunConfig) -> tuple[list[Fore
 
 def check_table() -> Table:
     """Return the model's checks against published figures."""
-    header = ["published by", "of", "metric", "published", "model", "error", "accepted", "basis"]
+    header = ["published by", "setup", "metric", "published", "model", "error", "accepted", "basis"]
     rows = []
     for check in checks():
         low, high = format_number(check.low), format_number(check.high)
