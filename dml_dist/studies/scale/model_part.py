@@ -130,8 +130,8 @@ def _notes(model: CostModel, seconds: Sequence[Pair], memory: Sequence[Pair]) ->
 
 
 def _residual_table(seconds: Sequence[Pair], memory: Sequence[Pair]) -> Table:
-    header = ["point", "", "step, ms", "model", "bracket", "model above measured"]
-    header += ["memory, MB", "model", "bracket", "model above measured"]
+    header = ["point", "", "step, ms", "model", "bracket", "error"]
+    header += ["memory, MB", "model", "bracket", "error"]
     by_name = [{pair.point.name: pair for pair in pairs} for pairs in (seconds, memory)]
     rows = []
     for name in dict.fromkeys([*by_name[0], *by_name[1]]):
@@ -252,7 +252,7 @@ def _on_gpus(points: Sequence[ScalePoint], config: RunConfig) -> tuple[list[Fore
 
 def check_table() -> Table:
     """Return the model's checks against published figures."""
-    header = ["published by", "setup", "metric", "published", "model", "error", "accepted", "basis"]
+    header = ["setup", "metric", "published", "model", "error", "accepted", "source and basis"]
     rows = []
     for check in checks():
         low, high = format_number(check.low), format_number(check.high)
@@ -260,14 +260,13 @@ def check_table() -> Table:
         mark = "" if check.passed else ", not passed"
         rows.append(
             [
-                check.source,
                 check.setup,
                 check.metric,
                 format_number(check.published),
                 f"{low} to {high}" if check.width else low,
                 f"{check.error:+.1f} {unit}{mark}" if check.error else f"inside{mark}",
                 f"{check.tolerance:g} {unit}",
-                check.basis,
+                f"{check.source}; {check.basis}",
             ]
         )
     return header, rows

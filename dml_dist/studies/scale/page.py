@@ -38,8 +38,8 @@ from dml_dist.studies.scale.point_tables import (
     memory_table,
     names_of,
     point_rows,
+    results_notes,
     results_table,
-    results_text,
     split_table,
     traffic_table,
 )
@@ -111,7 +111,7 @@ def write_scale_page(folder: Path, points: Sequence[ScalePoint], config: RunConf
         headline=headline,
         figures_of=pictures,
         **tables,
-        results_text=parts.make("results", lambda: results_text(points), ""),
+        results_notes=parts.make("results", lambda: results_notes(points), []),
         model=model,
         checks=checks,
         points=rows,

@@ -152,7 +152,7 @@ def results_table(points: Sequence[ScalePoint]) -> Table:
             point.name,
             f"{point.images_seen:,}",
             _recall(point),
-            f"{point.loss_difference:.1e}" if math.isfinite(point.loss_difference) else MISSING,
+            _loss(point),
         ]
         for point in points
         if math.isfinite(point.recall_at_1) or math.isfinite(point.loss_difference)
@@ -165,14 +165,20 @@ def _recall(point: ScalePoint) -> str:
     return format_metric("recall_at_1", point.recall_at_1) if known else MISSING
 
 
-def results_text(points: Sequence[ScalePoint]) -> str:
-    """Return the largest difference of the losses, as a sentence; empty if none was measured."""
+def _loss(point: ScalePoint) -> str:
+    if point.world_size == 1:
+        return "one rank"
+    return f"{point.loss_difference:.1e}" if math.isfinite(point.loss_difference) else MISSING
+
+
+def results_notes(points: Sequence[ScalePoint]) -> list[str]:
+    """Return the largest difference of the losses, and what can be compared, as sentences."""
+    notes = []
     known = [p for p in points if p.world_size > 1 and math.isfinite(p.loss_difference)]
-    if not known:
-        return ""
-    worst = max(known, key=lambda point: point.loss_difference)
-    return (
-        f"The loss of {len(known)} {'point' if len(known) == 1 else 'points'} with several ranks "
-        f"differs from that of one rank by at most {worst.loss_difference:.1e}, relative to it "
-        f"({worst.name})."
-    )
+    if known:
+        worst = max(known, key=lambda point: point.loss_difference)
+        notes.append(
+            "The loss with several ranks differs from that of one rank with the same global batch "
+            f"by at most {worst.loss_difference:.1e} of it, over all steps ({worst.name})."
+        )
+    return [*notes, "Recall can be compared between points with equal images seen."]
