@@ -17,7 +17,7 @@ from dml_dist.studies.scale.figures import MEGABYTE
 from dml_dist.studies.scale.model import DEFAULT_ERROR, CostModel, fit, predict
 from dml_dist.studies.scale.model_figures import Forecast, Pair, PeerMemory
 from dml_dist.studies.scale.point_lines import SIZES, sizes_text
-from dml_dist.studies.scale.point_tables import Table, format_number, format_share
+from dml_dist.studies.scale.point_tables import NO_ROWS, Table, format_number, format_share
 from dml_dist.studies.scale.points import ScalePoint
 from dml_dist.studies.scale.published import checks, published
 from dml_dist.studies.tune_axes import sentence
@@ -26,7 +26,7 @@ HELD_OUT = "held out"
 _FITTED = "fitted"
 
 _MOST_CLASSES = 100_000_000
-_GPUS = tuple(2**power for power in range(3, 11))
+_GPUS = (8, 16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ModelPart:
     notes: Sequence[str]
     seconds: Sequence[Pair] = ()
     memory: Sequence[Pair] = ()
-    residuals: Table = ((), ())
+    residuals: Table = NO_ROWS
     over_classes: Sequence[Forecast] = ()
     over_ranks: Sequence[Forecast] = ()
     on_gpus: Sequence[Forecast] = ()
@@ -87,21 +87,23 @@ def _pairs(model: CostModel, points: dict[str, ScalePoint], metric: str) -> Iter
     for name in [*held, *sorted(fitted - held.keys(), key=list(points).index)]:
         point = points[name]
         found = predict(model, point)
+        low, predicted, high = found.memory_low, found.memory, found.memory_high
+        measured = point.memory_measured
         if metric == "seconds":
-            ends, measured = (
-                (found.seconds_low, found.seconds, found.seconds_high),
-                point.seconds_step,
+            low, predicted, high = found.seconds_low, found.seconds, found.seconds_high
+            measured = point.seconds_step
+        if name in held:
+            predicted = held[name].predicted
+        if all(map(math.isfinite, (low, predicted, high))) and measured > 0:
+            yield Pair(
+                point,
+                HELD_OUT if name in held else _FITTED,
+                predicted=factor * predicted,
+                low=factor * low,
+                high=factor * high,
+                measured=factor * measured,
+                deviation=predicted / measured - 1,
             )
-        else:
-            ends, measured = (
-                (found.memory_low, found.memory, found.memory_high),
-                point.memory_measured,
-            )
-        predicted = held[name].predicted if name in held else ends[1]
-        values = [factor * value for value in (predicted, ends[0], ends[2], measured)]
-        if all(map(math.isfinite, values)) and measured > 0:
-            deviation = predicted / measured - 1
-            yield Pair(point, HELD_OUT if name in held else _FITTED, *values, deviation)
 
 
 def _notes(model: CostModel, seconds: Sequence[Pair], memory: Sequence[Pair]) -> list[str]:
@@ -215,8 +217,8 @@ def _sizes_without(point: ScalePoint, size: str) -> tuple[object, ...]:
 
 
 def _log_steps(low: int, high: int) -> list[int]:
-    """Return whole numbers from `low` to `high`, about six for each factor of ten."""
-    count = max(1, round(6 * math.log10(high / low)))
+    """Return whole numbers from `low` to `high`, about four for each factor of ten."""
+    count = max(1, round(4 * math.log10(high / low)))
     return sorted({round(low * (high / low) ** (step / count)) for step in range(count + 1)})
 
 

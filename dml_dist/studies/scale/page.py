@@ -32,8 +32,8 @@ from dml_dist.studies.scale.model_part import (
 )
 from dml_dist.studies.scale.point_lines import SIZES, lines_over, sizes_text, varied_sizes
 from dml_dist.studies.scale.point_tables import (
+    NO_ROWS,
     POINT_CELLS,
-    Table,
     format_number,
     memory_table,
     names_of,
@@ -50,7 +50,6 @@ TRAFFIC_BAND = 0.05
 """Counted bytes may be this much above the predicted ones."""
 
 _TABLES = ("points.parquet", "points.csv")
-_EMPTY: Table = ([], [])
 
 
 def write_scale_page(folder: Path, points: Sequence[ScalePoint], config: RunConfig) -> Path:
@@ -69,15 +68,12 @@ def write_scale_page(folder: Path, points: Sequence[ScalePoint], config: RunConf
     model = parts.make("cost model", lambda: model_part(points, config), None)
     pictures = _pictures(points, model, parts)
     tables = {
-        name: parts.make(f"table of {name}", lambda function=function: function(points), _EMPTY)
-        for name, function in (
-            ("split", split_table),
-            ("memory", memory_table),
-            ("traffic", traffic_table),
-            ("results", results_table),
-        )
+        "split": parts.make("table of times", lambda: split_table(points), NO_ROWS),
+        "memory": parts.make("table of memory", lambda: memory_table(points), NO_ROWS),
+        "traffic": parts.make("table of traffic", lambda: traffic_table(points), NO_ROWS),
+        "results": parts.make("table of results", lambda: results_table(points), NO_ROWS),
     }
-    checks = parts.make("published figures", check_table, _EMPTY)
+    checks = parts.make("published figures", check_table, NO_ROWS)
     rows = parts.make("table of points", lambda: point_rows(points), [])
     headline = parts.make("headline", lambda: _headline(points, model), [])
     sections: list[tuple[str, str, bool]] = [
@@ -174,7 +170,9 @@ def _draw_sent(points: Sequence[ScalePoint]) -> list[Picture]:
         Pair(
             point,
             point.proxies,
-            *[point.sent_predicted / MEGABYTE] * 3,
+            predicted=point.sent_predicted / MEGABYTE,
+            low=point.sent_predicted / MEGABYTE,
+            high=point.sent_predicted / MEGABYTE,
             measured=point.sent_counted / MEGABYTE,
             deviation=point.sent_counted / point.sent_predicted - 1,
         )

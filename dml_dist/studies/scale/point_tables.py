@@ -14,6 +14,8 @@ from dml_dist.studies.scale.step_split import has_split, split_of
 Table = tuple[list[str], list[list[str]]]
 """Header and rows, formatted; the first column names the point."""
 
+NO_ROWS: Table = ([], [])
+
 _SHOWN = 4
 """Points that a sentence names."""
 
