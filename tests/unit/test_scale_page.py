@@ -148,25 +148,24 @@ def test_labels_name_only_what_differs() -> None:
 
 
 def test_efficiency() -> None:
-    """64 rows a rank: 100, 150 and 200 images/s of 1, 2 and 4 ranks are 100, 75 and 50 %."""
-    points = [
-        measured(w, speed, global_batch_size=64 * w) for w, speed in ((1, 100), (2, 150), (4, 200))
-    ]
+    """64 rows a rank: 200, 300 and 400 images/s of 2, 4 and 8 ranks are 100, 75 and 50 %."""
+    speeds = {2: 200, 4: 300, 8: 400}
+    points = [measured(w, speed, global_batch_size=64 * w) for w, speed in speeds.items()]
     points += [
-        replace(point, name=f"{point.name}-r", proxies="replicated", images_per_second=s)
-        for point, s in zip(points, (100, 100, 100), strict=True)
+        replace(point, name=f"{point.name}-r", proxies="replicated", images_per_second=200)
+        for point in points
     ]
     (picture,) = draw_efficiency(points)  # None of strong scaling.
     sharded = line_of(FIGURES[picture.name], "sharded")
     replicated = line_of(FIGURES[picture.name], "replicated")
     assert picture.name == "efficiency-weak"
-    assert list(sharded["points"]) == [(1, 100), (2, 75), (4, 50)]
-    assert list(replicated["points"]) == [(1, 100), (2, 50), (4, 25)]
+    assert list(sharded["points"]) == [(2, 100), (4, 75), (8, 50)]
+    assert list(replicated["points"]) == [(2, 100), (4, 50), (8, 25)]
     # Told apart without color: by line and marker.
     assert (sharded["dashed"], replicated["dashed"]) == (False, True)
     assert sharded["marker"] != replicated["marker"]
     hollow = [face == "none" for face in sharded["points"].values()]
-    assert hollow == [False, False, True]  # Four ranks on two processors.
+    assert hollow == [False, True, True]  # Four and eight ranks on two processors.
 
 
 def test_failed_refused_and_noisy_points_are_marked(troubled: Written) -> None:

@@ -211,7 +211,9 @@ def _draw_forecasts(model: ModelPart) -> list[Picture]:
             f"By ranks of this machine, the rows of a rank fixed. {machine} {text}",
             model.over_ranks,
         ),
-        *draw_forecast("forecast-gpus", f"On GPUs, nothing measured here. {text}", model.on_gpus),
+        *draw_forecast(
+            "forecast-gpus", f"On GPUs, from what is named below. {text}", model.on_gpus
+        ),
     ]
 
 
