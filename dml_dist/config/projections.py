@@ -51,8 +51,11 @@ class ProjectionsConfig(Section):
     pool_per_class: PositiveInt = 12
     """With `selection: k_center`: images of each class in the pool."""
 
-    pairs: Literal["representatives", "all"] = "representatives"
-    """Which pairs and triplets a pair loss counts: those that involve a representative, or all."""
+    pairs: Literal["all", "representatives"] = "all"
+    """Which pairs and triplets a pair loss counts: all, or those that involve a representative.
+
+    With the latter alone a batch loses most of its pairs.
+    """
 
     mining: ClassMiningConfig | None = None
     """Hard class mining; null cycles through the classes."""

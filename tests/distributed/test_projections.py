@@ -81,7 +81,9 @@ class ProjectedRun(SmallRun):
 
 
 SETTINGS = {
-    "random": "{steps_per_problem: 4, lead_steps: 3, proximal_weight: 0.1}",
+    "random": (
+        "{steps_per_problem: 4, lead_steps: 3, proximal_weight: 0.1, pairs: representatives}"
+    ),
     "mined": (
         "{steps_per_problem: 6, lead_steps: 3, proximal_weight: 0.1, proximal_decay: 0.5, "
         "selection: k_center, pool_per_class: 4, representatives_per_class: 2, "
