@@ -92,9 +92,19 @@ def multi_similarity_pairs(
     """
     top_A1, bottom_A1 = _hardest_cosines(cosines_AG, positive_AG, negative_AG)
     return (
-        positive_AG & (cosines_AG - epsilon < top_A1),
-        negative_AG & (cosines_AG + epsilon > bottom_A1),
+        positive_AG & far_positives(cosines_AG, top_A1, epsilon),
+        negative_AG & near_negatives(cosines_AG, bottom_A1, epsilon),
     )
+
+
+def far_positives(cosines_AG: Tensor, top_A1: Tensor, epsilon: float) -> Tensor:
+    """Return which positives the miner keeps, whose negatives' largest cosine is `top`, bool."""
+    return cosines_AG - epsilon < top_A1
+
+
+def near_negatives(cosines_AG: Tensor, bottom_A1: Tensor, epsilon: float) -> Tensor:
+    """Return which negatives the miner keeps, whose positives' least cosine is `bottom`, bool."""
+    return cosines_AG + epsilon > bottom_A1
 
 
 @torch.no_grad()

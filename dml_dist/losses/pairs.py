@@ -252,8 +252,7 @@ class Contrastive:
         unit_GD = batch.unit_rows()
         distances_AG = pair_distances(batch.of_anchors(unit_GD), unit_GD, self._open_hinges)
         positive_AG, negative_AG = batch.pair_masks()
-        pulls_AG = (distances_AG - self.positive_margin).relu()
-        pushes_AG = (self.negative_margin - distances_AG).relu()
+        pulls_AG, pushes_AG = self.pulls(distances_AG), self.pushes(distances_AG)
         return {
             **sum_and_counts("positive", pulls_AG, positive_AG),
             **sum_and_counts("negative", pushes_AG, negative_AG),
@@ -272,10 +271,21 @@ class Contrastive:
             "active_negatives": active_share(total, "negative"),
         }
 
+    def pulls(self, distances: Tensor) -> Tensor:
+        """Return the terms of positives."""
+        return (distances - self.positive_margin).relu()
+
+    def pushes(self, distances: Tensor) -> Tensor:
+        """Return the terms of negatives."""
+        return (self.negative_margin - distances).relu()
+
+    def open_pushes(self, distances: Tensor, errors: Tensor) -> Tensor:
+        """Return which negatives' hinges the errors leave open, bool."""
+        return (distances - self.negative_margin).abs() < errors
+
     def _open_hinges(self, distances_AG: Tensor, errors_AG: Tensor) -> Tensor:
-        return ((distances_AG - self.positive_margin).abs() < errors_AG) | (
-            (distances_AG - self.negative_margin).abs() < errors_AG
-        )
+        open_AG = (distances_AG - self.positive_margin).abs() < errors_AG
+        return open_AG | self.open_pushes(distances_AG, errors_AG)
 
 
 def contrastive_loss(

@@ -74,10 +74,10 @@ class MultiSimilarity:
 
             chosen_AG = cosines_for_choices(cosines_AG, anchors_AD, unit_GD, open_pairs)
             positive_AG, negative_AG = multi_similarity_pairs(chosen_AG, *masks_AG, epsilon)
-        shifted_AG = cosines_AG - self.base
-        pulls_A = _log_one_plus_sum(-self.positive_scale * shifted_AG, positive_AG)
-        pushes_A = _log_one_plus_sum(self.negative_scale * shifted_AG, negative_AG)
-        terms_A = pulls_A / self.positive_scale + pushes_A / self.negative_scale
+        terms_A = self.terms(
+            log_sum_exp(self.pulls(cosines_AG), positive_AG),
+            log_sum_exp(self.pushes(cosines_AG), negative_AG),
+        )
         return {
             **sum_and_counts("anchor", terms_A, torch.ones_like(terms_A, dtype=torch.bool)),
             **mined_counts(negative_AG.to(terms_A.dtype), others_AG, batch.mined_pairs()),
@@ -87,18 +87,31 @@ class MultiSimilarity:
         """Return the mean over anchors."""
         return reduced(total, self.reduction, "anchor")
 
+    def pulls(self, cosines: Tensor) -> Tensor:
+        """Return the exponents of positives."""
+        return -self.positive_scale * (cosines - self.base)
+
+    def pushes(self, cosines: Tensor) -> Tensor:
+        """Return the exponents of negatives."""
+        return self.negative_scale * (cosines - self.base)
+
+    def terms(self, pulls_A: Tensor, pushes_A: Tensor) -> Tensor:
+        """Return the anchors' terms from the log-sum-exps of their exponents; -inf for none."""
+        pull_A = torch.logaddexp(pulls_A, torch.zeros_like(pulls_A)) / self.positive_scale
+        return pull_A + torch.logaddexp(pushes_A, torch.zeros_like(pushes_A)) / self.negative_scale
+
     def statistics(self, total: Statistics) -> Statistics:
         """Return the fraction of rows that have a pair."""
         return {"active_anchors": active_share(total, "anchor")}
 
 
-def _log_one_plus_sum(exponents_AG: Tensor, kept_AG: Tensor) -> Tensor:
-    """Return log(1 + sum exp) over the kept entries of each row, (A,); 0 where there are none."""
+def log_sum_exp(exponents_AG: Tensor, kept_AG: Tensor) -> Tensor:
+    """Return log sum exp over the kept entries of each row, (A,); -inf where there are none."""
     any_A1 = kept_AG.any(dim=1, keepdim=True)
     # A row that keeps nothing is summed over all entries: logsumexp of -inf alone would have a NaN
     # gradient, which `where` does not remove.
     sums_A = exponents_AG.masked_fill(~kept_AG & any_A1, -torch.inf).logsumexp(dim=1)
-    return torch.where(any_A1[:, 0], torch.logaddexp(sums_A, torch.zeros_like(sums_A)), 0.0)
+    return sums_A.where(any_A1[:, 0], -torch.inf)
 
 
 def multi_similarity_loss(

@@ -103,7 +103,7 @@ class Triplet:
         return {"active_triplets": active_share(total, "triplet")}
 
     def _hard(self, batch: AnchorBatch, unit_GD: Tensor, distances_AG: Tensor) -> Statistics:
-        positive_A, negative_A, found_A = hardest_triplets(batch, self._maybe_squared(distances_AG))
+        positive_A, negative_A, found_A = hardest_triplets(batch, self.maybe_squared(distances_AG))
         ap_A = distances_AG.gather(1, positive_A[:, None])[:, 0]
         an_A = distances_AG.gather(1, negative_A[:, None])[:, 0]
         if self.swap:
@@ -120,8 +120,8 @@ class Triplet:
         self, chunks: Sequence[Tensor], same_AG: Tensor, distances_AG: Tensor, errors_AG: Tensor
     ) -> Tensor:
         """Return which pairs are in a triplet whose hinge or mining the errors leave open."""
-        least_AG = self._maybe_squared((distances_AG - errors_AG).clamp_min(0.0))
-        most_AG = self._maybe_squared(distances_AG + errors_AG)
+        least_AG = self.maybe_squared((distances_AG - errors_AG).clamp_min(0.0))
+        most_AG = self.maybe_squared(distances_AG + errors_AG)
         open_AG = torch.zeros_like(same_AG)
         # d_an = d_ap + m is the hinge and the upper limit of semi-hard negatives, d_ap the lower.
         margins = (self.margin, 0.0) if self.mining == "semi_hard" else (self.margin,)
@@ -156,7 +156,7 @@ class Triplet:
             if (flags_G := batch.is_representative_G) is not None:
                 counted_QG &= (flags_G[a_Q + batch.low] | flags_G[p_Q])[:, None] | flags_G
             if self.mining == "semi_hard":
-                measured = self._maybe_squared(ap_Q1), self._maybe_squared(an_QG)
+                measured = self.maybe_squared(ap_Q1), self.maybe_squared(an_QG)
                 counted_QG &= semi_hard(*measured, self.margin)
             if self.swap:
                 an_QG = torch.minimum(an_QG, pair_distances(all_GD[p_Q], all_GD))
@@ -170,14 +170,22 @@ class Triplet:
         names = [*self.merges, *(MINED_MERGES if mined_AG is not None else ())]
         return _sum_over_chunks(chunk, chunks, [distances_AG, unit_GD], names)
 
-    def _maybe_squared(self, distances: Tensor) -> Tensor:
+    def terms(self, violations: Tensor) -> Tensor:
+        """Return h(v), v = d_ap - d_an + m with distances squared or not."""
+        if self.smooth:
+            return torch.logaddexp(violations, torch.zeros_like(violations))
+        return violations.relu()
+
+    def slopes(self, violations: Tensor) -> Tensor:
+        """Return h'(v)."""
+        return violations.sigmoid() if self.smooth else (violations > 0).to(violations.dtype)
+
+    def maybe_squared(self, distances: Tensor) -> Tensor:
+        """Return the distances as the loss and its miner compare them."""
         return distances.square() if self.squared else distances
 
     def _terms(self, positive: Tensor, negative: Tensor) -> Tensor:
-        violation = self._maybe_squared(positive) - self._maybe_squared(negative) + self.margin
-        if self.smooth:
-            return torch.logaddexp(violation, torch.zeros_like(violation))
-        return violation.relu()
+        return self.terms(self.maybe_squared(positive) - self.maybe_squared(negative) + self.margin)
 
 
 def triplet_loss(

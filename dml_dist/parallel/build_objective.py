@@ -21,11 +21,13 @@ from dml_dist.losses.forms import RoundsLoss, RowLoss, table_units
 from dml_dist.losses.pairs import AnchorLoss
 from dml_dist.losses.pairs_margin import Margin
 from dml_dist.losses.proxy_nca_dynamic import DynamicProxyNCA
+from dml_dist.losses.table_losses import table_loss
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.pairs import PairObjective, anchor_objective
 from dml_dist.parallel.proxies import PROXIES, ProxyObjective
+from dml_dist.parallel.representatives import RepresentativeObjective, TableForm
 from dml_dist.parallel.sampling import SampledProxyObjective
 
 
@@ -40,6 +42,7 @@ def build_objective(
     nir: NIRConfig | None = None,
     class_sizes: Sequence[int] | None = None,
     initial_std: float | None = None,
+    table: TableForm | None = None,
 ) -> Objective:
     """Return the objective on this rank's device, with this rank's part of the class table.
 
@@ -57,21 +60,26 @@ def build_objective(
         nir: The section of non-isotropy regularisation, if there is one.
         class_sizes: Images of each training class; needed where the loss weighs classes.
         initial_std: Spread of the initial proxies; None means 1 / sqrt(D).
+        table: Options of the table form of alternating projections, if it is used.
 
     Raises:
-        ConfigError: If the loss cannot be built or regularised or has no proxies to spread, or
-            there are fewer than two classes.
+        ConfigError: If the loss cannot be built or regularised, has no proxies to spread or no
+            table form, or there are fewer than two classes.
         TopologyError: If there are more ranks than classes or proxies.
     """
     loss = build_loss(config, num_classes, class_sizes=class_sizes, seed=seed, device=comm.device)
-    _check_tables(config, loss, num_classes, comm.world_size)
+    _check_tables(config, loss, num_classes, comm.world_size, has_table=table is not None)
     shared = {
         "num_classes": num_classes,
         "embedding_size": embedding_size,
         "comm": comm,
         "dtype": dtype,
     }
-    objective = _objective(config, loss, seed, shared)
+    if table is None:
+        objective = _objective(config, loss, seed, shared)
+    else:
+        of_table = table_loss(loss, table.memory_mb)
+        objective = RepresentativeObjective(of_table, table, seed=seed, **shared)
     if initial_std is not None:
         _spread_proxies(config, objective, initial_std)
     return objective if nir is None else regularized(nir, objective, seed=seed)
@@ -109,11 +117,13 @@ def _spread_proxies(config: LossConfig, objective: Objective, initial_std: float
     table.parameter.mul_(initial_std * objective.embedding_size**0.5)
 
 
-def _check_tables(config: LossConfig, loss: AnyLoss, num_classes: int, world_size: int) -> None:
+def _check_tables(
+    config: LossConfig, loss: AnyLoss, num_classes: int, world_size: int, *, has_table: bool
+) -> None:
     """Refuse a table that is too small for each rank to own a part of it."""
     is_proxy_loss = isinstance(loss, RowLoss | RoundsLoss)
     has_class_betas = isinstance(loss, Margin) and loss.beta_form == "class"
-    if (is_proxy_loss or has_class_betas) and world_size > num_classes:
+    if (is_proxy_loss or has_class_betas or has_table) and world_size > num_classes:
         raise TopologyError(
             f"Loss {config.name} has a table of classes, of which each rank owns at least one, but "
             f"there are {num_classes} training classes and {world_size} ranks. Use at most "

@@ -32,6 +32,7 @@ EMBEDDINGS = "embeddings of the global batch"
 
 _LABELS = "labels of the global batch"
 _REPRESENTATIVES = "representatives of the global batch"
+_IMAGE_ROWS = "image rows of the global batch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class TouchedRows(NamedTuple):
 
 
 class OwnedBuffer(NamedTuple):
-    """Rows of counts that this rank alone owns: saved here, not optimised."""
+    """Rows of values that this rank alone owns: saved here, not optimised."""
 
     values: Tensor
     row_low: int
@@ -91,6 +92,7 @@ class GlobalBatch:
             pairs of all rows count.
         neighbors_Ch: Hard class mining: the nearest classes of every class, (C, h) int64, -1 for
             none; None without it.
+        image_rows_G: Index row of every image, (G,) int64, if the objective needs it.
     """
 
     embeddings_BD: Tensor
@@ -100,6 +102,7 @@ class GlobalBatch:
     step: int = 0
     is_representative_G: Tensor | None = None
     neighbors_Ch: Tensor | None = None
+    image_rows_G: Tensor | None = None
 
     def part(self, rank: int) -> slice:
         """Return the rows of a rank."""
@@ -119,9 +122,11 @@ class Objective(nn.Module):
         comm: The ranks.
         computes_whole: Whether each rank computes the whole loss, not one part of it: its gradient
             for the gathered embeddings is whole then.
+        needs_image_rows: Whether each row of the batch must be given with that of its image.
     """
 
     computes_whole = False
+    needs_image_rows = False
 
     def __init__(
         self, *, num_classes: int, embedding_size: int, comm: Comm, dtype: torch.dtype
@@ -141,6 +146,7 @@ class Objective(nn.Module):
         step: int = 0,
         is_representative_B: Tensor | None = None,
         neighbors_Ch: Tensor | None = None,
+        image_rows_B: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the loss of the global batch; a collective, called by every rank.
 
@@ -154,9 +160,11 @@ class Objective(nn.Module):
             neighbors_Ch: Nearest classes of every class from hard class mining, (C, h) int64, -1
                 for none, the same on every rank: a loss of pairs or triplets then records which of
                 the mined negatives violate its margin.
+            image_rows_B: Index rows of the images, (B,) int64; ignored unless `needs_image_rows`.
 
         Raises:
-            ValueError: If shapes or class ids do not fit; class ids on every rank alike.
+            ValueError: If shapes or class ids do not fit, or image rows are missing; class ids on
+                every rank alike.
         """
         batch = self.gather(
             embeddings_BD,
@@ -165,6 +173,7 @@ class Objective(nn.Module):
             step=step,
             is_representative_B=is_representative_B,
             neighbors_Ch=neighbors_Ch,
+            image_rows_B=image_rows_B,
         )
         return self.global_loss(batch)
 
@@ -177,6 +186,7 @@ class Objective(nn.Module):
         step: int = 0,
         is_representative_B: Tensor | None = None,
         neighbors_Ch: Tensor | None = None,
+        image_rows_B: Tensor | None = None,
     ) -> GlobalBatch:
         """Return the rows of all ranks; a collective. Arguments and errors are `forward`'s."""
         check_labels(labels_B, embeddings_BD.shape[0], None)
@@ -188,6 +198,14 @@ class Objective(nn.Module):
             representatives_G = self.comm.all_gather_rows(
                 is_representative_B, batch_sizes, what=_REPRESENTATIVES
             )
+        image_rows_G = None
+        if self.needs_image_rows:
+            if image_rows_B is None:
+                raise ValueError(
+                    f"{type(self).__name__} tells images of the batch from those of its table by "
+                    "their index rows, but image_rows_B is None. Pass them on every rank."
+                )
+            image_rows_G = self.comm.all_gather_rows(image_rows_B, batch_sizes, what=_IMAGE_ROWS)
         gather_rows = gather_rows_of_whole if self.computes_whole else gather_rows_of_parts
         embeddings_GD = gather_rows(
             embeddings_BD.to(self.dtype), batch_sizes, self.comm, what=EMBEDDINGS
@@ -200,6 +218,7 @@ class Objective(nn.Module):
             step,
             representatives_G,
             neighbors_Ch,
+            image_rows_G,
         )
 
     def global_loss(self, batch: GlobalBatch) -> ObjectiveOutput:
@@ -244,6 +263,9 @@ class Objective(nn.Module):
         if representatives:
             flags = (batch_sizes, 1, torch.bool)
             sent += gather_traffic(*flags, what=_REPRESENTATIVES, sums_gradients=False)
+        if self.needs_image_rows:
+            images = (batch_sizes, 1, torch.int64)
+            sent += gather_traffic(*images, what=_IMAGE_ROWS, sums_gradients=False)
         sent += gather_traffic(
             batch_sizes,
             self.embedding_size,
@@ -271,7 +293,7 @@ class Objective(nn.Module):
         return {}
 
     def owned_buffers(self) -> dict[str, OwnedBuffer]:
-        """Return counts of this rank that checkpoints keep, by name, each with its rows."""
+        """Return rows of this rank that checkpoints keep, by name, without an optimizer."""
         return {}
 
     def after_update(self, step: int) -> dict[str, Tensor]:
