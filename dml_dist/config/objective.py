@@ -66,6 +66,9 @@ class _OptimizerConfig(Section):
     proxy_lr: PositiveFloat | None = None
     """Learning rate of the proxies; null means `lr`."""
 
+    representative_lr: PositiveFloat | None = None
+    """Learning rate of the representatives of `projections.form: table`; null means `lr`."""
+
     loss_lr: PositiveFloat | None = None
     """Learning rate of other parameters of the loss (margin's beta); null means `lr`."""
 
@@ -78,7 +81,7 @@ class _OptimizerConfig(Section):
     no_weight_decay: tuple[
         Literal["backbone", "head", "biases", "norms", "proxies", "loss"], ...
     ] = ("biases", "norms", "proxies", "loss")
-    """Kinds of parameters without weight decay."""
+    """Kinds of parameters without weight decay; representatives count as proxies."""
 
 
 class AdamConfig(_OptimizerConfig):

@@ -27,7 +27,8 @@ class PlanState:
     Attributes:
         problem: Number of the problem, from 0.
         first_step: First step of the state; it is valid until the next state's first step.
-        representatives: (C, m) int64 index rows; a class of fewer than m images repeats them.
+        representatives: (C, m) int64 index rows. A class of fewer than m images repeats them, or
+            has -1 for those that are missing (`draw_representatives`).
         neighbors: (C, h) int64 nearest other classes of each class, nearest first, padded with -1;
             None without hard class mining.
     """
@@ -52,32 +53,18 @@ class SystematicBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class SystematicPlan:
-    """P different classes with K rows each, min(m, K - 1) of them representatives.
-
-    Without neighbors, classes are visited round-robin, by one seeded permutation of all classes
-    after another. With neighbors, the classes visited round-robin are seeds: each is followed by
-    its nearest classes that the batch does not hold yet. The representatives of a class alternate,
-    and its other rows step through a seeded cycle: all are used before any is used again.
+class TrainingRows:
+    """The training images, of which representatives are drawn.
 
     Attributes:
         rows: (n,) int64 index rows.
         labels: (n,) int64 label of each row; only order and equality matter.
-        seed: Seed of all orders, >= 0.
-        classes_per_batch: P, at most the number of classes.
-        samples_per_class: K, >= 2.
+        seed: Seed of all draws, >= 0.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     seed: int
-    classes_per_batch: int
-    samples_per_class: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of global batches of one epoch, floor(n / (P K))."""
-        return len(self.rows) // (self.classes_per_batch * self.samples_per_class)
 
     @property
     def num_classes(self) -> int:
@@ -94,13 +81,41 @@ class SystematicPlan:
         """Number of rows of each class, (C,) int64."""
         return np.bincount(self.class_of_row)
 
+
+@dataclass(frozen=True, eq=False)
+class SystematicPlan(TrainingRows):
+    """P different classes with K rows each, min(m, K - 1) of them representatives.
+
+    Without neighbors, classes are visited round-robin, by one seeded permutation of all classes
+    after another. With neighbors, the classes visited round-robin are seeds: each is followed by
+    its nearest classes that the batch does not hold yet. The representatives of a class alternate,
+    and its other rows step through a seeded cycle: all are used before any is used again.
+
+    Where representatives are rows of a table, batches only follow the neighbors, and hold no
+    representatives but by chance.
+
+    Attributes:
+        classes_per_batch: P, at most the number of classes.
+        samples_per_class: K, >= 2 where batches hold representatives.
+        holds_representatives: Whether batches hold them.
+    """
+
+    classes_per_batch: int
+    samples_per_class: int
+    holds_representatives: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of global batches of one epoch, floor(n / (P K))."""
+        return len(self.rows) // (self.classes_per_batch * self.samples_per_class)
+
     def batches(self, state: PlanState) -> Iterator[SystematicBatch]:
         """Yield the global batches of a state from its first step, without end."""
         classes = self._classes(state)
         others, first, sizes = self._cycles(state)
         num_visits = np.zeros(self.num_classes, dtype=np.int64)
         num_drawn = state.representatives.shape[1]
-        num_held = min(num_drawn, self.samples_per_class - 1)
+        num_held = min(num_drawn, self.samples_per_class - 1) if self.holds_representatives else 0
         num_others = self.samples_per_class - num_held
         for chosen in classes:
             visit = num_visits[chosen][:, None]
@@ -120,14 +135,15 @@ class SystematicPlan:
             )
 
     def _cycles(self, state: PlanState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows that are not representatives, class by class in seeded order.
+        """Return the rows beside representatives that are held, class by class in seeded order.
 
         Returns:
             Rows, (at least 1,); start and number of the rows of each class, each (C,).
         """
         generator = generator_of(Stream.SYSTEMATIC_ROWS, self.seed, state.first_step)
-        shuffled = generator.permutation(len(self.rows))
-        others = shuffled[~np.isin(self.rows[shuffled], state.representatives)]
+        others = generator.permutation(len(self.rows))
+        if self.holds_representatives:
+            others = others[~np.isin(self.rows[others], state.representatives)]
         others = others[np.argsort(self.class_of_row[others], kind="stable")]
         sizes = np.bincount(self.class_of_row[others], minlength=self.num_classes)
         rows = self.rows[others] if len(others) else np.full(1, -1, dtype=np.int64)
@@ -212,7 +228,13 @@ class StatefulPlan:
 
 
 def draw_representatives(
-    rows: np.ndarray, labels: np.ndarray, *, seed: int, problem: int, number: int
+    rows: np.ndarray,
+    labels: np.ndarray,
+    *,
+    seed: int,
+    problem: int,
+    number: int,
+    repeats: bool = True,
 ) -> np.ndarray:
     """Draw images of every class, the same for any number of ranks.
 
@@ -222,14 +244,17 @@ def draw_representatives(
         seed: The run's seed.
         problem: Number of the problem, from 0.
         number: m >= 1, images of each class.
+        repeats: Whether a class of fewer than m images repeats them in the same order; otherwise
+            -1 stands for each that is missing.
 
     Returns:
         (C, m) int64 rows, classes in ascending order of labels. The rows of a class are different
-        if it has at least m rows, and repeat in the same order otherwise.
+        but for repetitions.
     """
     _, class_of_row, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     shuffled = generator_of(Stream.REPRESENTATIVES, seed, problem).permutation(len(rows))
     ordered = shuffled[np.argsort(class_of_row[shuffled], kind="stable")]
     first = np.cumsum(sizes) - sizes
     place = first[:, None] + np.arange(number) % sizes[:, None]
-    return rows[ordered[place]]
+    drawn = rows[ordered[place]]
+    return drawn if repeats else np.where(np.arange(number) < sizes[:, None], drawn, -1)

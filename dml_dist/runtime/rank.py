@@ -23,7 +23,8 @@ from dml_dist.config.model import ModelConfig
 from dml_dist.config.schema import LaunchConfig, RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
-from dml_dist.data.systematic import StatefulPlan, SystematicPlan
+from dml_dist.data.plans import BatchPlan
+from dml_dist.data.systematic import StatefulPlan, SystematicPlan, TrainingRows
 from dml_dist.errors import RunError
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel, PooledFeatures
@@ -163,7 +164,9 @@ def _batches(
 ) -> Callable[[int, int], Iterable[Batch]]:
     """Return the function that loads this rank's batches from a first step to an end step."""
     data = context.config.data
-    batches = StatefulPlan(inputs.plan, inputs.states) if inputs else context.batch_plan()
+    batches: StatefulPlan | BatchPlan = context.batch_plan()
+    if inputs is not None and isinstance(inputs.plan, SystematicPlan):
+        batches = StatefulPlan(inputs.plan, inputs.states)
 
     def load(first: int, end: int) -> Iterable[Batch]:
         if first:
@@ -363,16 +366,19 @@ def projection_inputs(context: RunContext) -> ProjectionInputs | None:
     config = context.config
     if config.projections is None:
         return None
-    batches = config.data.batches
-    assert isinstance(batches, BalancedBatchesConfig), "resolving the run plan checks this"
     rows = context.split.train_rows
-    plan = SystematicPlan(
-        rows,
-        context.index.label[rows],
-        config.seed,
-        batches.classes_per_batch,
-        batches.samples_per_class,
-    )
+    plan = TrainingRows(rows, context.index.label[rows], config.seed)
+    if config.projections.forms_batches:
+        batches = config.data.batches
+        assert isinstance(batches, BalancedBatchesConfig), "resolving the run plan checks this"
+        plan = SystematicPlan(
+            rows,
+            plan.labels,
+            config.seed,
+            batches.classes_per_batch,
+            batches.samples_per_class,
+            holds_representatives=config.projections.form == "batch",
+        )
 
     def embed(model: EmbeddingModel, rows: np.ndarray) -> Tensor:
         found, _, _ = context.embed(model, rows, "embed representatives")

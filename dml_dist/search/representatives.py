@@ -21,7 +21,7 @@ from dml_dist.search.propose import resolve_backend
 _NEIGHBORS = "nearest classes"
 
 
-def k_center(embeddings_CbD: Tensor, number: int) -> Tensor:
+def k_center(embeddings_CbD: Tensor, number: int, is_image_Cb: Tensor | None = None) -> Tensor:
     """Select from each class's pool by greedy k-center (Gonzalez, 1985).
 
     The first row is selected first; each further one has the largest distance to its nearest
@@ -30,9 +30,10 @@ def k_center(embeddings_CbD: Tensor, number: int) -> Tensor:
     Args:
         embeddings_CbD: Embeddings of the pools; they are normalized here.
         number: m, 1 <= m <= b.
+        is_image_Cb: Which places of a pool hold an image, the first in any case; None if all do.
 
     Returns:
-        (C, m) int64 indices in 0 .. b - 1, distinct unless a pool repeats an image.
+        (C, m) int64 different indices in 0 .. b - 1; -1 where a pool has no further image.
     """
     num_classes, pool_size, size = embeddings_CbD.shape
     stored_CbD = store_rows(embeddings_CbD.reshape(-1, size), "cosine").reshape(
@@ -43,14 +44,19 @@ def k_center(embeddings_CbD: Tensor, number: int) -> Tensor:
     nearest_Cb = torch.full(
         (num_classes, pool_size), torch.inf, dtype=torch.float64, device=embeddings_CbD.device
     )
+    if is_image_Cb is not None:
+        nearest_Cb.masked_fill_(~is_image_Cb, -1)
     first_C = torch.arange(num_classes, device=embeddings_CbD.device) * pool_size
     flat = stored_CbD.reshape(-1, size)
     every_row = torch.arange(len(flat), device=flat.device)
     for _ in range(number - 1):
-        center = (first_C + selected_C).repeat_interleave(pool_size)
+        center = (first_C + selected_C.clamp(min=0)).repeat_interleave(pool_size)
         distance_Cb = pair_distances(flat, every_row, flat, center).reshape(num_classes, pool_size)
         nearest_Cb = torch.minimum(nearest_Cb, distance_Cb)
-        selected_C = nearest_Cb.argmax(dim=1)  # The first among equals.
+        # Never again, also where all further images are duplicates.
+        nearest_Cb.scatter_(1, selected_C.clamp(min=0)[:, None], -1)
+        farthest_C, selected_C = nearest_Cb.max(dim=1)  # The first among equals.
+        selected_C = selected_C.masked_fill(farthest_C < 0, -1)
         all_selected.append(selected_C)
     return torch.stack(all_selected, dim=1)
 

@@ -27,7 +27,7 @@ from dml_dist.train.dynamic_assignment import SharedProxyWarning
 from dml_dist.train.hooks import ProgressEvent, TrainHooks, TrainResult
 from dml_dist.train.meter import EmbeddingNorms, Meter, Reading
 from dml_dist.train.optim import learning_rate_factor
-from dml_dist.train.projections import Projections
+from dml_dist.train.projections import build_projections
 from dml_dist.train.resume import check_plan, check_resume
 from dml_dist.train.run_plan import RunPlan
 from dml_dist.train.spans import Spans
@@ -69,7 +69,9 @@ def train(
     )
     if config.projections is not None:
         assert hooks.projections is not None
-        state.projections = Projections(config.projections, hooks.projections, comm)
+        state.projections = build_projections(
+            config.projections, hooks.projections, state.objective, state.optimizer
+        )
     loop = _Loop(config, plan, state, hooks)
     if found:
         loop.resume_from(*found)
@@ -179,6 +181,7 @@ class _Loop:
             update_backbone=step >= config.train.backbone_warmup_epochs * self.plan.steps_per_epoch,
             is_representative=self._representatives(batch),
             neighbors=projections.neighbors(step) if projections else None,
+            image_rows=self._image_rows(batch),
             proximal=projections.term if projections else None,
             spans=self.spans,
         )
@@ -201,6 +204,11 @@ class _Loop:
             return None
         found = self.state.projections.is_representative(batch.rows.numpy(), batch.step)
         return None if found is None else torch.from_numpy(found).to(self.state.comm.device)
+
+    def _image_rows(self, batch: Batch) -> torch.Tensor | None:
+        """Return the index rows of a batch where the objective asks for them."""
+        device = self.state.comm.device
+        return batch.rows.to(device) if self.state.objective.needs_image_rows else None
 
     def _seed(self, step: int) -> None:
         """Make what the network draws depend on seed, step and rank: a resumed run repeats it."""

@@ -36,6 +36,7 @@ from dml_dist.models.embedding import EmbeddingModel, ParameterKind, parameter_k
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.proxies import PROXIES
+from dml_dist.parallel.representatives import REPRESENTATIVES
 
 OWNED_PREFIX = "objective."
 REPLICATED_PREFIX = "loss."
@@ -71,13 +72,12 @@ def parameter_groups(
     kinds = parameter_kinds(model)
     for name, parameter in model.named_parameters():
         add(name, parameter, _learning_rate(config, kinds[name]), _decays(config, kinds[name]))
-    proxy_lr = config.lr if config.proxy_lr is None else config.proxy_lr
-    loss_lr = config.lr if config.loss_lr is None else config.loss_lr
+    loss_lr = config.loss_lr or config.lr
+    of_classes = {PROXIES: config.proxy_lr, REPRESENTATIVES: config.representative_lr}
     for name, parameter in owned.items():
-        if name == PROXIES:
-            add(OWNED_PREFIX + name, parameter, proxy_lr, "proxies" not in config.no_weight_decay)
-        else:
-            add(OWNED_PREFIX + name, parameter, loss_lr, "loss" not in config.no_weight_decay)
+        rate = of_classes.get(name, loss_lr) or config.lr
+        kind = "proxies" if name in of_classes else "loss"
+        add(OWNED_PREFIX + name, parameter, rate, kind not in config.no_weight_decay)
     for name, parameter in replicated.items():
         add(REPLICATED_PREFIX + name, parameter, loss_lr, "loss" not in config.no_weight_decay)
     return list(groups.values())
@@ -234,7 +234,9 @@ def describe_learning_rates(
         rates["biases"] = optim.bias_lr
     if PROXIES in owned:
         rates["proxies"] = optim.proxy_lr or optim.lr
-    if owned.keys() - {PROXIES} or objective.replicated_parameters():
+    if REPRESENTATIVES in owned:
+        rates["representatives"] = optim.representative_lr or optim.lr
+    if owned.keys() - {PROXIES, REPRESENTATIVES} or objective.replicated_parameters():
         rates["loss"] = optim.loss_lr or optim.lr
     steps = f", {schedule.warmup_steps:,} steps of warm-up" if schedule.warmup_steps else ""
     rows = [

@@ -10,7 +10,9 @@ from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.objective import Objective
+from dml_dist.partition import part_sizes
 from dml_dist.train.dynamic_assignment import check_batches
+from dml_dist.train.optim import state_slots
 
 
 def check_methods(config: RunConfig, objective: Objective, class_sizes: np.ndarray) -> None:
@@ -23,7 +25,8 @@ def check_methods(config: RunConfig, objective: Objective, class_sizes: np.ndarr
 
     Raises:
         ConfigError: If settings do not fit each other.
-        DataError: If more than half the classes have one image, under projections.
+        DataError: If more than half the classes have one image, under projections of batch form,
+            or all classes have fewer images than the table has rows of a class.
     """
     if isinstance(objective, DynamicProxyObjective):
         check_batches(config.data.batches, class_sizes, config.train.global_batch_size)
@@ -48,15 +51,82 @@ def describe_methods(
         alone = int((class_sizes == 1).sum())
         every = config.projections.steps_per_problem
         rows.append(("projections", f"at most {every:,} steps per problem"))
-        if alone:
+        if config.projections.form == "table":
+            rows += _describe_table(config.projections, config, objective, class_sizes)
+        elif alone:
             rows.append(("classes of one image, which represent themselves", f"{alone:,}"))
+    return rows
+
+
+def _describe_table(
+    projections: ProjectionsConfig,
+    config: RunConfig,
+    objective: Objective,
+    class_sizes: np.ndarray,
+) -> list[tuple[str, str]]:
+    number = projections.representatives_per_class
+    per_rank = [n * number for n in part_sizes(len(class_sizes), objective.comm.world_size)]
+    slots = state_slots(config.optim) if projections.table.trainable else 0
+    memory = "unknown for a custom optimiser"
+    if slots is not None:
+        row_bytes = objective.embedding_size * objective.dtype.itemsize * (1 + slots)
+        memory = ", ".join(f"{rows * row_bytes / 2**20:,.2f} MiB" for rows in per_rank)
+    present = int(np.minimum(class_sizes, number).sum())
+    embedded = f"{present:,} images"
+    if projections.selection == "k_center":
+        pool = int(np.minimum(class_sizes, projections.pool_per_class).sum())
+        embedded = f"{pool:,} images to select from, then {present:,}"
+    rows = [
+        ("representatives per rank", ", ".join(f"{n:,}" for n in per_rank)),
+        ("memory of representatives with optimiser state", memory),
+        ("embedded at the start of a problem", embedded),
+    ]
+    if small := int((class_sizes < number).sum()):
+        missing = len(class_sizes) * number - present
+        rows.append(
+            (
+                "missing rows",
+                f"{missing:,} of {len(class_sizes) * number:,}: {small:,} classes have fewer than "
+                f"{number:,} images",
+            )
+        )
     return rows
 
 
 def _check_projections(
     projections: ProjectionsConfig, config: RunConfig, class_sizes: np.ndarray
 ) -> None:
-    batches = config.data.batches
+    if projections.patience is not None and isinstance(config.validation, NoValidationConfig):
+        raise ConfigError(
+            f"projections.patience is {projections.patience}, but validation.name is none, and "
+            "validation MAP@R ends a problem. Hold out validation classes or remove patience."
+        )
+    if projections.form == "table":
+        _check_table(projections, class_sizes)
+    if projections.forms_batches:
+        _check_batches(projections, config.data)
+    alone = int((class_sizes == 1).sum())
+    if projections.form == "batch" and 2 * alone > len(class_sizes):
+        raise DataError(
+            f"projections allows at most half of the training classes to have a single image, but "
+            f"{alone} of {len(class_sizes)} do: such a representative has no other image of its "
+            "class. Remove those classes, or train without projections."
+        )
+
+
+def _check_table(projections: ProjectionsConfig, class_sizes: np.ndarray) -> None:
+    number, largest = projections.representatives_per_class, int(class_sizes.max())
+    if largest < number:
+        raise DataError(
+            f"projections.representatives_per_class is {number}, but the largest of the "
+            f"{len(class_sizes)} training classes has {largest} images, so every class would miss "
+            f"rows of the table. Set it to at most {largest}."
+        )
+
+
+def _check_batches(projections: ProjectionsConfig, data: DataConfig) -> None:
+    """Raise if batches cannot follow the problems."""
+    batches = data.batches
     if not isinstance(batches, BalancedBatchesConfig) or batches.samples_per_class < 2:
         given = f"name: {batches.name}"
         if isinstance(batches, BalancedBatchesConfig):
@@ -66,22 +136,6 @@ def _check_projections(
             f"representative and others of its class), but data.batches has {given}. Change "
             "data.batches."
         )
-    if projections.patience is not None and isinstance(config.validation, NoValidationConfig):
-        raise ConfigError(
-            f"projections.patience is {projections.patience}, but validation.name is none, and "
-            "validation MAP@R ends a problem. Hold out validation classes or remove patience."
-        )
-    _check_lead(projections, config.data)
-    alone = int((class_sizes == 1).sum())
-    if 2 * alone > len(class_sizes):
-        raise DataError(
-            f"projections allows at most half of the training classes to have a single image, but "
-            f"{alone} of {len(class_sizes)} do: such a representative has no other image of its "
-            "class. Remove those classes, or train without projections."
-        )
-
-
-def _check_lead(projections: ProjectionsConfig, data: DataConfig) -> None:
     ahead = data.loader_workers * data.prefetch + 2
     if projections.lead_steps < ahead:
         raise ConfigError(

@@ -29,6 +29,11 @@ def pulled_parameters(model: EmbeddingModel) -> dict[str, nn.Parameter]:
     }
 
 
+def pulled_weights(model: EmbeddingModel) -> dict[str, Tensor]:
+    """Return a copy of the parameters that the term covers, by name."""
+    return {name: p.detach().clone() for name, p in pulled_parameters(model).items()}
+
+
 @dataclass(frozen=True, eq=False)
 class ProximalTerm:
     """The earlier solution, and how strongly it pulls.
@@ -40,12 +45,6 @@ class ProximalTerm:
 
     anchor: Mapping[str, Tensor]
     weight: float
-
-    @staticmethod
-    def at(model: EmbeddingModel, weight: float) -> ProximalTerm:
-        """Return the term whose solution is the current model."""
-        anchor = {name: p.detach().clone() for name, p in pulled_parameters(model).items()}
-        return ProximalTerm(anchor, weight)
 
     @torch.no_grad()
     def add_gradients(self, model: EmbeddingModel) -> None:

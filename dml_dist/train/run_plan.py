@@ -25,6 +25,7 @@ from dml_dist.partition import part_sizes
 from dml_dist.train.micro_batches import check_micro_batches
 from dml_dist.train.optim import describe_learning_rates, state_slots
 from dml_dist.train.plan_methods import check_methods, describe_methods
+from dml_dist.train.representative_table import table_form
 from dml_dist.train.state import resolve_precision
 
 
@@ -211,6 +212,7 @@ def _objective_without_data(
         nir=config.nir,
         class_sizes=sizes.tolist(),
         initial_std=config.proxies.initial_std,
+        table=table_form(config.projections),
     )
 
 

@@ -23,6 +23,7 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.train.optim import build_optimizer, parameter_groups
 from dml_dist.train.projections import Projections
+from dml_dist.train.representative_table import table_form
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def build_state(
             nir=config.nir,
             class_sizes=class_sizes,
             initial_std=config.proxies.initial_std,
+            table=table_form(config.projections),
         ).to(comm.device)
         owned = {name: rows.parameter for name, rows in objective.owned_parameters().items()}
         replicated = objective.replicated_parameters()

@@ -47,6 +47,7 @@ def train_step(
     update_backbone: bool = True,
     is_representative: Tensor | None = None,
     neighbors: Tensor | None = None,
+    image_rows: Tensor | None = None,
     proximal: ProximalTerm | None = None,
     spans: Spans | None = None,
 ) -> StepOutput:
@@ -70,6 +71,8 @@ def train_step(
             every rank when all pairs count.
         neighbors: The nearest classes of every class that hard class mining found, (C, h) int64,
             -1 for none; None without it.
+        image_rows: Index rows of the images, (b,) int64; needed where the objective has a table of
+            representatives.
         proximal: Pulls the weights towards an earlier solution.
         spans: Records where the time goes.
     """
@@ -90,6 +93,7 @@ def train_step(
             step=state.step,
             is_representative_B=is_representative,
             neighbors_Ch=neighbors,
+            image_rows_B=image_rows,
         )
     with spans("objective"):
         output = state.objective.global_loss(batch)

@@ -27,7 +27,7 @@ from dml_dist.config.schema import RunConfig
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.search.representatives import k_center, nearest_classes
-from dml_dist.train.proximal import ProximalTerm
+from dml_dist.train.proximal import ProximalTerm, pulled_weights
 from dml_dist.train.state import TrainState, build_state
 from dml_dist.train.step import train_step
 
@@ -75,7 +75,7 @@ def step_of(config: RunConfig) -> Callable[[Tensor, Tensor], None]:
     projections = config.projections
     term = None
     if projections is not None:
-        term = ProximalTerm.at(state.model, projections.proximal_weight)
+        term = ProximalTerm(pulled_weights(state.model), projections.proximal_weight)
     mined = projections is not None and projections.mining is not None
     places = torch.arange(NUM_CLASSES)[:, None] + torch.arange(1, 4)
     neighbors = places % NUM_CLASSES if mined else None

@@ -9,7 +9,7 @@ from dml_dist.config.load import parse_config
 from dml_dist.models.build_model import build_model
 from dml_dist.models.embedding import EmbeddingModel
 from dml_dist.parallel.comm import Comm
-from dml_dist.train.proximal import ProximalTerm, pulled_parameters
+from dml_dist.train.proximal import ProximalTerm, pulled_parameters, pulled_weights
 from dml_dist.train.state import build_state
 from dml_dist.train.step import train_step
 from tests.training_setup import IMAGES_PER_CLASS, NUM_CLASSES, images_of, small_config
@@ -29,7 +29,7 @@ def make_model(seed: int = 0) -> EmbeddingModel:
 
 def test_gradient_is_that_of_half_the_squared_distance() -> None:
     model, other = make_model(0), make_model(1)
-    term = ProximalTerm.at(other, weight=0.3)
+    term = ProximalTerm(pulled_weights(other), 0.3)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     model(images).square().sum().backward()
     term.add_gradients(model)
@@ -47,7 +47,7 @@ def test_gradient_is_that_of_half_the_squared_distance() -> None:
 
 def test_distance_runs_over_weights_alone() -> None:
     model, other = make_model(0), make_model(1)
-    term = ProximalTerm.at(other, weight=1.0)
+    term = ProximalTerm(pulled_weights(other), 1.0)
     assert all(parameter.ndim > 1 for parameter in pulled_parameters(model).values())
     anchor = dict(other.named_parameters())
     squares = [
@@ -58,7 +58,7 @@ def test_distance_runs_over_weights_alone() -> None:
 
 def test_the_solution_is_a_copy() -> None:
     model = make_model()
-    term = ProximalTerm.at(model, weight=1.0)
+    term = ProximalTerm(pulled_weights(model), 1.0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1.0
@@ -68,7 +68,7 @@ def test_the_solution_is_a_copy() -> None:
 
 def test_parameters_without_a_gradient_get_none() -> None:
     model = make_model()
-    term = ProximalTerm.at(make_model(1), weight=1.0)
+    term = ProximalTerm(pulled_weights(make_model(1)), 1.0)
     model.head(torch.zeros(1, model.head.in_features, dtype=torch.float64)).sum().backward()
     term.add_gradients(model)
     assert all(p.grad is None for p in model.backbone.parameters())
