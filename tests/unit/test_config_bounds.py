@@ -83,6 +83,9 @@ optim:rmsprop.lr  optim:rmsprop.head_lr  optim:rmsprop.proxy_lr  optim:rmsprop.l
 optim:rmsprop.bias_lr  optim:rmsprop.eps
 optim:custom.lr  optim:custom.head_lr  optim:custom.proxy_lr  optim:custom.loss_lr
 optim:custom.bias_lr
+optim:adam.representative_lr  optim:adamw.representative_lr  optim:sgd.representative_lr
+optim:rmsprop.representative_lr  optim:custom.representative_lr
+projections.table.table_weight  projections.table.memory_mb
 train.max_grad_norm  evaluation.memory_mb  checkpoint.every_minutes
 launch.cpus_per_rank  launch.timeout_seconds
 compare.search.space.x:float.step
@@ -92,7 +95,7 @@ NON_NEGATIVE_NUMBERS = """
 data.transform:standard.crop_scale.0  data.transform:standard.crop_scale.1
 data.transform:standard.crop_ratio.0  data.transform:standard.crop_ratio.1
 loss:triplet.margin  loss:margin.nu
-nir.noise  projections.proximal_weight
+nir.noise  projections.proximal_weight  projections.table.in_batch_weight
 optim:adam.weight_decay  optim:adamw.weight_decay  optim:sgd.weight_decay
 optim:rmsprop.weight_decay  optim:custom.weight_decay
 """
