@@ -2,7 +2,8 @@
 
 The loss runs on seeded batches, including edge cases, in one process and on 2 and 3 gloo ranks, in
 float64. Loss and all gradients (network, proxy tables, other parameters of the loss) must equal
-those of one process on the whole batch, with a relative tolerance of 1e-10.
+those of one process on the whole batch, with a relative tolerance of 1e-10. Losses of pairs with a
+table form (`losses/table.py`) are checked in this form as well.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dml_dist.config.load import parse_config
 from dml_dist.config.objective import LossConfig
 from dml_dist.errors import ConfigError
 from dml_dist.orchestration.check_loss_ranks import (
-    CASES,
     Measured,
+    cases_of,
     measure,
     measure_on_ranks,
     preload_forkserver,
@@ -123,18 +124,19 @@ def run_cases(config: LossConfig) -> list[Finding]:
     Raises:
         ConfigError: If the loss cannot be built, or raises on a batch.
     """
+    cases = cases_of(config)
     alone = _measure_dense(config)
     again = _measure_dense(config)
     findings = [
         _compare(case.name, 1, one, [two])
-        for case, one, two in zip(CASES, alone, again, strict=True)
+        for case, one, two in zip(cases, alone, again, strict=True)
     ]
     # A loss that differs from itself in one process cannot be compared across ranks.
     if any(finding.problem for finding in findings):
         return findings
     for world_size in WORLD_SIZES:
         ranks = measure_on_ranks(config, world_size)
-        for case, one, found in zip(CASES, alone, zip(*ranks, strict=True), strict=True):
+        for case, one, found in zip(cases, alone, zip(*ranks, strict=True), strict=True):
             findings.append(_compare(case.name, world_size, one, list(found)))
     return findings
 

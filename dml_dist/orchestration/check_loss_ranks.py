@@ -10,7 +10,7 @@ import multiprocessing as mp
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,9 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dml_dist.config.objective import LossConfig
 from dml_dist.errors import ConfigError, RunError, TopologyError
+from dml_dist.losses.build_loss import build_loss
+from dml_dist.losses.table import MISSING
+from dml_dist.losses.table_losses import table_loss
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init, shutdown
+from dml_dist.parallel.representatives import RepresentativeObjective, TableForm
 from dml_dist.partition import part_sizes
 from dml_dist.random_streams import Stream, seed_of
 from dml_dist.topology import Topology
@@ -51,6 +55,7 @@ class Case:
         num_classes: C.
         zero_rows: Rows whose embedding is zero.
         equal_rows: Pairs of rows that are equal.
+        table_rows: Rows of each class in a table of representatives; 0 for a loss without one.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Case:
     num_classes: int = 8
     zero_rows: tuple[int, ...] = ()
     equal_rows: tuple[tuple[int, int], ...] = ()
+    table_rows: int = 0
 
 
 CASES = (
@@ -70,6 +76,9 @@ CASES = (
     Case("as many classes as ranks", (0, 1, 2, 2, 1), num_classes=3),
     Case("many rows", tuple(i * i % 10 for i in range(31)), num_classes=10),
 )
+
+TABLE_CASES = tuple(replace(case, name=f"table, {case.name}", table_rows=2) for case in CASES)
+"""The same batches against a table of representatives, for losses that have this form."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +125,18 @@ class _Network(nn.Module):
         return total
 
 
+def cases_of(config: LossConfig) -> tuple[Case, ...]:
+    """Return the cases that a loss is checked on."""
+    try:
+        table_loss(build_loss(config, CASES[0].num_classes), memory_mb=1.0)
+    except ConfigError:
+        return CASES
+    return (*CASES, *TABLE_CASES)
+
+
 def measure(config: LossConfig, comm: Comm) -> list[Measured]:
     """Return the results of all cases; every rank calls this."""
-    return [_measure_case(config, case, comm) for case in CASES]
+    return [_measure_case(config, case, comm) for case in cases_of(config)]
 
 
 def preload_forkserver() -> None:
@@ -222,6 +240,7 @@ def _measure_case(config: LossConfig, case: Case, comm: Comm) -> Measured:
             comm=comm,
             dtype=torch.float64,
             class_sizes=[3 + i for i in range(case.num_classes)],
+            table=TableForm(case.table_rows) if case.table_rows else None,
         )
     except TopologyError as error:
         return Measured(float("nan"), skipped=str(error))
@@ -230,8 +249,12 @@ def _measure_case(config: LossConfig, case: Case, comm: Comm) -> Measured:
     x, mask, labels = _inputs(case)
     sizes = part_sizes(len(x), comm.world_size)
     own = slice(sum(sizes[: comm.rank]), sum(sizes[: comm.rank + 1]))
+    images = None
+    if isinstance(objective, RepresentativeObjective):
+        images = _fill_table(objective, labels)[own]
     with comm.guard("gradients"):
-        output = objective(wrapped(x[own], mask[own]), labels[own], sizes, step=3)
+        embeddings = wrapped(x[own], mask[own])
+        output = objective(embeddings, labels[own], sizes, step=3, image_rows_B=images)
         output.loss.backward()
     objective.sum_replicated_gradients()
     tables = objective.owned_parameters()
@@ -243,3 +266,16 @@ def _measure_case(config: LossConfig, case: Case, comm: Comm) -> Measured:
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()},
         {name: rows.row_low for name, rows in tables.items()},
     )
+
+
+def _fill_table(objective: RepresentativeObjective, labels: Tensor) -> Tensor:
+    """Fill the table, with missing rows, and return the batch's image rows, some of them in it."""
+    shape = objective.num_classes, objective.form.rows_per_class
+    seed = seed_of(Stream.CHECK_LOSS_INPUTS, _SEED, shape[0] * shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn((*shape, EMBEDDING_SIZE), generator=generator, dtype=torch.float64)
+    images = torch.arange(shape[0] * shape[1]).view(shape)
+    images_of_batch = images[labels, 0] + images.numel() * (torch.arange(len(labels)) % 2)
+    images[::3, -1] = MISSING
+    objective.rewrite(rows, images)
+    return images_of_batch

@@ -12,7 +12,7 @@ from dml_dist.config.objective import CustomLossConfig, LossConfig
 from dml_dist.errors import ConfigError
 from dml_dist.orchestration import check_loss as module
 from dml_dist.orchestration.check_loss import check_loss, loss_config, run_cases
-from dml_dist.orchestration.check_loss_ranks import CASES, Measured, measure
+from dml_dist.orchestration.check_loss_ranks import CASES, Measured, cases_of, measure
 from dml_dist.parallel.comm import Comm
 from dml_dist.topology import Topology
 from tests.ranks import run_ranks
@@ -74,8 +74,11 @@ def test_losses_pass_and_the_wrong_one_is_named(
         return
     check_loss(target, options, Console(file=output, width=200))
     assert f"{target} passes" in output.getvalue()
-    for case in CASES:
+    cases = cases_of(loss_config(target, options))
+    for case in cases:
         assert case.name in output.getvalue()
+    has_table_form = target in ("contrastive", "triplet", "multi_similarity")
+    assert len(cases) == len(CASES) * (2 if has_table_form and "swap=true" not in options else 1)
 
 
 def test_a_gradient_that_is_not_finite_is_found_in_one_process() -> None:
