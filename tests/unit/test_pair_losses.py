@@ -11,7 +11,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from pytorch_metric_learning import distances, losses, miners, reducers
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dml_dist
 from dml_dist.config.objective import LossConfig
@@ -23,6 +22,7 @@ from dml_dist.losses.pairs_margin import margin_loss
 from dml_dist.losses.pairs_multi_similarity import multi_similarity_loss
 from dml_dist.losses.pairs_triplet import triplet_loss
 from tests.boundary_pairs import boundary_rows, exact_distances
+from tests.largest_tensor import LargestTensor
 from tests.oracles_pairs import (
     contrastive_oracle,
     drawn_negatives,
@@ -243,21 +243,6 @@ def test_finite_without_pairs(values: dict[str, Any], labels: list[int]) -> None
     assert gradient.isfinite().all()
     if len(labels) < 2:
         assert (float(value), float(gradient.abs().sum())) == (0.0, 0.0)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Record the number of elements of the largest tensor created."""
-
-    elements = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
