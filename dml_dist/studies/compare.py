@@ -196,7 +196,7 @@ def _check_methods(config: RunConfig) -> dict[str, tuple[RunPlan, str]]:
 def _check_search(config: RunConfig, method: str, own: RunConfig, plan: RunPlan) -> None:
     section = compare_section(config)
     paths = searched_paths(config, method)
-    if _PROXY_RATE in paths and not any(plan.proxy_rows):
+    if _PROXY_RATE in paths and not plan.has_proxies:
         raise ConfigError(
             f"compare.search.space: {_PROXY_RATE} does nothing for {method}, whose loss "
             f"{own.loss.name} has no proxies; name it in compare.search.without.{method}"

@@ -17,6 +17,7 @@ from dml_dist.config.study import METHOD_KEY, TRAIN_SECONDS, ASHAPrunerConfig, T
 from dml_dist.errors import ConfigError, DmlDistError
 from dml_dist.orchestration.launch import uses_gpu, world_size_of
 from dml_dist.orchestration.train import plan_without_data
+from dml_dist.parallel.representatives import REPRESENTATIVES
 from dml_dist.runs.study import is_below, value_at
 from dml_dist.runs.tuning import (
     SEARCHABLE,
@@ -169,7 +170,10 @@ def _check_effect(own: RunConfig, method: str | None, path: str, plan: RunPlan) 
                 f"{_of(method, 'the configuration')}; {_remedy(method)}, or set {above}"
             )
     missing = {
-        "optim.proxy_lr": "proxies" if not any(plan.proxy_rows) else "",
+        "optim.proxy_lr": "proxies" if not plan.has_proxies else "",
+        "optim.representative_lr": ""
+        if plan.row_kind == REPRESENTATIVES
+        else "table of representatives",
         # The flow, and beta of the margin loss; those of a custom loss are not known.
         "optim.loss_lr": "parameters other than proxies"
         if own.nir is None and own.loss.name not in ("margin", "custom")

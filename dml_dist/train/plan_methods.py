@@ -10,9 +10,7 @@ from dml_dist.config.schema import NoValidationConfig, RunConfig
 from dml_dist.errors import ConfigError, DataError
 from dml_dist.parallel.assignment import DynamicProxyObjective
 from dml_dist.parallel.objective import Objective
-from dml_dist.partition import part_sizes
 from dml_dist.train.dynamic_assignment import check_batches
-from dml_dist.train.optim import state_slots
 
 
 def check_methods(config: RunConfig, objective: Objective, class_sizes: np.ndarray) -> None:
@@ -52,35 +50,22 @@ def describe_methods(
         every = config.projections.steps_per_problem
         rows.append(("projections", f"at most {every:,} steps per problem"))
         if config.projections.form == "table":
-            rows += _describe_table(config.projections, config, objective, class_sizes)
+            rows += _describe_table(config.projections, class_sizes)
         elif alone:
             rows.append(("classes of one image, which represent themselves", f"{alone:,}"))
     return rows
 
 
 def _describe_table(
-    projections: ProjectionsConfig,
-    config: RunConfig,
-    objective: Objective,
-    class_sizes: np.ndarray,
+    projections: ProjectionsConfig, class_sizes: np.ndarray
 ) -> list[tuple[str, str]]:
     number = projections.representatives_per_class
-    per_rank = [n * number for n in part_sizes(len(class_sizes), objective.comm.world_size)]
-    slots = state_slots(config.optim) if projections.table.trainable else 0
-    memory = "unknown for a custom optimiser"
-    if slots is not None:
-        row_bytes = objective.embedding_size * objective.dtype.itemsize * (1 + slots)
-        memory = ", ".join(f"{rows * row_bytes / 2**20:,.2f} MiB" for rows in per_rank)
     present = int(np.minimum(class_sizes, number).sum())
     embedded = f"{present:,} images"
     if projections.selection == "k_center":
         pool = int(np.minimum(class_sizes, projections.pool_per_class).sum())
         embedded = f"{pool:,} images to select from, then {present:,}"
-    rows = [
-        ("representatives per rank", ", ".join(f"{n:,}" for n in per_rank)),
-        ("memory of representatives with optimiser state", memory),
-        ("embedded at the start of a problem", embedded),
-    ]
+    rows = [("embedded at the start of a problem", embedded)]
     if small := int((class_sizes < number).sum()):
         missing = len(class_sizes) * number - present
         rows.append(

@@ -20,6 +20,8 @@ from dml_dist.parallel.batch_norm import batch_norm_traffic, check_batch_norm
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
+from dml_dist.parallel.proxies import PROXIES
+from dml_dist.parallel.representatives import REPRESENTATIVES, RepresentativeObjective
 from dml_dist.parallel.traffic import Traffic
 from dml_dist.partition import part_sizes
 from dml_dist.train.micro_batches import check_micro_batches
@@ -44,9 +46,10 @@ class RunPlan:
         micro_batch_size: Images of a rank in memory with their activations; None means all.
         steps_per_epoch: Updates of one epoch.
         total_steps: Updates of the run.
-        proxy_rows: Rows of proxies of each rank; zeros for a loss without proxies.
-        proxy_bytes: Bytes of each rank's proxies with their optimiser state; None when a custom
+        proxy_rows: Rows of proxies, or of representatives, of each rank; zeros for a loss without.
+        proxy_bytes: Bytes of each rank's rows with their optimiser state; None when a custom
             optimiser keeps an unknown state.
+        row_kind: What the rows are: `proxies` or `representatives`.
         traffic: What each rank sends in a step with a full batch, by its source: `objective`,
             `gradients of the network` (DDP's all-reduce) and, where ranks share its statistics,
             `batch normalisation`.
@@ -68,11 +71,17 @@ class RunPlan:
     total_steps: int
     proxy_rows: tuple[int, ...]
     proxy_bytes: tuple[int, ...] | None
+    row_kind: str
     traffic: Mapping[str, Traffic]
     num_backbone_parameters: int
     num_head_parameters: int
     network: tuple[tuple[str, str], ...]
     methods: tuple[tuple[str, str], ...]
+
+    @property
+    def has_proxies(self) -> bool:
+        """Whether the loss has proxies."""
+        return any(self.proxy_rows) and self.row_kind == PROXIES
 
     def batch_sizes(self, step: int) -> list[int]:
         """Return the number of images of every rank at a global step, from 0.
@@ -110,8 +119,8 @@ class RunPlan:
             ("head parameters", f"{self.num_head_parameters:,}"),
             *self.network,
             *self.methods,
-            ("proxies per rank", proxies),
-            ("memory of proxies with optimiser state", memory),
+            (f"{self.row_kind} per rank", proxies),
+            (f"memory of {self.row_kind} with optimiser state", memory),
             *(
                 (f"sent per rank and step, {source}", _describe_traffic(traffic))
                 for source, traffic in self.traffic.items()
@@ -185,7 +194,8 @@ def resolve(
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=total_steps,
         proxy_rows=objective.proxy_rows(),
-        proxy_bytes=_proxy_bytes(config, objective.proxy_rows(), dtype),
+        proxy_bytes=_proxy_bytes(config, objective, dtype),
+        row_kind=REPRESENTATIVES if isinstance(objective, RepresentativeObjective) else PROXIES,
         traffic=_traffic(config, objective, model, dtype),
         num_backbone_parameters=backbone,
         num_head_parameters=head,
@@ -299,14 +309,15 @@ def _traffic(
 
 
 def _proxy_bytes(
-    config: RunConfig, rows: tuple[int, ...], dtype: torch.dtype
+    config: RunConfig, objective: Objective, dtype: torch.dtype
 ) -> tuple[int, ...] | None:
-    """Return the bytes of each rank's proxies with their optimiser state, if that is known."""
-    slots = state_slots(config.optim)
+    """Return the bytes of each rank's rows with their optimiser state, if that is known."""
+    # Rows that are not trained are not among the owned parameters.
+    slots = state_slots(config.optim) if objective.owned_parameters() else 0
     if slots is None:
         return None
     row_bytes = config.model.embedding_size * dtype.itemsize
-    return tuple(size * row_bytes * (1 + slots) for size in rows)
+    return tuple(size * row_bytes * (1 + slots) for size in objective.proxy_rows())
 
 
 def _describe_traffic(traffic: Traffic) -> str:
