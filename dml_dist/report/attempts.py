@@ -85,10 +85,12 @@ class Mark:
     Attributes:
         step: Updates made before.
         text: The change of the number of ranks; empty if there was none.
+        problem: Whether a problem of alternating projections begins here, not an attempt.
     """
 
     step: int
     text: str
+    problem: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
     The loss, the scores of evaluations, the learning rate, the speed, and the gradient norm.
     """
     curves = []
-    marks = summary.history.marks
+    marks = (*summary.history.marks, *_problem_marks(summary))
     loss = summary.training("loss")
     if len(loss):
         draw = partial(_draw_series, loss, "training loss", marks, smooth=True, size=None)
@@ -51,6 +51,8 @@ def draw_curves(summary: RunSummary) -> list[Picture]:
     for key, label, caption, smooth in (
         ("lr", "learning rate", "Learning rate of the backbone against the step.", False),
         ("gradient_norm", "gradient norm", "Norm of all gradients before clipping.", True),
+        ("table_loss", "loss", "Loss between the batch and all representatives.", True),
+        ("in_batch_loss", "loss", "Loss within the batch.", True),
         ("flow_nll", "NLL", "Negative log-likelihood of the embeddings under the flow.", True),
         ("distance_to_last_solution", "distance", "Distance to the last solution.", False),
         ("images_per_second", "images/s", "Training speed of all ranks together.", True),
@@ -97,10 +99,20 @@ def _loss_caption(loss: Series) -> str:
     return text + "."
 
 
+def _problem_marks(summary: RunSummary) -> list[Mark]:
+    """Return where a problem of alternating projections was first recorded, after the first."""
+    problems = summary.training("problem")
+    begins = np.flatnonzero(np.diff(problems.values) > 0) + 1
+    return [Mark(int(step), "", problem=True) for step in problems.steps[begins]]
+
+
 def _marks_caption(marks: Sequence[Mark]) -> str:
-    if not marks:
-        return ""
-    return " Vertical lines: restarts, with the number of ranks where it changed."
+    text = ""
+    if not all(mark.problem for mark in marks):
+        text += " Vertical lines: restarts, with the number of ranks where it changed."
+    if any(mark.problem for mark in marks):
+        text += " Dotted lines: the next problem of alternating projections."
+    return text
 
 
 def _smoothed(series: Series) -> str:
@@ -184,7 +196,10 @@ def _draw_retrieval(lines: list[_Line], marks: Sequence[Mark], colors: Colors) -
 def _draw_marks(axes: Any, marks: Sequence[Mark], colors: Colors, *, labels: bool) -> None:
     """Draw a line where training continued after a restart; labels that fit give the ranks."""
     for mark in marks:
-        axes.axvline(mark.step, color=colors["muted"], linewidth=0.7, alpha=0.6, zorder=1)
+        style = ":" if mark.problem else "-"
+        axes.axvline(
+            mark.step, color=colors["muted"], linewidth=0.7, linestyle=style, alpha=0.6, zorder=1
+        )
     first, last = axes.get_xlim()
     free_from = first
     for mark in marks:
