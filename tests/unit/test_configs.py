@@ -41,6 +41,7 @@ TRAINING = {
 }
 DATASETS = ("cub200", "cars196", "sop", "inshop")
 RECIPES = ("proxy_nca", "proxy_nca_pp", "proxy_anchor", "proxy_anchor_nir", "projections")
+RECIPES += ("projections_table",)
 
 
 def head(path: Path) -> str:
@@ -108,16 +109,19 @@ def test_every_recipe_of_every_data_set(dataset: str) -> None:
             recipe == "proxy_anchor_nir",
         )
         if recipe == "projections":
-            compare_losses_with_and_without(config)
+            compare_losses_with_and_without(config, "batch", "margin")
+        if recipe == "projections_table":
+            compare_losses_with_and_without(config, "table", "multi_similarity")
 
 
-def compare_losses_with_and_without(config: RunConfig) -> None:
-    for loss in ("contrastive", "triplet", "margin"):
+def compare_losses_with_and_without(config: RunConfig, form: str, third: str) -> None:
+    for loss in ("contrastive", "triplet", third):
         base, projected = (method_config(config, loss + end) for end in ("", "_projections"))
         assert base.loss.name == loss
         assert base.loss == projected.loss
         assert base.projections is None
         assert projected.projections is not None
+        assert projected.projections.form == form
         assert projected.projections.proximal_weight == 2e-4
 
 
