@@ -112,15 +112,20 @@ def _check_table(projections: ProjectionsConfig, class_sizes: np.ndarray) -> Non
 def _check_batches(projections: ProjectionsConfig, data: DataConfig) -> None:
     """Raise if batches cannot follow the problems."""
     batches = data.batches
-    if not isinstance(batches, BalancedBatchesConfig) or batches.samples_per_class < 2:
+    needs = (
+        "projections needs data.batches.name balanced with samples_per_class >= 2 (a "
+        "representative and others of its class)"
+    )
+    fits = isinstance(batches, BalancedBatchesConfig)
+    if projections.form == "table":
+        needs = "projections.mining needs data.batches.name balanced (it chooses classes)"
+    elif isinstance(batches, BalancedBatchesConfig):
+        fits = batches.samples_per_class >= 2
+    if not fits:
         given = f"name: {batches.name}"
         if isinstance(batches, BalancedBatchesConfig):
             given = f"samples_per_class {batches.samples_per_class}"
-        raise ConfigError(
-            "projections needs data.batches.name balanced with samples_per_class >= 2 (a "
-            f"representative and others of its class), but data.batches has {given}. Change "
-            "data.batches."
-        )
+        raise ConfigError(f"{needs}, but data.batches has {given}. Change data.batches.")
     ahead = data.loader_workers * data.prefetch + 2
     if projections.lead_steps < ahead:
         raise ConfigError(

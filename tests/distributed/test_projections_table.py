@@ -31,10 +31,10 @@ from tests.training_setup import (
     NUM_CLASSES,
     NUM_IMAGES,
     SmallRun,
-    images_of,
     snapshot,
     whole_snapshot,
 )
+from tests.unit.test_representatives import nearest_loop
 
 ROWS = np.setdiff1d(np.arange(NUM_IMAGES), [1, 2, 4])
 """Images that representatives are drawn from: two of class 0, five of each other class."""
@@ -102,6 +102,9 @@ EXPECTED = {
     "patient": Expected([6, 12], [(1, 6), (2, 12)]),
     "mined": Expected([6, 12], [(2, 12), (2, 16)]),
 }
+AT = {1: ("steps", "patient", "mined"), 2: ("mined",), 3: ("steps", "patient")}
+"""Settings that are trained on a number of ranks."""
+
 SCORES = {step: 1.0 - step / 100 for step in range(40)}
 
 
@@ -135,7 +138,7 @@ def repeat_exactly(topology: Topology, root: str) -> list[str]:
     """
     comm = Comm.from_default_group()
     problems = []
-    for setting in SETTINGS:
+    for setting in AT[topology.world_size]:
         config = table_config(setting)
         folder = Path(root) / f"{setting}-{topology.world_size}"
         whole = TableRun(topology, comm, config, folder / "whole", scores=SCORES)
@@ -274,17 +277,26 @@ def test_a_problem_begins_with_its_representatives_and_the_best_weights(tmp_path
     assert all("table_loss" in record and "in_batch_loss" in record for record in records)
 
 
-def test_images_of_the_batch_meet_rows_of_the_table(tmp_path: Path) -> None:
-    """Rows of images that are far from their class's rows move; at rate 0 they would not."""
-    moved = {}
-    for rate in (1e-9, 0.05):
-        config = table_config("steps", train__steps=3, optim__representative_lr=rate)
-        run = TableRun(Topology(), Comm.single(), config, tmp_path / str(rate))
-        state = run.train().state
-        fresh = run.embed(state.model, run.embedded[1])
-        assert isinstance(state.objective, RepresentativeObjective)
-        kept = state.objective.image_rows >= 0
-        assert int(kept.sum()) == len(fresh)
-        moved[rate] = state.owned["representatives"][kept].detach().clone()
-    assert (moved[0.05] - moved[1e-9]).norm(dim=1).min() > 0.01
-    assert images_of(np.arange(1)).shape[0] == 1
+def test_mining_reads_the_table(tmp_path: Path) -> None:
+    """Neighbors are those of the rows as trained, and images are embedded once a problem."""
+    read = []
+    class_rows = RepresentativeObjective.class_rows
+
+    def watched(self: Any) -> tuple[Tensor, Tensor]:
+        rows_CMD, images_CM = class_rows(self)
+        read.append(rows_CMD.clone())
+        return rows_CMD, images_CM
+
+    run = TableRun(Topology(), Comm.single(), table_config("mined", train__steps=3), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RepresentativeObjective, "class_rows", watched)
+        run.train()
+    states = run.followed.states
+    # Before the first step, a search after step 1 for step 4, and problem 1 after step 3.
+    assert described(states)[-1][:2] == (1, 6)
+    assert len(read) == 3
+    assert (read[0] - read[2]).abs().max() > 0.01
+    for rows, state in zip(read, states, strict=True):
+        assert state.neighbors is not None
+        assert state.neighbors.tolist() == nearest_loop(rows.numpy(), 2)
+    assert [len(rows) for rows in run.embedded] == [int((states[0].representatives >= 0).sum())]

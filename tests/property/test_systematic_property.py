@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -69,6 +70,30 @@ def test_batches_hold_classes_with_their_representatives(drawn: tuple[Systematic
             alone = set(plan.rows[plan.class_of_row == label].tolist()) <= own
             expected = min(number, plan.samples_per_class - 1)
             assert mask.sum() == (plan.samples_per_class if alone else expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans())
+def test_batches_without_representatives_hold_every_image(
+    drawn: tuple[SystematicPlan, int],
+) -> None:
+    """Rows of a table leave batches as they are; missing ones are no images."""
+    plan, number = drawn
+    plan = replace(plan, holds_representatives=False)
+    missing = draw_representatives(
+        plan.rows, plan.labels, seed=plan.seed, problem=0, number=number, repeats=False
+    )
+    present = missing >= 0
+    assert (present.sum(axis=1) == np.minimum(plan.class_sizes, number)).all()
+    assert len(np.unique(missing[present])) == present.sum()
+    state = make_state(plan, number)
+    assert (state.representatives[present] == missing[present]).all()
+    batches = list(islice(plan.batches(PlanState(0, 0, missing)), 60))
+    rows = np.concatenate([batch.rows for batch in batches])
+    visits = 60 * plan.classes_per_batch // plan.num_classes
+    if visits * plan.samples_per_class >= plan.class_sizes.max():
+        assert set(rows.tolist()) == set(plan.rows.tolist())
+    assert not any(batch.is_representative.any() for batch in batches)
 
 
 @settings(max_examples=80, deadline=None)

@@ -85,15 +85,20 @@ def test_every_part_has_its_learning_rate() -> None:
 def test_loss_parameters_have_their_own_learning_rate() -> None:
     """Betas of classes (a table) and a single beta; without decay unless asked for."""
     owned = {**proxies(), "betas": Parameter(torch.ones(6, 1))}
+    owned["representatives"] = Parameter(torch.ones(6, 4))
     replicated = {"beta": Parameter(torch.ones(1))}
     for config, rate, decay in (
-        (AdamConfig(lr=1.0, proxy_lr=3.0, loss_lr=5.0, weight_decay=0.1), 5.0, 0.0),
+        (
+            AdamConfig(lr=1.0, proxy_lr=3.0, loss_lr=5.0, representative_lr=7.0, weight_decay=0.1),
+            *(5.0, 0.0),
+        ),
         (AdamConfig(lr=1.0, proxy_lr=3.0, weight_decay=0.1, no_weight_decay=()), 1.0, 0.1),
     ):
         groups = parameter_groups(config, network(), owned, replicated)
         found = {name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]}
         assert found["objective.betas"] == (rate, decay)
         assert found["loss.beta"] == (rate, decay)
+        assert found["objective.representatives"] == (config.representative_lr or 1.0, decay)
         assert found["objective.proxies"][0] == 3.0
 
 

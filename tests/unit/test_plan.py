@@ -38,6 +38,11 @@ def config(**changes: Any) -> RunConfig:
 SIZES = [5, 9, 4, 6, 3, 5, 5]
 """37 images of 7 classes."""
 
+TABLE = {
+    "loss": "{name: triplet}",
+    "projections": "{form: table, steps_per_problem: 4, representatives_per_class: 5}",
+}
+
 
 def test_sizes_and_steps_of_a_shuffled_run() -> None:
     plan = resolve(config(), train_class_sizes=SIZES, validation_class_sizes=[4, 6], world_size=3)
@@ -221,6 +226,41 @@ def test_description() -> None:
             ConfigError,
             r"epochs is 4, but the run has 12 steps of 3 per epoch",
         ),
+        (
+            {"projections": "{form: table}"},
+            SIZES,
+            1,
+            ConfigError,
+            r"form is table, which is defined for the losses contrastive, triplet and multi_simil",
+        ),
+        (
+            {"loss": "{name: margin}", "projections": "{form: table}"},
+            SIZES,
+            1,
+            ConfigError,
+            r"but the section loss gives Margin",
+        ),
+        (
+            {**TABLE, "projections__representatives_per_class": 10},
+            SIZES,
+            1,
+            DataError,
+            r"per_class is 10, but the largest of the 7 training classes has 9 images",
+        ),
+        (
+            {**TABLE, "projections__patience": 2, "validation": "{name: none}"},
+            SIZES,
+            1,
+            ConfigError,
+            r"patience is 2, but validation.name is none",
+        ),
+        (
+            {**TABLE, "projections": "{form: table, mining: {}}"},
+            SIZES,
+            1,
+            ConfigError,
+            r"projections.mining needs data.batches.name balanced .* has name: shuffled",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -232,6 +272,28 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         resolve(config(**changes), train_class_sizes=sizes, world_size=world_size)
+
+
+def test_the_plan_shows_the_table_of_representatives() -> None:
+    """Shuffled batches, no lead, and classes of 4 and 3 images are no reason to refuse."""
+    changes = {**TABLE, "optim": "{name: adam, lr: 0.1, representative_lr: 0.5}"}
+    plan = resolve(config(**changes), train_class_sizes=SIZES, world_size=3)
+    rows = dict(plan.describe())
+    assert rows["representatives per rank"] == "10, 10, 15"
+    assert plan.proxy_bytes == tuple(n * 32 * 4 * 3 for n in (10, 10, 15))
+    assert rows["missing rows"] == "3 of 35: 2 classes have fewer than 5 images"
+    assert rows["embedded at the start of a problem"] == "32 images"
+    assert rows["learning rates"] == "backbone 0.1, head 0.1, representatives 0.5"
+    assert "proxies per rank" not in rows
+    assert not plan.has_proxies
+
+    changes |= {"projections__table__trainable": "false", "projections__selection": "k_center"}
+    plan = resolve(config(**changes), train_class_sizes=[9] * 4, world_size=1)
+    rows = dict(plan.describe())
+    assert plan.proxy_bytes == (20 * 32 * 4,)
+    assert rows["embedded at the start of a problem"] == "36 images to select from, then 20"
+    assert "representatives" not in rows["learning rates"]
+    assert "missing rows" not in rows
 
 
 def test_the_plan_shows_every_learning_rate() -> None:

@@ -211,6 +211,17 @@ def test_which_rows_count_as_representatives() -> None:
     assert everything.is_representative(ROWS, 0) is None
 
 
+def test_settings_of_the_other_form_are_refused() -> None:
+    for values, words in (
+        ({"table": {"trainable": False}}, "table has settings, but form is batch"),
+        ({"form": "table", "pairs": "representatives"}, "pairs is representatives, but with form"),
+        ({"form": "table", "mining": {}, "lead_steps": 4}, "lead_steps 4 must be less than"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config_of(**values)
+    config_of(form="table", lead_steps=4)  # Nothing is prepared ahead.
+
+
 def test_the_next_problem_or_search_is_prepared_inside_a_problem() -> None:
     """3 steps ahead of step 3 or of a search at step 3 is step 0, after which nothing is prepared.
 

@@ -229,6 +229,16 @@ def test_restarts_are_marked_in_curves(restarted: RunFolder) -> None:
     assert "Vertical lines" not in plain.caption
 
 
+def test_problems_are_marked_in_curves(restarted: RunFolder) -> None:
+    summary = read_summary(restarted.path)
+    steps = [{**record, "problem": i // 2} for i, record in enumerate(summary.steps)]
+    begins = (len(steps) + 1) // 2 - 1
+    curves = draw_curves(replace(summary, steps=steps, history=history_of([])))
+    assert curves[0].svg.count("var(--muted); stroke-opacity") == begins > 0
+    assert curves[0].caption.endswith("Dotted lines: the next problem of alternating projections.")
+    assert "Vertical lines" not in curves[0].caption
+
+
 def test_labels_of_many_restarts_do_not_overlap(restarted: RunFolder) -> None:
     many = history_of([Mark(step, "12 → 11") for step in range(5, 100)])
     (curve,) = draw_curves(replace(read_summary(restarted.path), history=many))

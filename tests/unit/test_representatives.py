@@ -59,6 +59,16 @@ def test_k_center_ties_go_to_the_lower_index() -> None:
     assert k_center(pool, 3).tolist() == [[0, 1, 3]]
 
 
+def test_k_center_takes_no_image_twice_and_no_place_without_one() -> None:
+    pools = draw(4, 5, 3)
+    pools[1, 3] = pools[1, 2] = pools[1, 1]  # Duplicates of an image are other images.
+    is_image = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    found = k_center(pools, 4, is_image.bool())
+    assert found[0].tolist() == k_center_loop(pools[0].numpy(), 4)
+    assert found[1].tolist() == [0, 1, 2, 3]
+    assert found[2:].tolist() == [[0, 1, -1, -1], [0, -1, -1, -1]]
+
+
 @pytest.mark.parametrize(
     ("classes", "rows", "number"), [(9, 1, 3), (9, 3, 4), (3, 2, 4), (2, 1, 1)]
 )
