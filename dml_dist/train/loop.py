@@ -165,8 +165,11 @@ class _Loop:
                 f"images, but the loader returned batch {batch.step} with {len(batch.labels)}; "
                 "create the loader and the plan from the same data and configuration"
             )
-        if projections := state.projections:
-            projections.before_step(state.model, step)
+        if (projections := state.projections) and projections.begins(step):
+            start = time.perf_counter()
+            share_buffers(state.model, state.comm)  # All ranks embed the rows of a table.
+            projections.start_problem(state.model, step)
+            self.meter.leave_out(time.perf_counter() - start)
         self._seed(step)
         with self.spans("data"):
             images, labels = self._on_device(batch)

@@ -88,6 +88,10 @@ class Meter:
         self.restart()
         return Reading(record, first_bad, bad_values)
 
+    def leave_out(self, seconds: float) -> None:
+        """Leave a time out of the speed: the start of a problem."""
+        self._start += seconds
+
     def restart(self) -> None:
         """Clear all values and restart the clock: after a validation or a checkpoint."""
         self.values.clear()

@@ -112,16 +112,15 @@ def _check_table(projections: ProjectionsConfig, class_sizes: np.ndarray) -> Non
 def _check_batches(projections: ProjectionsConfig, data: DataConfig) -> None:
     """Raise if batches cannot follow the problems."""
     batches = data.batches
-    needs = (
-        "projections needs data.batches.name balanced with samples_per_class >= 2 (a "
-        "representative and others of its class)"
-    )
-    fits = isinstance(batches, BalancedBatchesConfig)
     if projections.form == "table":
-        needs = "projections.mining needs data.batches.name balanced (it chooses classes)"
-    elif isinstance(batches, BalancedBatchesConfig):
-        fits = batches.samples_per_class >= 2
-    if not fits:
+        least, needs = 1, "projections.mining needs data.batches.name balanced (it chooses classes)"
+    else:
+        least = 2
+        needs = (
+            "projections needs data.batches.name balanced with samples_per_class >= 2 (a "
+            "representative and others of its class)"
+        )
+    if not isinstance(batches, BalancedBatchesConfig) or batches.samples_per_class < least:
         given = f"name: {batches.name}"
         if isinstance(batches, BalancedBatchesConfig):
             given = f"samples_per_class {batches.samples_per_class}"

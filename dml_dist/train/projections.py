@@ -115,11 +115,13 @@ class Projections:
             self.table.rewrite(model, drawn)
         self.states.append(PlanState(0, 0, drawn, self._neighbors(model, drawn)))
 
-    def before_step(self, model: EmbeddingModel, step: int) -> None:
-        """Start a problem that begins at this step; the last solution is its anchor."""
+    def begins(self, step: int) -> bool:
+        """Return whether a problem begins at this step, after the first."""
+        return state_at(self.states, step).problem != self._problem
+
+    def start_problem(self, model: EmbeddingModel, step: int) -> None:
+        """Start the problem that begins at this step; the last solution is its anchor."""
         state = state_at(self.states, step)
-        if state.problem == self._problem:
-            return
         weight = self.config.proximal_weight * self.config.proximal_decay ** (state.problem - 1)
         self.term = ProximalTerm(self._solution or pulled_weights(model), weight)
         self._problem, self._first_step = state.problem, step

@@ -62,7 +62,8 @@ class Course:
     def step(self) -> tuple[int, float | None, float | None]:
         """Make one step; return its problem, the term's weight, and the step it draws back to."""
         projections = self.projections
-        projections.before_step(self.model, self.made)
+        if projections.begins(self.made):
+            projections.start_problem(self.model, self.made)
         term, problem = projections.term, projections.record(self.model)["problem"]
         anchored = None
         if term is not None:  # Each weight has grown by the steps since the anchor was taken.
