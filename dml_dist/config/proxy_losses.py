@@ -12,13 +12,23 @@ CosineMargin = Annotated[float, Field(ge=0, le=1)]
 
 
 class ProxiesConfig(Section):
-    """How the proxies of a loss begin."""
+    """How the proxies of a loss begin, and where they are."""
 
     initial_std: PositiveFloat | None = None
     """Standard deviation of their normal initial values; null is 1 / sqrt(D), about unit length.
 
     With Adam the rate over this spread decides how fast a proxy turns: a rate copied from other
     code belongs to its spread.
+    """
+
+    placement: Literal["sharded", "replicated"] = "sharded"
+    """Sharded: each rank owns a range of the classes. Replicated: each rank holds all proxies and
+    their gradients are summed, for comparisons in scaling studies; the results are the same.
+    """
+
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Classes of the table, for scaling studies; null: the training classes. Proxies of further
+    classes, which have no image, are negatives of every image.
     """
 
 

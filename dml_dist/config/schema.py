@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from dml_dist.config.base import (
     resumable,
 )
 from dml_dist.config.data import BalancedBatchesConfig, DataConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.config.loggers import LoggerConfig
 from dml_dist.config.model import ModelConfig, check_images
 from dml_dist.config.nir import NIRConfig
@@ -30,6 +31,7 @@ from dml_dist.config.objective import (
 )
 from dml_dist.config.projections import ProjectionsConfig
 from dml_dist.config.proxy_losses import ProxiesConfig
+from dml_dist.config.scale import ScaleConfig
 from dml_dist.config.study import CompareConfig, TuneConfig
 
 # ---------------------------------------------------------------- validation
@@ -124,6 +126,9 @@ class TrainConfig(Section):
     With several ranks it adds a barrier to each step.
     """
 
+    record_machine: bool = resumable(False)
+    """Whether records have rank 0's peak memory, and the bytes that its machine sent to ranks."""
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
@@ -214,65 +219,6 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints that are kept, in addition to the best one."""
 
 
-class LaunchConfig(Section):
-    """How the processes of a run are started, and how many."""
-
-    launcher: Literal["ray", "torchrun", "inprocess"] = resumable("inprocess")
-    """Ray: Ray Train starts and restarts ranks. Torchrun: run by torchrun. Inprocess: one rank."""
-
-    num_workers: PositiveInt = resumable(1)
-    """W, the number of ranks under Ray; `{min: M, max: N}` is short for N with min_workers M."""
-
-    min_workers: PositiveInt | None = resumable(None)
-    """Fewest ranks to go on with when nodes are lost; null means num_workers.
-
-    Below num_workers the run is elastic: it starts with as many ranks as there is room for, saves a
-    checkpoint and grows when there is room for more, and goes on with fewer from its last
-    checkpoint when a node is lost. Global batches stay the same.
-    """
-
-    threads_per_rank: PositiveInt | None = resumable(None)
-    """CPU threads of each rank; null divides the cores among the ranks."""
-
-    cpus_per_rank: PositiveFloat = resumable(1.0)
-    """CPUs that Ray reserves for each rank."""
-
-    use_gpu: Literal["auto", "yes", "no"] = resumable("auto")
-    """Auto uses GPUs if there is one for each rank, on this machine or in the cluster `address`."""
-
-    address: str | None = resumable(None)
-    """Address of a running Ray cluster; null starts one on this machine."""
-
-    max_failures: NonNegativeInt = resumable(3)
-    """Number of times that Ray restarts failed ranks from the last checkpoint."""
-
-    timeout_seconds: PositiveFloat = resumable(600.0)
-    """Timeout of a collective, after which the run fails."""
-
-    @property
-    def fewest_workers(self) -> int:
-        """Number of ranks that the run needs at least, under Ray."""
-        return self.min_workers or self.num_workers
-
-    @model_validator(mode="before")
-    @classmethod
-    def _range(cls, values: Any) -> Any:
-        given = values.get("num_workers") if isinstance(values, dict) else None
-        if not isinstance(given, dict) or sorted(given) != ["max", "min"]:
-            return values
-        if "min_workers" in values:
-            raise ValueError("give either min_workers or num_workers: {min: M, max: N}, not both")
-        return {**values, "num_workers": given["max"], "min_workers": given["min"]}
-
-    @model_validator(mode="after")
-    def _check(self) -> LaunchConfig:
-        if self.fewest_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers {self.min_workers} must be at most num_workers {self.num_workers}"
-            )
-        return self
-
-
 class RunConfig(Section):
     """One training execution."""
 
@@ -320,6 +266,9 @@ class RunConfig(Section):
     tune: TuneConfig | None = None
     """Search of values for `dml-dist tune`; `dml-dist train` ignores it."""
 
+    scale: ScaleConfig | None = None
+    """Points of a scaling study for `dml-dist scale`; `dml-dist train` ignores it."""
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         batches = self.data.batches
@@ -338,6 +287,12 @@ class RunConfig(Section):
             raise ValueError("compare and tune train their runs: train.steps must be positive")
         self._check_compare()
         self._check_tune()
+        self._check_scale()
+        if self.proxies.placement == "replicated" and (self.nir or self.projections):
+            raise ValueError(
+                "proxies.placement: replicated is for comparisons of scale, without the sections "
+                "nir and projections; remove them, or set placement: sharded"
+            )
         if self.model.head == "none" and self.train.backbone_warmup_epochs:
             raise ValueError(
                 f"train.backbone_warmup_epochs {self.train.backbone_warmup_epochs} trains the head "
@@ -390,4 +345,23 @@ class RunConfig(Section):
             raise ValueError(
                 "tune --final shows results on test classes, so evaluation.final must be full or "
                 "metrics, got none"
+            )
+
+    def _check_scale(self) -> None:
+        if self.scale is None:
+            return
+        if self.compare is not None or self.tune is not None:
+            raise ValueError("scale, compare and tune are different studies; give one of them")
+        if isinstance(self.validation, NoValidationConfig):
+            raise ValueError(
+                "scale measures recall on validation classes, but validation.name is none; hold "
+                "out some classes"
+            )
+        most = max(
+            (size for one in self.scale.sweeps.values() for size in one.world_size), default=1
+        )
+        if self.launch.launcher == "torchrun" or (most > 1 and self.launch.launcher != "ray"):
+            raise ValueError(
+                f"scale has points of {most} ranks, which it starts itself, but launch.launcher is "
+                f"{self.launch.launcher}; set it to ray"
             )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.process_group import init, shutdown, topology_from_environment

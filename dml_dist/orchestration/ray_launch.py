@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.files import write_text_atomic
 from dml_dist.import_path import search_path

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.config.launch import LaunchConfig
+from dml_dist.config.schema import RunConfig
 from dml_dist.errors import DmlDistError, RunError, RunStopped
 from dml_dist.orchestration.launch import available_gpus
 from dml_dist.orchestration.ray_launch import cluster, cluster_gpus

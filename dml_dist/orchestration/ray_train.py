@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.errors import RunError
 from dml_dist.orchestration.ray_launch import last_line
 from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, fatal_of

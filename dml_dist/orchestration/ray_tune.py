@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.errors import RunError, TopologyError
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.orchestration.ray_tasks import gpus_of

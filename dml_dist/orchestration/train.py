@@ -17,8 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.config.load import dump_config, load_config, with_absolute_paths
-from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import INDEX_NAME
 from dml_dist.errors import DmlDistError, PeerLostError, RunStopped
 from dml_dist.models.backbones import check_weights, describe_weights, require_weights

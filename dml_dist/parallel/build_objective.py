@@ -15,6 +15,7 @@ from dml_dist.config.objective import (
     NormalizedSoftmaxConfig,
     ProxyNCAConfig,
 )
+from dml_dist.config.proxy_losses import ProxiesConfig, SoftTripleConfig
 from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.losses.build_loss import AnyLoss, build_loss
 from dml_dist.losses.forms import RoundsLoss, RowLoss, table_units
@@ -28,6 +29,7 @@ from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.pairs import PairObjective, anchor_objective
 from dml_dist.parallel.proxies import PROXIES, ProxyObjective
 from dml_dist.parallel.representatives import RepresentativeObjective, TableForm
+from dml_dist.parallel.replicated import ReplicatedProxyObjective
 from dml_dist.parallel.sampling import SampledProxyObjective
 
 
@@ -41,7 +43,7 @@ def build_objective(
     dtype: torch.dtype = torch.float32,
     nir: NIRConfig | None = None,
     class_sizes: Sequence[int] | None = None,
-    initial_std: float | None = None,
+    proxies: ProxiesConfig | None = None,
     table: TableForm | None = None,
 ) -> Objective:
     """Return the objective on this rank's device, with this rank's part of the class table.
@@ -59,20 +61,28 @@ def build_objective(
         dtype: float32, or float64, of proxies and loss.
         nir: The section of non-isotropy regularisation, if there is one.
         class_sizes: Images of each training class; needed where the loss weighs classes.
-        initial_std: Spread of the initial proxies; None means 1 / sqrt(D).
+        proxies: The section of proxies; None means its defaults.
         table: Options of the table form of alternating projections, if it is used.
 
     Raises:
-        ConfigError: If the loss cannot be built or regularised, has no proxies to spread or no
-            table form, or there are fewer than two classes.
+        ConfigError: If the loss cannot be built or regularised, has no proxies for the settings of
+            `proxies` or no table form, or there are fewer than two classes.
         TopologyError: If there are more ranks than classes or proxies.
     """
+    proxies = proxies or ProxiesConfig()
+    is_replicated = proxies.placement == "replicated"
+    if is_replicated:
+        _check_replicated(config)
+    if proxies.num_classes is not None:
+        num_classes = _table_classes(config, proxies.num_classes, num_classes)
     loss = build_loss(config, num_classes, class_sizes=class_sizes, seed=seed, device=comm.device)
-    _check_tables(config, loss, num_classes, comm.world_size, has_table=table is not None)
+    if not is_replicated:
+        _check_tables(config, loss, num_classes, comm.world_size, has_table=table is not None)
     shared = {
         "num_classes": num_classes,
         "embedding_size": embedding_size,
-        "comm": comm,
+        # Every rank builds the whole table of replicated proxies.
+        "comm": Comm.single(str(comm.device)) if is_replicated else comm,
         "dtype": dtype,
     }
     if table is None:
@@ -80,9 +90,53 @@ def build_objective(
     else:
         of_table = table_loss(loss, table.memory_mb)
         objective = RepresentativeObjective(of_table, table, seed=seed, **shared)
-    if initial_std is not None:
-        _spread_proxies(config, objective, initial_std)
+    if proxies.num_classes is not None and PROXIES not in objective.owned_parameters():
+        raise ConfigError(
+            f"proxies.num_classes is {num_classes:,}, but loss {config.name} has no proxies. "
+            "Remove it."
+        )
+    if proxies.initial_std is not None:
+        _spread_proxies(config, objective, proxies.initial_std)
+    if is_replicated:
+        assert isinstance(objective, ProxyObjective)
+        return ReplicatedProxyObjective(objective, comm)
     return objective if nir is None else regularized(nir, objective, seed=seed)
+
+
+def _check_replicated(config: LossConfig) -> None:
+    """Refuse replicated proxies for a loss that is no plain mean over rows."""
+    match config:
+        case ProxyNCAConfig():
+            fits = config.assignment == "static" and config.class_weighting == "none"
+        case NormalizedSoftmaxConfig() | CosFaceConfig() | ArcFaceConfig():
+            fits = config.negatives_share == 1
+        case _:
+            fits = isinstance(config, SoftTripleConfig)
+    if not fits:
+        raise ConfigError(
+            "proxies.placement is replicated, with which each rank computes the mean over its own "
+            f"rows, but the loss {config.name} as it is set is no such mean. Set placement to "
+            "sharded, or use proxy_nca with assignment: static and without class weights, "
+            "soft_triple, or normalized_softmax, cosface or arcface with negatives_share: 1."
+        )
+
+
+def _table_classes(config: LossConfig, wanted: int, num_classes: int) -> int:
+    """Return the classes of a table that is larger than the number of training classes."""
+    if wanted < num_classes:
+        raise ConfigError(
+            f"proxies.num_classes is {wanted:,}, but there are {num_classes:,} training classes, "
+            "which all have a proxy. Raise it, or leave it out."
+        )
+    if isinstance(config, ProxyNCAConfig) and (
+        config.assignment == "dynamic" or config.class_weighting != "none"
+    ):
+        raise ConfigError(
+            f"proxies.num_classes is {wanted:,}, which adds classes without images, but "
+            f"loss.assignment is {config.assignment} and loss.class_weighting "
+            f"{config.class_weighting}: both need images of every class. Leave it out."
+        )
+    return wanted
 
 
 def _objective(config: LossConfig, loss: AnyLoss, seed: int, shared: dict[str, Any]) -> Objective:

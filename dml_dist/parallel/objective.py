@@ -122,10 +122,12 @@ class Objective(nn.Module):
         comm: The ranks.
         computes_whole: Whether each rank computes the whole loss, not one part of it: its gradient
             for the gathered embeddings is whole then.
+        gathers_embeddings: Whether the loss needs the embeddings of all ranks.
         needs_image_rows: Whether each row of the batch must be given with that of its image.
     """
 
     computes_whole = False
+    gathers_embeddings = True
     needs_image_rows = False
 
     def __init__(
@@ -206,10 +208,10 @@ class Objective(nn.Module):
                     "their index rows, but image_rows_B is None. Pass them on every rank."
                 )
             image_rows_G = self.comm.all_gather_rows(image_rows_B, batch_sizes, what=_IMAGE_ROWS)
-        gather_rows = gather_rows_of_whole if self.computes_whole else gather_rows_of_parts
-        embeddings_GD = gather_rows(
-            embeddings_BD.to(self.dtype), batch_sizes, self.comm, what=EMBEDDINGS
-        )
+        embeddings_GD = embeddings_BD.to(self.dtype)
+        if self.gathers_embeddings:
+            gather_rows = gather_rows_of_whole if self.computes_whole else gather_rows_of_parts
+            embeddings_GD = gather_rows(embeddings_GD, batch_sizes, self.comm, what=EMBEDDINGS)
         return GlobalBatch(
             embeddings_BD,
             embeddings_GD,
@@ -266,13 +268,14 @@ class Objective(nn.Module):
         if self.needs_image_rows:
             images = (batch_sizes, 1, torch.int64)
             sent += gather_traffic(*images, what=_IMAGE_ROWS, sums_gradients=False)
-        sent += gather_traffic(
-            batch_sizes,
-            self.embedding_size,
-            self.dtype,
-            what=EMBEDDINGS,
-            sums_gradients=not self.computes_whole,
-        )
+        if self.gathers_embeddings:
+            sent += gather_traffic(
+                batch_sizes,
+                self.embedding_size,
+                self.dtype,
+                what=EMBEDDINGS,
+                sums_gradients=not self.computes_whole,
+            )
         sent += self._loss_traffic(sum(batch_sizes), mined=mined)
         return sent + sum_gradients_traffic(list(self.replicated_parameters().values()), self.comm)
 

@@ -33,7 +33,8 @@ def keep_proxy_facts(
 ) -> None:
     """Write the statistics of a checkpoint's proxies; every rank calls this.
 
-    Nothing is written for a loss without proxies, or whose proxies are shared by classes.
+    Nothing is written for a loss without proxies, or whose proxies are shared by classes, or for a
+    table of a scaling study, with proxies of classes that have no image.
 
     Args:
         context: Data and ranks.
@@ -43,7 +44,7 @@ def keep_proxy_facts(
     """
     files = [file for file in read_manifest(checkpoint).files if file.table == TABLE]
     classes = context.split.train_classes
-    if not files or not len(classes):
+    if not files or not len(classes) or context.config.proxies.num_classes is not None:
         return
     sizes = context.train_class_sizes
     loss = build_loss(context.config.loss, len(sizes), class_sizes=sizes)

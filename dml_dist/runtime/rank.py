@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dml_dist.config.data import BalancedBatchesConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.config.model import ModelConfig
-from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.config.schema import RunConfig
 from dml_dist.data.index import Index
 from dml_dist.data.loader import Batch, train_loader
 from dml_dist.data.plans import BatchPlan

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.config.load import load_config
-from dml_dist.config.schema import LaunchConfig, RunConfig
+from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.orchestration.ray_tasks import Execute, Metrics, ray_tasks

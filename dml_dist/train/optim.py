@@ -79,7 +79,9 @@ def parameter_groups(
         kind = "proxies" if name in of_classes else "loss"
         add(OWNED_PREFIX + name, parameter, rate, kind not in config.no_weight_decay)
     for name, parameter in replicated.items():
-        add(REPLICATED_PREFIX + name, parameter, loss_lr, "loss" not in config.no_weight_decay)
+        rate = of_classes.get(name, loss_lr) or config.lr
+        kind = "proxies" if name in of_classes else "loss"
+        add(REPLICATED_PREFIX + name, parameter, rate, kind not in config.no_weight_decay)
     return list(groups.values())
 
 
@@ -226,17 +228,17 @@ def describe_learning_rates(
 ) -> list[tuple[str, str]]:
     """Return labels and values: the learning rate of every kind of parameter, and warm-ups."""
     optim, schedule = config.optim, config.schedule
-    owned = objective.owned_parameters()
+    names = objective.owned_parameters().keys() | objective.replicated_parameters().keys()
     rates = {"backbone": optim.lr}
     if config.model.head != "none":
         rates["head"] = optim.head_lr or optim.lr
     if optim.bias_lr is not None:
         rates["biases"] = optim.bias_lr
-    if PROXIES in owned:
+    if PROXIES in names:
         rates["proxies"] = optim.proxy_lr or optim.lr
-    if REPRESENTATIVES in owned:
+    if REPRESENTATIVES in names:
         rates["representatives"] = optim.representative_lr or optim.lr
-    if owned.keys() - {PROXIES, REPRESENTATIVES} or objective.replicated_parameters():
+    if names - {PROXIES, REPRESENTATIVES}:
         rates["loss"] = optim.loss_lr or optim.lr
     steps = f", {schedule.warmup_steps:,} steps of warm-up" if schedule.warmup_steps else ""
     rows = [

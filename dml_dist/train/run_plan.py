@@ -221,7 +221,7 @@ def _objective_without_data(
         dtype=dtype,
         nir=config.nir,
         class_sizes=sizes.tolist(),
-        initial_std=config.proxies.initial_std,
+        proxies=config.proxies,
         table=table_form(config.projections),
     )
 

@@ -135,7 +135,7 @@ def build_state(
             dtype=precision.dtype,
             nir=config.nir,
             class_sizes=class_sizes,
-            initial_std=config.proxies.initial_std,
+            proxies=config.proxies,
             table=table_form(config.projections),
         ).to(comm.device)
         owned = {name: rows.parameter for name, rows in objective.owned_parameters().items()}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dml_dist.config.objective import ProxyNCAConfig
-from dml_dist.errors import TopologyError
+from dml_dist.config.objective import LossConfig, ProxyNCAConfig
+from dml_dist.config.proxy_losses import ProxiesConfig
+from dml_dist.errors import ConfigError, TopologyError
 from dml_dist.parallel.build_objective import build_objective
 from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
@@ -27,6 +28,7 @@ from tests.ranks import run_ranks
 from tests.unit.test_sampled_negatives import sampled_steps
 
 INPUT, DIM = 6, 4
+SHARDED = ProxiesConfig()
 
 
 class Network(nn.Module):
@@ -83,6 +85,10 @@ def _table(case: Case, objective: Objective, comm: Comm) -> Tensor:
         table = comm.all_gather_rows(parameter.detach(), sizes)
         assert len(table) == total
         return table
+    for parameter in objective.replicated_parameters().values():
+        if case.zero_proxy is not None:
+            parameter.data[case.zero_proxy] = 0
+        return parameter.detach()
     return torch.empty(0, DIM, dtype=torch.float64)
 
 
@@ -96,7 +102,7 @@ def _close(actual: Tensor | float, expected: Tensor | float, what: str) -> None:
     )
 
 
-def _check_case(case: Case, comm: Comm) -> None:
+def _check_case(case: Case, comm: Comm, proxies: ProxiesConfig = SHARDED) -> None:
     objective = build_objective(
         case.loss,
         num_classes=case.num_classes,
@@ -105,6 +111,7 @@ def _check_case(case: Case, comm: Comm) -> None:
         comm=comm,
         dtype=torch.float64,
         class_sizes=case.class_sizes,
+        proxies=proxies,
     )
     torch.manual_seed(3)
     network = Network().double()
@@ -112,6 +119,7 @@ def _check_case(case: Case, comm: Comm) -> None:
     expected = _reference(case, deepcopy(network), table, steps=2)
     wrapped = DistributedDataParallel(network)
     owned = [rows.parameter for rows in objective.owned_parameters().values()]
+    owned += objective.replicated_parameters().values()
     optimizer = torch.optim.Adam([*network.parameters(), *owned], lr=0.01)
     x, mask, labels = _batch(case)
     sizes = part_sizes(len(x), comm.world_size)
@@ -121,8 +129,9 @@ def _check_case(case: Case, comm: Comm) -> None:
         before = comm.traffic
         output = objective(wrapped(x[own], mask[own]), labels[own], sizes)
         output.loss.backward()
+        objective.sum_replicated_gradients()
         assert comm.traffic - before == objective.traffic(sizes), case.name
-        what = f"{case.name}, W={comm.world_size}, step {step}"
+        what = f"{case.name}, {proxies.placement}, W={comm.world_size}, step {step}"
         _close(output.loss.item(), expected["losses"][step], f"{what}: loss")
         assert output.statistics["loss"].item() == output.loss.item()
         if step == 0:
@@ -133,10 +142,39 @@ def _check_case(case: Case, comm: Comm) -> None:
                 reference = expected["grads"]["proxies"][rows.row_low : rows.row_high]
                 assert rows.parameter.grad is not None
                 _close(rows.parameter.grad, reference, f"{what}: proxies")
+            for parameter in objective.replicated_parameters().values():
+                assert parameter.grad is not None
+                _close(parameter.grad, expected["grads"]["proxies"], f"{what}: proxies")
         optimizer.step()
     for rows in objective.owned_parameters().values():
         reference = expected["proxies"][rows.row_low : rows.row_high]
         _close(rows.parameter.detach(), reference, f"{case.name}: proxies after two steps")
+    for parameter in objective.replicated_parameters().values():
+        _close(parameter.detach(), expected["proxies"], f"{what}: proxies after two steps")
+
+
+def _check_replicated(comm: Comm) -> None:
+    """Losses that are means over rows have the same results with replicated proxies."""
+    replicated = ProxiesConfig(placement="replicated")
+    refused = set()
+    for case in CASES:
+        shape = {"num_classes": case.num_classes, "embedding_size": DIM, "seed": SEED, "comm": comm}
+        if refuses(case.loss, proxies=replicated, class_sizes=case.class_sizes, **shape):
+            refused.add(case.name)
+        else:
+            _check_case(case, comm, replicated)
+    assert len(CASES) - len(refused) >= 15
+    kinds = {case.loss.name for case in CASES if case.name in refused}
+    assert kinds >= {"proxy_anchor", "custom", "proxy_nca"}  # Proxy-NCA with weights of classes.
+
+
+def refuses(loss: LossConfig, **options: Any) -> bool:
+    """Whether the objective is refused for its placement of proxies."""
+    try:
+        build_objective(loss, **options)
+    except ConfigError as error:
+        return "is no such mean" in str(error)
+    return False
 
 
 def _check_traffic(comm: Comm) -> None:
@@ -182,6 +220,7 @@ def _on_rank(topology: Topology) -> list[Tensor]:
     comm = init(topology)
     for case in CASES:
         _check_case(case, comm)
+    _check_replicated(comm)
     _check_traffic(comm)
     _check_refusals(comm)
     objective = build_objective(

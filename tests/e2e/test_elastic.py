@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.orchestration import ray_train
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.runs.records import read_records

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.config.load import load_config
-from dml_dist.config.schema import LaunchConfig
 from dml_dist.orchestration.ray_launch import cluster
 from dml_dist.runs.records import read_records
 from dml_dist.runs.tuning import TuningFolder

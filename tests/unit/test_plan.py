@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dml_dist.config.load import parse_config
-from dml_dist.config.proxy_losses import ProxyNCAConfig
+from dml_dist.config.proxy_losses import ProxiesConfig, ProxyNCAConfig
 from dml_dist.config.schema import RunConfig
 from dml_dist.errors import ConfigError, DataError, TopologyError
 from dml_dist.models.build_model import build_model
@@ -321,7 +321,7 @@ def test_proxies_begin_with_their_spread(world_size: int) -> None:
             embedding_size=64,
             seed=0,
             comm=comm,
-            initial_std=initial_std,
+            proxies=ProxiesConfig(initial_std=initial_std),
         )
         return objective.owned_parameters()["proxies"].parameter
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.errors import TopologyError
 from dml_dist.orchestration import launch, ray_launch, ray_mailbox, ray_private
 from dml_dist.orchestration.ray_mailbox import Drain, Mailbox, heartbeat

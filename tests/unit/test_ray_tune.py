@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dml_dist.config.schema import LaunchConfig
+from dml_dist.config.launch import LaunchConfig
 from dml_dist.errors import TopologyError
 from dml_dist.orchestration import ray_tune
 from dml_dist.orchestration.ray_tune import PRUNED, Outcome, Payload
