@@ -40,6 +40,7 @@ from dml_dist.runtime.context import RunContext
 from dml_dist.runtime.fetch import fetch_before_training
 from dml_dist.runtime.galleries import NUM_NEIGHBORS, gallery_of
 from dml_dist.runtime.loggers import open_loggers
+from dml_dist.runtime.machine import MachineMeter
 from dml_dist.runtime.nodes import open_on_nodes
 from dml_dist.runtime.progress import Emit, discard, note, phase, warnings_as_notes
 from dml_dist.runtime.proxy_facts import keep_proxy_facts
@@ -120,6 +121,9 @@ def _train(assignment: Assignment, context: RunContext, stop: StopRequest) -> di
             evaluation_records=evaluations,
             checkpoint_records=saves,
         )
+        if context.config.train.record_machine and context.topology.is_main:
+            # Now, because memory counts from before the network is built.
+            hooks = replace(hooks, machine=MachineMeter(context.topology).read)
         stop.is_training = True
         result = train(context.config, plan, context.comm, hooks, resume=True)
         if result.stopped is not None:

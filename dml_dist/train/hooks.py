@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,6 +54,7 @@ class TrainHooks:
         evaluation_records: Writes validation records; None on other ranks than 0.
         checkpoint_records: Writes a record of each checkpoint; None on other ranks than 0.
         projections: What alternating projections need; None without them.
+        machine: Gives what a training record says of the machine; called on rank 0 only.
         name_of_row: From an index row to the sample's name in messages.
     """
 
@@ -69,6 +70,7 @@ class TrainHooks:
     evaluation_records: RecordWriter | None = None
     checkpoint_records: RecordWriter | None = None
     projections: ProjectionInputs | None = None
+    machine: Callable[[], Mapping[str, float]] = dict
     name_of_row: Callable[[int], str] = "row {}".format
 
 

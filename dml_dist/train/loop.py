@@ -111,6 +111,8 @@ class _Loop:
         self.shared_proxy = SharedProxyWarning()
         record = config.train.record_spans
         self.spans = Spans.on(state.comm.device) if record else Spans.off()
+        if state.comm.world_size > 1:
+            self.spans.watch_gradients(state.model)
 
     def resume_from(self, folder: Path, manifest: Manifest) -> None:
         """Load a checkpoint."""
@@ -299,6 +301,7 @@ class _Loop:
                 samples_seen=self.plan.samples_seen(step),
                 lr=lr,
                 **values,
+                **self.hooks.machine(),
             )
         if self.state.comm.topology.is_main:
             self.shared_proxy.see(step, num_steps, values)

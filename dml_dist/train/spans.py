@@ -8,9 +8,10 @@ A step is divided into spans, which follow each other and do not overlap:
     wait        a barrier before the gather: how much later the slowest rank's forward ended
     gather      all-gather of labels and embeddings
     objective   the loss of the gathered batch, with its all-reduces of statistics
-    backward    the backward pass, with the reduce-scatter of embedding gradients, DDP's reduction
-                (overlapped with it) and the sum of replicated gradients; with micro-batches also
-                their second forward passes
+    backward    the backward pass until the network's last gradient is computed, with the
+                reduce-scatter of embedding gradients and the part of DDP's reduction that it
+                hides; with micro-batches also their second forward passes
+    reduction   the rest of DDP's reduction, and the sum of replicated gradients; 0 on one rank
     optimizer   clipping, proximal term, update, revival of proxies
 
 Only the skew of data and forward is in `wait`. Ranks that drift apart later wait inside the next
@@ -30,10 +31,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
 from dml_dist.parallel.comm import Comm
 
-SpanName = Literal["data", "forward", "wait", "gather", "objective", "backward", "optimizer"]
+SpanName = Literal[
+    "data", "forward", "wait", "gather", "objective", "backward", "reduction", "optimizer"
+]
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -53,6 +57,7 @@ class Spans:
         self._mark = mark
         self._seconds = seconds
         self._marks: list[tuple[SpanName, Any, Any]] = []
+        self._last_gradient: Any = None
 
     @classmethod
     def off(cls) -> Spans:
@@ -69,6 +74,23 @@ class Spans:
     def __call__(self, name: SpanName) -> AbstractContextManager[None]:
         """Return a context whose time counts as this span."""
         return _NOTHING if self._mark is None else self._record(name, self._mark)
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Return a context for the backward pass and the reduction of its gradients."""
+        return _NOTHING if self._mark is None else self._record_backward(self._mark)
+
+    def watch_gradients(self, model: nn.Module) -> None:
+        """Divide backward passes where the last gradient of a network with several ranks is."""
+        if (mark := self._mark) is None:
+            return
+
+        def computed(_: Tensor) -> None:
+            self._last_gradient = mark()
+
+        # DDP's reduction of a gradient begins after this hook.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(computed)
 
     def wait_for_ranks(self, comm: Comm) -> None:
         """Record how long this rank waits for the others; every rank calls this."""
@@ -96,6 +118,15 @@ class Spans:
         start = mark()
         yield
         self._marks.append((name, start, mark()))
+
+    @contextmanager
+    def _record_backward(self, mark: Callable[[], Any]) -> Iterator[None]:
+        start = mark()
+        self._last_gradient = None
+        yield
+        end = mark()
+        last = end if self._last_gradient is None else self._last_gradient
+        self._marks += [("backward", start, last), ("reduction", last, end)]
 
 
 def _difference(start: float, end: float) -> float:

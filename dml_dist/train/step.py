@@ -97,7 +97,7 @@ def train_step(
         )
     with spans("objective"):
         output = state.objective.global_loss(batch)
-    with spans("backward"):
+    with spans.backward():
         with state.comm.guard("gradients"):
             output.loss.backward()
             if micro_batches is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dml_dist.data.loader import Batch
 from dml_dist.models.embedding import EmbeddingModel
@@ -104,7 +104,7 @@ def test_spans_of_a_run(record: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     covered = sum(size * total for size, total in zip(steps, sums, strict=True))
     assert covered == pytest.approx(clock.now, rel=0.001)
     for seconds in found:
-        assert seconds.pop("seconds_wait") == 0
+        assert seconds.pop("seconds_wait") == seconds.pop("seconds_reduction") == 0
         for part, value in PARTS.items():
             assert seconds.pop(f"seconds_{part}") == pytest.approx(value, abs=3 * TICK)
         assert not seconds
@@ -136,6 +136,33 @@ def test_a_rank_waits_for_the_slowest() -> None:
     Spans.off().wait_for_ranks(_Behind(clock))
     assert clock.now < 11
     assert Spans.off().read(num_steps=1) == {}
+
+
+def test_a_reduction_begins_after_the_last_gradient() -> None:
+    clock = Clock()
+    spans = clock.spans()
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    network[1].bias.requires_grad_(False)  # A frozen parameter has no gradient to wait for.
+    spans.watch_gradients(network)
+    for _ in range(2):
+        with spans.backward():
+            loss = network(torch.ones(4, 2)).sum()
+            loss.register_hook(lambda _: clock.spend("backward"))
+            loss.backward()
+            clock.now += 7
+    seconds = spans.read(num_steps=2)
+    assert seconds["seconds_backward"] == pytest.approx(PARTS["backward"], abs=6 * TICK)
+    assert seconds["seconds_reduction"] == pytest.approx(7, abs=2 * TICK)
+    network[0].requires_grad_(False)
+    network[1].requires_grad_(False)
+    with spans.backward():  # Nothing of the network is trained in it.
+        clock.now += 7
+    assert spans.read(num_steps=1)["seconds_backward"] == pytest.approx(7, abs=2 * TICK)
+    off = Spans.off()
+    off.watch_gradients(nn.Linear(1, 1))
+    with off.backward():
+        pass
+    assert off.read(num_steps=1) == {}
 
 
 @pytest.mark.gpu
