@@ -26,7 +26,7 @@ from dml_dist.cli_options import (
     WorkersOption,
     overrides_of,
 )
-from dml_dist.cli_studies import compare, tune
+from dml_dist.cli_studies import compare, scale, tune
 from dml_dist.errors import DmlDistError, RunStopped
 from dml_dist.import_path import put_current_folder_last
 from dml_dist.terminal import log_to, open_console, say_styled
@@ -43,6 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(job_app, name="job")
 app.command()(compare)
 app.command()(tune)
+app.command()(scale)
 app.command(context_settings=SUBMIT_SETTINGS)(submit)
 
 error_console = open_console(stderr=True)

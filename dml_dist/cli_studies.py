@@ -1,4 +1,4 @@
-"""The subcommands `dml-dist compare` and `dml-dist tune`: studies of many runs."""
+"""The subcommands `dml-dist compare`, `dml-dist tune` and `dml-dist scale`: studies of runs."""
 
 from __future__ import annotations
 
@@ -123,3 +123,36 @@ def tune(
             final=final,
             continue_trial=continue_trial,
         )
+
+
+def scale(
+    config: ConfigArgument,
+    changes: SetOption = None,
+    run_dir: RunDirOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure the points that are left.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the points and their cost, and exit.")
+    ] = False,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            "--ask",
+            metavar="QUESTION",
+            help='Answer such as "gpus=64 classes=10000000" from the points measured, and exit.',
+        ),
+    ] = None,
+) -> None:
+    """Measure speed, traffic and memory over sizes, with a report and a model of larger ones."""
+    from dml_dist.config.load import load_config
+    from dml_dist.studies.scale.study import ask_scaling, dry_run_scaling, run_scaling
+
+    resolved = load_config(config, overrides_of(changes, None, None))
+    if ask is not None:
+        ask_scaling(ask, resolved, console, run_dir=run_dir)
+    elif dry_run:
+        dry_run_scaling(resolved, console)
+    else:
+        with _repeatable([] if resume else ["--resume"]):
+            run_scaling(resolved, console, run_dir=run_dir, resume=resume)

@@ -43,7 +43,7 @@ def run_tasks(
     # Not fork: the caller may hold threads (torch, ray). Not spawn: it imports torch every time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent)
     try:
         futures = {executor.submit(function, task): at for at, task in enumerate(tasks)}
         for future in as_completed(futures):
@@ -64,7 +64,7 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when its parent is gone, however it ended.
 
     A worker holds both ends of the pipe it waits on, so without this it would never notice that

@@ -73,8 +73,10 @@ def build_objective(
     is_replicated = proxies.placement == "replicated"
     if is_replicated:
         _check_replicated(config)
-    if proxies.num_classes is not None:
-        num_classes = _table_classes(config, proxies.num_classes, num_classes)
+    wanted = proxies.num_classes or num_classes
+    has_more = wanted != num_classes
+    if has_more:
+        num_classes = _table_classes(config, wanted, num_classes)
     loss = build_loss(config, num_classes, class_sizes=class_sizes, seed=seed, device=comm.device)
     if not is_replicated:
         _check_tables(config, loss, num_classes, comm.world_size, has_table=table is not None)
@@ -90,7 +92,7 @@ def build_objective(
     else:
         of_table = table_loss(loss, table.memory_mb)
         objective = RepresentativeObjective(of_table, table, seed=seed, **shared)
-    if proxies.num_classes is not None and PROXIES not in objective.owned_parameters():
+    if has_more and PROXIES not in objective.owned_parameters():
         raise ConfigError(
             f"proxies.num_classes is {num_classes:,}, but loss {config.name} has no proxies. "
             "Remove it."

@@ -107,7 +107,9 @@ def _check_rule(name: str, rule: Mapping[str, Any]) -> None:
         )
 
 
-def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
+def import_to(
+    dataset: DatasetConfig, out: Path, console: Console, *, samples_per_shard: int = 1000
+) -> Index:
     """Import a data set into tar shards and an index, with a progress bar."""
     from dml_dist.data.datasets import build_importer
     from dml_dist.data.write_shards import import_dataset
@@ -123,6 +125,7 @@ def import_to(dataset: DatasetConfig, out: Path, console: Console) -> Index:
         index = import_dataset(
             build_importer(dataset),
             out,
+            samples_per_shard=samples_per_shard,
             max_side=stored.max_side,
             on_broken=stored.on_broken,
             description=describe(dataset),
