@@ -21,6 +21,7 @@ from dml_dist.report.study.references import find_published, read_references
 from dml_dist.runs.comparison import method_config
 from dml_dist.runtime.estimate import estimate_plan
 from dml_dist.studies.compare import dry_run_comparison
+from dml_dist.studies.scale.study import dry_run_scaling
 from dml_dist.studies.tune_check import dry_run_tuning
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,9 @@ def test_a_configuration_is_a_runnable_claim(
         claim = " ".join(text.replace("#", " ").split())
         assert "Not measured." in claim or re.search(r"commit [0-9a-f]{7}", claim)
         dry_run_tuning(config, Console(quiet=True))
+    if config.scale is not None:
+        assert "dml-dist scale" in text
+        dry_run_scaling(config, Console(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
 

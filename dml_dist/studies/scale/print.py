@@ -18,31 +18,27 @@ def progress_line(point: ScalePoint) -> str:
     """Return what is said of a point when it has been measured, or could not be."""
     if not point.measured:
         return f"{point.name}: {point.status}: {point.problem}"
-    marks = [text for text, holds in _marks(point).items() if holds]
+    note = _note(point)
     return (
         f"{point.name}: {point.images_per_second:,.0f} images/s "
         f"({point.images_per_second_low:,.0f} to {point.images_per_second_high:,.0f}), "
-        f"{_size(point.memory_measured)}" + "".join(f", {mark}" for mark in marks)
+        f"{_size(point.memory_measured)}, load {point.load:.1f}{f', {note}' if note else ''}"
     )
 
 
 def print_points(points: Sequence[ScalePoint], console: Console) -> None:
     """Print the table of a study's points."""
-    table = _table("point", "ranks", "classes", "images/s", "efficiency", "memory", "sent", "note")
+    table = _table("point", "images/s", "efficiency", "memory", "sent", "note")
     for point in points:
-        marks = [text for text, holds in _marks(point).items() if holds]
-        if not point.measured:
-            marks = [point.status]
+        note = _note(point) if point.measured else point.status
         share = efficiency(point, points)
         table.add_row(
             point.name,
-            str(point.world_size),
-            f"{point.num_classes:,}",
             _number(point.images_per_second, "{:,.0f}"),
             _number(100 * share, "{:.0f} %"),
             _size(point.memory_measured),
             _size(point.sent_counted),
-            ", ".join(marks),
+            note,
         )
     console.print(table)
     for point in points:
@@ -52,19 +48,17 @@ def print_points(points: Sequence[ScalePoint], console: Console) -> None:
 
 def print_plan(planned: Sequence[PlannedPoint], console: Console) -> None:
     """Print the points of a study with their estimated time and memory."""
-    table = _table("point", "ranks", "classes", "batch", "steps", "time", "memory", "sent", "note")
+    table = _table("point", "batch", "steps", "time", "memory", "sent", "note")
     for one in planned:
-        point, refused = one.point, one.point.status == "refused"
+        point = one.point
         table.add_row(
             point.name,
-            str(point.world_size),
-            f"{point.num_classes:,}",
             f"{point.global_batch_size:,}",
             f"{one.course.total:,}",
             MISSING if math.isnan(one.seconds) else format_seconds(one.seconds),
             _size(point.memory_predicted),
             _size(point.sent_predicted),
-            "refused" if refused else "more ranks than processors" * point.oversubscribed,
+            point.status if point.status == "refused" else _note(point),
         )
     console.print(table)
     for one in planned:
@@ -101,11 +95,9 @@ def efficiency(point: ScalePoint, points: Sequence[ScalePoint]) -> float:
     return math.nan
 
 
-def _marks(point: ScalePoint) -> dict[str, bool]:
-    return {
-        f"noisy (load {point.load:.1f})": point.noisy,
-        "more ranks than processors": point.oversubscribed,
-    }
+def _note(point: ScalePoint) -> str:
+    marks = {"noisy": point.noisy, f"W > {point.processors} CPUs": point.oversubscribed}
+    return ", ".join(text for text, holds in marks.items() if holds)
 
 
 def _number(value: float, form: str) -> str:
@@ -120,9 +112,9 @@ def _size(value: float) -> str:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column(first, overflow="fold", min_width=12)
+    table.add_column(first, overflow="fold", min_width=20)
     for text in others:
-        table.add_column(text, justify="left" if text == "note" else "right")
+        table.add_column(text, justify="left" if text == "note" else "right", no_wrap=True)
     return table
 
 
