@@ -32,6 +32,11 @@ RUNS = {
         "loss": "{name: proxy_nca, proxies_per_class: 2}",
         "nir": "{link: exp, loss_weight: 0.3, " + FLOW + "}",
     },
+    # More ranks could hold it than it has classes with images.
+    "replicated": {
+        "loss": "{name: normalized_softmax}",
+        "proxies": "{placement: replicated, num_classes: 9}",
+    },
 }
 CHANGES = {"optim__loss_lr": 0.05, "train__precision": "float64", "train__max_grad_norm": 0.05}
 

@@ -338,6 +338,50 @@ def test_pair_losses_have_no_proxies_to_spread() -> None:
         resolve(pairs, train_class_sizes=SIZES, world_size=1)
 
 
+def test_tables_of_scaling_studies() -> None:
+    """More classes than have images; the whole table on every rank, whose gradients are summed."""
+    larger = config(proxies="{num_classes: 1001}")
+    plan = resolve(larger, train_class_sizes=SIZES, world_size=2)
+    assert (plan.num_classes, plan.proxy_rows) == (len(SIZES), (1000, 1002))  # 2 proxies a class
+    changes = {"optim": "{name: adam, proxy_lr: 0.5, loss_lr: 0.1}"}
+    replicated = config(proxies="{num_classes: 1001, placement: replicated}", **changes)
+    plan = resolve(replicated, train_class_sizes=SIZES, world_size=2)
+    assert plan.proxy_rows == (2002, 2002)
+    table = 2002 * replicated.model.embedding_size * 4
+    assert plan.traffic["objective"].by_kind()["all_reduce"] == table + 4
+    assert dict(plan.describe())["learning rates"].endswith(", proxies 0.5")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proxies": "{num_classes: 2}"}, r"num_classes is 2, but there are \d+ training classes"),
+        ({"proxies": "{num_classes: 99}", "loss": "{name: triplet}"}, "triplet has no proxies"),
+        (
+            {
+                "proxies": "{num_classes: 99}",
+                "loss": "{name: proxy_nca, class_weighting: inverse_frequency}",
+            },
+            "both need images of every class",
+        ),
+        (
+            {"proxies": "{placement: replicated}", "loss": "{name: proxy_anchor}"},
+            "proxy_anchor as it is set is no such mean",
+        ),
+        (
+            {
+                "proxies": "{placement: replicated}",
+                "loss": "{name: cosface, negatives_share: 0.5}",
+            },
+            "cosface as it is set is no such mean",
+        ),
+    ],
+)
+def test_tables_that_do_not_fit_the_loss(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(config(**changes), train_class_sizes=SIZES, world_size=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "sizes", "world_size", "message"),
     [

@@ -17,6 +17,7 @@ from dml_dist.data.index import INDEX_NAME, read_index
 from dml_dist.errors import ConfigError, DmlDistError
 from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.orchestration.train import plan_without_data
+from dml_dist.runs.scaling import scale_section
 from dml_dist.runtime.datasets import ensure_imported, import_to
 from dml_dist.studies.scale.estimate import Method, backbone_name, estimate
 from dml_dist.studies.scale.grid import (
@@ -67,16 +68,19 @@ def plan_points(config: RunConfig) -> list[PlannedPoint]:
             f"scale reads data.path {config.data.path} from this machine, and serves remote points "
             "itself; give a local folder"
         )
-    own = plan_without_data(config.model_copy(update={"scale": None}))[0]
-    images = own.num_images + own.num_validation_images
-    found = sizes_of(config, own.num_classes)
-    if config.data.dataset is None and any(one.tar_shards for one in found.values()):
+    has_shards = any(sweep.tar_shards for sweep in scale_section(config).sweeps.values())
+    if config.data.dataset is None and has_shards:
         raise ConfigError(
             "scale.sweeps has tar_shards, for which the data set is imported again, but "
             "data.dataset is not set; set it, or leave out tar_shards"
         )
+    own = plan_without_data(config.model_copy(update={"scale": None}))[0]
+    images = own.num_images + own.num_validation_images
     method = Method.of(config)
-    return [_planned(config, name, sizes, images, method) for name, sizes in found.items()]
+    return [
+        _planned(config, name, sizes, images, method)
+        for name, sizes in sizes_of(config, own.num_classes).items()
+    ]
 
 
 def prepare_shards(
