@@ -173,10 +173,11 @@ def sum_gradients(parameters: Sequence[nn.Parameter], comm: Comm) -> None:
             parameter.grad = torch.zeros_like(parameter)
     if comm.world_size == 1:
         return
-    if len(parameters) == 1:  # Without copies: it may be a table of replicated proxies.
+    if len(parameters) == 1:  # Without a copy: it may be a table of replicated proxies.
         only = parameters[0]
         assert only.grad is not None
-        only.grad = comm.all_reduce_sum(only.grad, what=_GRADIENTS)
+        only.grad = only.grad.contiguous()
+        comm.add_over_ranks_(only.grad, what=_GRADIENTS)
         return
     parts = [parameter.grad.reshape(-1) for parameter in parameters if parameter.grad is not None]
     total = comm.all_reduce_sum(torch.cat(parts), what=_GRADIENTS)

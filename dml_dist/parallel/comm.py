@@ -1,4 +1,4 @@
-"""All use of torch.distributed's collectives: named methods that return new tensors.
+"""All use of torch.distributed's collectives: named methods that return new tensors, but for one.
 
 `Comm.single()` is one process without a process group. It runs through the same methods, so that
 callers have one code path for any number of ranks.
@@ -174,6 +174,10 @@ class Comm:
         """Return the sum over ranks; `x` has the same shape on every rank."""
         return self._all_reduce(x, dist.ReduceOp.SUM, what)
 
+    def add_over_ranks_(self, x: Tensor, *, what: str = "sum") -> None:
+        """Replace a contiguous tensor by its sum over ranks; takes no memory for a copy."""
+        self._all_reduce_(x, dist.ReduceOp.SUM, what)
+
     def all_reduce_max(self, x: Tensor, *, what: str = "maximum") -> Tensor:
         """Return the maximum over ranks; `x` has the same shape on every rank."""
         return self._all_reduce(x, dist.ReduceOp.MAX, what)
@@ -265,12 +269,15 @@ class Comm:
 
     def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        if self._is_alone():
-            return out
-        with self.guard(what):
-            dist.all_reduce(out, op=op, group=self.group)
-        self._count("all_reduce", what, x)
+        self._all_reduce_(out, op, what)
         return out
+
+    def _all_reduce_(self, x: Tensor, op: dist.ReduceOp.RedOpType, what: str) -> None:
+        if self._is_alone():
+            return
+        with self.guard(what):
+            dist.all_reduce(x, op=op, group=self.group)
+        self._count("all_reduce", what, x)
 
     def _check_rows(self, x: Tensor, rows: int, sizes: Sequence[int], what: str) -> None:
         if len(sizes) != self.world_size or x.ndim == 0 or x.shape[0] != rows:

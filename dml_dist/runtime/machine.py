@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -20,29 +21,48 @@ class MachineMeter:
     """Measures from now on; on rank 0.
 
     Memory is what the process (on a GPU: PyTorch on the device) takes at its peak above what it
-    takes now. Bytes are those that the kernel counts as sent: on the loopback interface when all
-    ranks are on this machine, else on all others. Headers and other programs count, too.
+    takes now. Bytes are those that the kernel counts as sent, with headers: on the loopback
+    interface when all ranks are on this machine, else on all others. What was sent per second while
+    all ranks waited, as by Ray, is taken off.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, *, idle_seconds: float = 1.0) -> None:
+        """Begin to measure, before the network is built.
+
+        Args:
+            topology: This rank's place.
+            idle_seconds: Time for which several ranks wait for this one, to count what is sent
+                beside their collectives.
+        """
         self._device = topology.device if topology.device_type == "cuda" else None
         self._ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", topology.world_size))
         self._is_alone = self._ranks_here == topology.world_size
+        self._idle_rate = 0.0
         self._memory = self._reset_memory()
-        self._sent = sent_bytes(loopback=self._is_alone)
+        self._sent, self._time = self._count()
+        if topology.world_size > 1 and idle_seconds:
+            time.sleep(idle_seconds)
+            self._idle_rate = self._sent_since_last() / idle_seconds
 
     def read(self) -> dict[str, float]:
         """Return `memory_bytes`, the peak, and `interface_bytes` of a rank since the last reading.
 
         NaN is what this system does not tell.
         """
-        before, self._sent = self._sent, sent_bytes(loopback=self._is_alone)
-        sent = (self._sent - before) / self._ranks_here
         if self._device is not None:
             peak = float(torch.cuda.max_memory_allocated(self._device))
         else:
             peak = _status_bytes("VmHWM")
-        return {"memory_bytes": peak - self._memory, "interface_bytes": sent}
+        return {"memory_bytes": peak - self._memory, "interface_bytes": self._sent_since_last()}
+
+    def _count(self) -> tuple[float, float]:
+        return sent_bytes(loopback=self._is_alone), time.monotonic()
+
+    def _sent_since_last(self) -> float:
+        """Return what a rank sent since the last call, less what is sent anyway."""
+        sent, at = self._sent, self._time
+        self._sent, self._time = self._count()
+        return (self._sent - sent) / self._ranks_here - self._idle_rate * (self._time - at)
 
     def _reset_memory(self) -> float:
         """Forget the peak so far; return the bytes taken now."""
