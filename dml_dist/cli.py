@@ -164,13 +164,12 @@ def evaluate(
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder of a run, comparison or search.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or study.")],
 ) -> None:
-    """Write the report page of a run, comparison or search again."""
+    """Write the report page of a run or study again."""
     from dml_dist.runs.code_note import say_if_code
     from dml_dist.runs.comparison import ComparisonFolder
+    from dml_dist.runs.scaling import ScaleFolder
     from dml_dist.runs.tuning import TuningFolder
 
     say_if_code(folder, console)
@@ -183,6 +182,10 @@ def report(
         from dml_dist.report.study.comparison import write_comparison
 
         page = write_comparison(folder)
+    elif ScaleFolder(folder).config_path.is_file():
+        from dml_dist.studies.scale.study import write_scaling
+
+        page = write_scaling(folder)
     else:
         from dml_dist.report import write_report
 

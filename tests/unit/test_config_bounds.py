@@ -49,6 +49,8 @@ tune.space.x:int.step
 tune.sampler:tpe.startup_trials  tune.sampler:cmaes.startup_trials  tune.sampler:gp.startup_trials
 tune.pruner:asha.grace_steps
 tune.pruner:median.grace_steps  tune.pruner:median.startup_trials
+scale.sweeps.x.world_size.0  scale.sweeps.x.embedding_size.0  scale.sweeps.x.tar_shards.0
+scale.warmup_steps  scale.steps  scale.repetitions  scale.tries
 """
 NON_NEGATIVE_INTEGERS = """
 seed
@@ -59,6 +61,7 @@ schedule:constant.warmup_steps  schedule:step.warmup_steps  schedule:cosine.warm
 train.steps  train.backbone_warmup_epochs  validation:folds.fold  launch.max_failures
 compare.seeds.0  compare.search.seed
 tune.seed  tune.final_seeds.0
+scale.sweeps.x.loader_workers.0
 """
 POSITIVE_NUMBERS = """
 data.cache.max_gb  data.cache.timeout_seconds
@@ -98,6 +101,7 @@ loss:triplet.margin  loss:margin.nu
 nir.noise  projections.proximal_weight  projections.table.in_batch_weight
 optim:adam.weight_decay  optim:adamw.weight_decay  optim:sgd.weight_decay
 optim:rmsprop.weight_decay  optim:custom.weight_decay
+scale.max_load  scale.remote_latency_ms
 """
 UNBOUNDED = ["data.transform:standard.mean.0", "data.transform:standard.mean.1"]
 UNBOUNDED += ["data.transform:standard.mean.2"]
@@ -154,6 +158,9 @@ OTHERS: dict[str, Limits] = {
     "validation:fraction.fraction": (0.0, TINY, 0.999999, 1.0),
     "validation:folds.num_folds": (1, 2, MANY, None),
     "tune.pruner:asha.reduction": (1, 2, MANY, None),
+    "proxies.num_classes": (1, 2, MANY, None),
+    "scale.sweeps.x.classes.0": (1, 2, MANY, None),
+    "scale.sweeps.x.global_batch_size.0": (1, 2, MANY, None),
 }
 LIMITS: dict[str, Limits] = {
     **dict.fromkeys(POSITIVE_INTEGERS.split(), (0, 1, MANY, None)),
@@ -180,6 +187,7 @@ SHORTEST: dict[str, tuple[Any, Any]] = {
     "tune.space": ({}, {"optim.lr": {"type": "int", "low": 1, "high": 2}}),
     "tune.objectives": ([], [{}]),
     "tune.final_seeds": ([], [0]),
+    "scale.sweeps": ({}, {"a": {}}),
 }
 
 # Lists of which one item is changed.
@@ -193,6 +201,12 @@ LISTS: dict[str, list[float]] = {
     "seeds": [1],
     "final_seeds": [1],
     "milestones": [1],
+    "world_size": [1],
+    "classes": [2],
+    "embedding_size": [1],
+    "global_batch_size": [2],
+    "loader_workers": [1],
+    "tar_shards": [1],
 }
 
 

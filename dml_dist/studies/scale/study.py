@@ -30,6 +30,7 @@ from dml_dist.studies.scale.execute import (
 from dml_dist.studies.scale.grid import Sizes
 from dml_dist.studies.scale.load import LoadMeter
 from dml_dist.studies.scale.measure import Record, measured_records, with_measurements
+from dml_dist.studies.scale.page import write_scale_page
 from dml_dist.studies.scale.plan import PlannedPoint, plan_points, prepare_shards
 from dml_dist.studies.scale.points import ScalePoint
 from dml_dist.studies.scale.print import print_plan, print_points, progress_line
@@ -72,7 +73,7 @@ def run_scaling(
                     f"{config.name} was interrupted; the points measured so far are kept"
                 ) from None
         points = study.points
-        page = try_to_write(lambda path: _write_page(path, points, config), folder.path)
+        page = try_to_write(write_scaling, folder.path)
     print_points(points, console)
     if page is not None:
         console.print(f"report:  {page}", highlight=False, soft_wrap=True)
@@ -114,10 +115,10 @@ def ask_scaling(
     print_answer(answer(question, read_points(folder), config), console)
 
 
-def _write_page(path: Path, points: Sequence[ScalePoint], config: RunConfig) -> Path:
-    from dml_dist.studies.scale.page import write_scale_page
-
-    return write_scale_page(path, points, config)
+def write_scaling(path: Path) -> Path:
+    """Write the page of the study in a folder, and return it."""
+    folder = ScaleFolder(path)
+    return write_scale_page(path, read_points(folder), folder.config())
 
 
 class _Study:
