@@ -28,8 +28,8 @@ from dml_dist.parallel.comm import Comm
 from dml_dist.parallel.objective import Objective
 from dml_dist.parallel.pairs import PairObjective, anchor_objective
 from dml_dist.parallel.proxies import PROXIES, ProxyObjective
-from dml_dist.parallel.representatives import RepresentativeObjective, TableForm
 from dml_dist.parallel.replicated import ReplicatedProxyObjective
+from dml_dist.parallel.representatives import RepresentativeObjective, TableForm
 from dml_dist.parallel.sampling import SampledProxyObjective
 
 
