@@ -59,6 +59,7 @@ def point_of(
         "tries": 1,
         "oversubscribed": ranks > 2,
         "processors": 2,
+        "threads": 1,
         "load": 0.1,
         "steps": 20,
         "repetitions": 3,

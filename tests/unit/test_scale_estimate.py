@@ -93,6 +93,8 @@ def test_guessed_time_grows_with_ranks_that_share_processors() -> None:
     assert alone == pytest.approx(estimate(POINT, ADAM).seconds_guess, rel=0.01)
     doubled = replace(POINT, world_size=8, global_batch_size=64)
     assert estimate(doubled, ADAM).seconds_guess > 1.9 * alone
+    one_thread = replace(POINT, world_size=1, threads=1)
+    assert estimate(one_thread, ADAM).seconds_guess == pytest.approx(2 * alone, rel=0.05)
 
 
 def test_backbones_are_told_apart_and_their_gradients_counted() -> None:

@@ -151,8 +151,14 @@ def estimate(point: ScalePoint, method: Method) -> Estimate:
 
 
 def processor_share(point: ScalePoint) -> float:
-    """Return the ranks that a processor serves: they share it. A GPU serves one."""
-    return point.world_size / max(1, point.processors) if point.device == "cpu" else 1.0
+    """Return the ranks that a processor serves: 1 / n where a rank computes on n. A GPU serves one.
+
+    Threads that are not known are taken to use all processors.
+    """
+    if point.device != "cpu":
+        return 1.0
+    shared = point.world_size / max(1, point.processors)
+    return max(shared, 1.0 / point.threads) if point.threads else shared
 
 
 def _logits_bytes(point: ScalePoint, method: Method, queries: int, rows: int) -> int:

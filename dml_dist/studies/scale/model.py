@@ -8,8 +8,9 @@ Both are sums of terms, each the product of a number that follows from the sizes
 
 With W ranks, batch B, C classes and dimension D the products are B C D / W, and state and gradient
 take O(C D / W), or C D where proxies are replicated. On processors, ranks of one machine share
-them, so that b, c and d count the ranks of a processor. e, f and g are those of the machine that
-was measured (gloo), and say nothing of another network; `cluster.py` has GPUs.
+them, so that b, c and d count the ranks of a processor (`estimate.processor_share`). e, f and g are
+those of the machine that was measured (gloo), and say nothing of another network; `cluster.py` has
+GPUs.
 """
 
 from __future__ import annotations
@@ -282,13 +283,17 @@ def predict(model: CostModel, point: ScalePoint) -> Prediction:
 
     Args:
         model: The model.
-        point: Its sizes; measured numbers but `gradient_bytes` are not read. Device, processors
-            and unknown `gradient_bytes` are those of the fitted points.
+        point: Its sizes; measured numbers but `gradient_bytes` are not read. Device, processors,
+            threads and unknown `gradient_bytes` are those of the fitted points.
     """
     first = model.points[0]
     gradient = point.gradient_bytes if point.gradient_bytes > 0 else first.gradient_bytes
     point = replace(
-        point, device=first.device, processors=first.processors, gradient_bytes=gradient
+        point,
+        device=first.device,
+        processors=first.processors,
+        threads=first.threads,
+        gradient_bytes=gradient,
     )
     widening, marked = extrapolation(model.points, point)
     if point.backbone != first.backbone:

@@ -119,6 +119,7 @@ def _planned(
     config: RunConfig, name: str, sizes: Sizes, images: int, method: Method
 ) -> PlannedPoint:
     course = course_of(config, sizes.global_batch_size)
+    processors = len(os.sched_getaffinity(0))
     point = ScalePoint(
         name=name,
         world_size=sizes.world_size,
@@ -131,7 +132,8 @@ def _planned(
         loader_workers=sizes.loader_workers,
         tar_shards=sizes.tar_shards or math.ceil(images / 1000),
         remote=sizes.remote,
-        processors=len(os.sched_getaffinity(0)),
+        processors=processors,
+        threads=config.launch.threads_per_rank or max(1, processors // sizes.world_size),
     )
     try:
         run = point_config(config, name, sizes, {})

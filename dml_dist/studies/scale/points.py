@@ -41,6 +41,7 @@ class ScalePoint:
         oversubscribed: Whether there were more ranks than processors.
         device: "cpu", or the name of the GPU.
         processors: Processors of the machine.
+        threads: CPU threads of a rank; 0 if it is not known.
         load: Runnable processes beside the study's own, on average.
         steps: Measured steps of a repetition, after the warm-up.
         repetitions: Measured repetitions.
@@ -80,6 +81,7 @@ class ScalePoint:
     oversubscribed: bool = False
     device: str = "cpu"
     processors: int = 0
+    threads: int = 0
     load: float = math.nan
     steps: int = 0
     repetitions: int = 0
