@@ -25,7 +25,6 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "networ
 _CLASSIFIERS = ("fc.", "_fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.")
 # Weight and bias of a classifier at the end of a state dict.
 _CLASSIFIER_TENSORS = 2
-_MAX_MESSAGE = 600
 
 
 def find_weight_file(source: str) -> Path | None:
@@ -130,12 +129,28 @@ def load_weights(
         # Without memory for parameters nothing can be copied; shapes are checked all the same.
         network.load_state_dict(kept, assign=next(iter(own.values())).is_meta)
     except RuntimeError as error:
-        text = str(error)
         raise ConfigError(
-            f"model.backbone.weights: the state dict {source} does not fit the network; use "
-            "weights of the same architecture: "
-            f"{text[:_MAX_MESSAGE]}{' ...' if len(text) > _MAX_MESSAGE else ''}"
+            f"model.backbone.weights: the state dict {source} does not fit the network: "
+            f"{_differences(kept, own)}. Use weights of the same architecture."
         ) from error
+
+
+def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return how many tensors are missing, unknown or of another shape, with the first of each."""
+    names, given = ([name for name in each if _has_shape(name)] for each in (own, state))
+    missing = [name for name in names if name not in state]
+    unknown = [name for name in given if name not in own]
+    reshaped = [
+        f"{name} of {list(state[name].shape)} for {list(own[name].shape)}"
+        for name in names
+        if name in state and state[name].shape != own[name].shape
+    ]
+    found = (
+        (missing, f"it lacks {len(missing)} of the network's {len(names)} tensors"),
+        (unknown, f"the network has no place for {len(unknown)} of its {len(given)}"),
+        (reshaped, f"{len(reshaped)} have another shape"),
+    )
+    return ", ".join(f"{text} (first {first[0]})" for first, text in found if first)
 
 
 def _without_prefixes(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from dml_dist.runtime.datasets import (
     require_same_dataset,
     warn_of_secrets,
 )
-from dml_dist.runtime.estimate import estimate_plan
+from dml_dist.runtime.estimate import check_before_import, estimate_plan
 from dml_dist.runtime.loggers import check_loggers
 from dml_dist.runtime.progress import Display, discard, warnings_as_notes
 from dml_dist.runtime.signals import StopRequest, stop_on_signals
@@ -193,6 +193,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool, console: Consol
     if is_local and launch_config.launcher == "torchrun" and world_size > 1:
         require_index(config.data)  # During an import the other ranks would time out.
     if is_local:
+        check_before_import(config, world_size)
         ensure_imported(config.data, console)
     plan = _plan(config, world_size)
     if resume:

@@ -10,11 +10,25 @@ from dml_dist.config.data import DatasetConfig, FolderConfig, OfficialSection, T
 from dml_dist.config.schema import ClassesValidationConfig, RunConfig, ValidationConfig
 from dml_dist.data.classes import split_classes
 from dml_dist.data.datasets import build_importer
-from dml_dist.data.index import Index
+from dml_dist.data.index import INDEX_NAME, Index
 from dml_dist.data.sample import DatasetFacts
 from dml_dist.errors import DataError
 from dml_dist.runtime.context import check_test_split
 from dml_dist.train.run_plan import RunPlan, resolve
+
+
+def check_before_import(config: RunConfig, world_size: int) -> None:
+    """Raise what a run's plan would after the import, if the data set knows its exact counts.
+
+    Raises:
+        DmlDistError: Whatever does not fit.
+    """
+    dataset = config.data.dataset
+    if dataset is None or (Path(config.data.path) / INDEX_NAME).exists():
+        return
+    facts = build_importer(dataset).facts()
+    if facts is not None and facts.exact:
+        estimate_plan(config, world_size)
 
 
 def estimate_plan(config: RunConfig, world_size: int) -> tuple[RunPlan, str]:

@@ -133,6 +133,14 @@ def _sets(changes: list[str]) -> list[str]:
         (["launch.launcher=ray", "launch.use_gpu=yes", "launch.num_workers=2"], "needs 2 GPUs"),
         (["validation={name: fraction, fraction: 0.99}"], "at least 2 classes"),
         (["data.dataset={name: glyphs, num_classes: 40}"], "another data set"),
+        (
+            [
+                "data={path: runs/new, dataset: {name: glyphs, num_classes: 40}}",
+                "train.global_batch_size=3",
+                "loss.assignment=dynamic",
+            ],
+            "shuffled batches of 3 of",
+        ),
     ],
 )
 def test_bad_input_writes_nothing(

@@ -318,7 +318,10 @@ def test_wrong_weight_files(tmp_path: Path) -> None:
             build_model(config, seed=0)
 
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), path)
-    check(r"does not fit the network")
+    check(
+        r"fit the network: the network has no place for 80 of its 180 "
+        r"\(first layer1\.2\.conv1\.weight\)\. Use weights of the same architecture"
+    )
     torch.save([1, 2], path)
     check(r"not a state dict \(names to tensors\)")
     path.write_bytes(b"not a checkpoint")
