@@ -38,11 +38,11 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class _Headline:
-    """A headline number: the value, its name, and its value before training."""
+    """A headline number: the value, its name, and its values before training."""
 
     label: str
     value: str
-    before: str | None = None
+    before: str = ""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -144,11 +144,16 @@ def _distance(config: str | None) -> Literal["cosine", "euclidean"]:
 
 def _headline(summary: RunSummary) -> list[_Headline]:
     """Return two scores before and after training, the duration and the speed."""
-    untrained, trained = summary.result("untrained"), summary.result("trained")
+    trained = summary.result("trained")
+    baselines = {name: summary.result(name) for name in ("features", "untrained")}
     found = []
     for key in (recall_key(trained), "map_at_r"):
         if key in trained:
-            before = format_metric(key, untrained[key]) if key in untrained else None
+            before = ", ".join(
+                f"{format_metric(key, scores[key])} {name}"
+                for name, scores in baselines.items()
+                if key in scores
+            )
             label = f"{metric_label(key)} on test classes"
             found.append(_Headline(label, format_metric(key, trained[key]), before))
     if summary.total_seconds is not None:
