@@ -6,6 +6,7 @@ for the rows and classes it owns; checkpoints keep the counts, and any number of
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,12 @@ from dml_dist.random_streams import Stream, generator_of
 
 _COUNTS = "counts of assignments"
 _NUM_COUNTS = 3
+
+_IMAGES_PER_PROXY = 5
+"""Images seen for each proxy until one that was the nearest of none is dead. R@1 after 600 steps of
+64 glyphs: 61.2 % with 250 proxies, where it is 20 steps, and 48.0 % without revival; 48.4 % with 31
+proxies, where it is 3 steps, and 37.2 % with 20 (one seed).
+"""
 
 _REVIVED_NOISE = 0.1
 """Length of the noise added to a drawn sample, so that two proxies at one sample separate."""
@@ -43,19 +50,25 @@ class DynamicProxyObjective(ProxyObjective):
     last_rows: Tensor
 
     def __init__(
-        self, loss: DynamicProxyNCA, *, dead_after_steps: int, revive_dead: bool, **of_table: Any
+        self,
+        loss: DynamicProxyNCA,
+        *,
+        dead_after_steps: int | None,
+        revive_dead: bool,
+        **of_table: Any,
     ) -> None:
         """Make the table as `ProxyObjective` does.
 
         Args:
             loss: The loss.
-            dead_after_steps: When a proxy counts as dead, >= 1.
+            dead_after_steps: When a proxy counts as dead, >= 1; None is after five images for each
+                proxy.
             revive_dead: Whether dead proxies are moved to samples, every `dead_after_steps` steps.
             of_table: Arguments of `ProxyObjective`.
         """
         super().__init__(loss, **of_table)
         self.seed: int = of_table["seed"]
-        self.dead_after_steps = dead_after_steps
+        self._given_dead_after = dead_after_steps
         self.revive_dead = revive_dead
         comm = self.comm
         self.class_low, self.class_high = part_bounds(self.num_classes, comm.world_size, comm.rank)
@@ -88,9 +101,12 @@ class DynamicProxyObjective(ProxyObjective):
         Sample and noise are drawn from (seed, step, the proxy's row).
         """
         batch_GD = self._last_batch_GD
-        if not self.revive_dead or step % self.dead_after_steps or batch_GD is None:
+        if not self.revive_dead or batch_GD is None:
             return {}
-        rows = (self.idle_steps_L >= self.dead_after_steps).nonzero()[:, 0]
+        dead_after_steps = self._dead_after_steps(len(batch_GD))
+        if step % dead_after_steps:
+            return {}
+        rows = (self.idle_steps_L >= dead_after_steps).nonzero()[:, 0]
         for row in rows.tolist():
             table_row = self.shard.row_low + row
             draws = generator_of(Stream.REVIVED_PROXIES, self.seed, step, table_row)
@@ -100,6 +116,12 @@ class DynamicProxyObjective(ProxyObjective):
             self.proxies[row] = sample_D + noise_D
         self.idle_steps_L[rows] = 0
         return {PROXIES: rows}
+
+    def _dead_after_steps(self, num_images: int) -> int:
+        """Return the steps after which a proxy is dead, with this many images a step."""
+        if self._given_dead_after is not None:
+            return self._given_dead_after
+        return math.ceil(_IMAGES_PER_PROXY * self.shard.num_rows / num_images)
 
     def _loss_traffic(self, num_rows: int, *, mined: bool) -> Traffic:
         """Return what the loss and the counts send."""
@@ -118,7 +140,7 @@ class DynamicProxyObjective(ProxyObjective):
             self.last_rows.copy_(last_rows)
             if self.revive_dead:
                 self._last_batch_GD = embeddings_GD.detach()
-        dead = (idle_L >= self.dead_after_steps).sum()
+        dead = (idle_L >= self._dead_after_steps(len(rows_G))).sum()
         counts = torch.stack([dead, changed_G.sum(), known_G.sum()]).double()
         dead, changed, known = self.comm.all_reduce_sum(counts, what=_COUNTS)
         return {

@@ -240,6 +240,14 @@ def test_occupancy_churn_and_dead_proxies() -> None:
     assert run.objective.last_rows.tolist() == [3, 2, -1, 2]
 
 
+def test_a_proxy_is_dead_after_five_images_for_each_proxy() -> None:
+    run = _counted()  # 4 proxies and batches of 6 images: 20 / 6 steps.
+    dead = [run.step([0, 0, 1, 1, 2, 2], *[0] * 6)["dead_proxies"] for _ in range(4)]
+    assert dead == [0, 0, 0, 3]
+    assert run.objective.after_update(3) == {}
+    assert run.objective.after_update(4)["proxies"].tolist() == [1, 2, 3]
+
+
 def test_evaluation_mode_counts_nothing() -> None:
     run = _counted()
     run.objective.eval()
@@ -361,7 +369,7 @@ def test_a_run_warns_of_one_shared_proxy(
 ) -> None:
     """A new network's embeddings lie in a narrow cone; normalised by the batch they do not."""
     monkeypatch.setattr("dml_dist.train.dynamic_assignment._WARN_AFTER", 4)
-    loss = "{name: proxy_nca, assignment: dynamic, proxy_share: 0.3}"
+    loss = "{name: proxy_nca, assignment: dynamic, proxy_share: 0.3, revive_dead: false}"
     spread = small_config(loss=loss, model__normalize="batch")
     small_run(tmp_path / "spread", spread).train()
     assert caplog.messages == []

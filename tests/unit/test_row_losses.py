@@ -341,6 +341,8 @@ def test_settings_outside_their_range_are_rejected(loss: dict[str, Any], text: s
 def test_settings_of_older_run_folders_are_read() -> None:
     older = '{"name": "proxy_nca", "use_labels": true, "revive_dead": false}'
     assert ProxyNCAConfig.model_validate_json(older) == ProxyNCAConfig(revive_dead=False)
+    older = '{"name": "proxy_nca", "assignment": "static", "dead_after_steps": 1000}'
+    assert ProxyNCAConfig.model_validate_json(older) == ProxyNCAConfig()
 
 
 def test_class_sizes_and_proxies_that_are_missing() -> None:
