@@ -55,10 +55,14 @@ class _Notes(logging.Handler):
     def __init__(self, emit: Emit) -> None:
         super().__init__(logging.WARNING)
         self._emit = emit
+        self._sent: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a log record as a note."""
-        self._emit(note(f"{record.levelname.lower()}: {record.getMessage()}"))
+        """Send a log record as a note, once: a run builds the same network several times."""
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        if text not in self._sent:
+            self._sent.add(text)
+            self._emit(note(text))
 
 
 @contextmanager

@@ -37,8 +37,10 @@ def test_warnings_are_shown_where_ray_raises_the_level_of_the_root(
     package.manager._clear_cache()  # type: ignore[attr-defined]
     events: list[Event] = []
     with warnings_as_notes(events.append):
-        logging.getLogger("dml_dist.train.checkpoint").warning("an older checkpoint")
-    assert [event["text"] for event in events] == ["warning: an older checkpoint"]
+        for name in ("an older", "an older", "a damaged"):  # The same text is a note once.
+            logging.getLogger("dml_dist.train.checkpoint").warning("%s checkpoint", name)
+    shown = ["warning: an older checkpoint", "warning: a damaged checkpoint"]
+    assert [event["text"] for event in events] == shown
     assert package.level == logging.NOTSET
 
 
