@@ -30,7 +30,7 @@ class Commands(TyperGroup):
 data_app = typer.Typer(no_args_is_help=True, help="Import, index, verify and show data sets.")
 console = open_console()
 
-DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs"]
+DataSet = Literal["sop", "cub200", "cars196", "inshop", "folder", "table", "glyphs", "sop_shape"]
 SourceOption = Annotated[Path | None, typer.Option("--source", help="Folder or table to import.")]
 SplitOption = Annotated[
     str | None, typer.Option("--split", metavar="train=SHARE", help="Share of the training split.")
@@ -50,7 +50,7 @@ ImagesOption = Annotated[
     int | None, typer.Option("--images-per-class", help="Glyphs: images per class.")
 ]
 SizeOption = Annotated[
-    int | None, typer.Option("--image-size", help="Glyphs: image side in pixels.")
+    int | None, typer.Option("--image-size", help="Drawn images: side in pixels.")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Random seed.")]
 MaxSideOption = Annotated[

@@ -22,8 +22,8 @@ class Stream(IntEnum):
     """
 
     # Data sets: what is imported and which images train.
-    GLYPH_CLASSES = 1
-    GLYPH_DRAWING = 2  # code point, number of the image
+    GLYPH_CLASSES = 1  # none, or the number of the split or of the characters (sop_shape)
+    GLYPH_DRAWING = 2  # code points, number of the image
     SPLIT = 3
     TAR_SHARD_CONTENTS = 4  # number of the split
     VALIDATION_CLASSES = 5

@@ -104,6 +104,46 @@ class CountsConfig(Section):
         return self
 
 
+class SOPShapeConfig(Section):
+    """Drawn stand-ins of Stanford Online Products with its numbers of images and classes.
+
+    A class is a pair of characters, and no character is in both splits. There are 12 super-classes.
+    The classes have 2 to 12 images each: an approximation of the histogram of the data set.
+    """
+
+    name: Literal["sop_shape"] = "sop_shape"
+
+    train: CountsConfig = CountsConfig(classes=11_318, images=59_551)
+    """Size of the training split: at least 12 classes, of more than 2 and at most 12 images each
+    on average.
+    """
+
+    test: CountsConfig = CountsConfig(classes=11_316, images=60_502)
+    """Size of the test split, within the same bounds."""
+
+    image_size: Annotated[int, Field(ge=16, le=256)] = 32
+    """Side of the square images, in pixels."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the choice of classes and of all images."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SOPShapeConfig:
+        for split, counts in (("train", self.train), ("test", self.test)):
+            if not 12 <= counts.classes <= 100_000:
+                raise ValueError(
+                    f"{split}.classes must be at least 12, one for each super-class, and at most "
+                    f"100,000 pairs of characters, but is {counts.classes}"
+                )
+            if not 2 * counts.classes < counts.images <= 12 * counts.classes:
+                raise ValueError(
+                    f"{split}.images must be more than 2 and at most 12 for each class on average, "
+                    f"but {counts.images} images of {counts.classes} classes were given; change "
+                    "either number"
+                )
+        return self
+
+
 class FolderConfig(StoredImagesSection):
     """A folder of class folders, or of train/ and test/ folders with class folders."""
 
@@ -173,6 +213,7 @@ class CustomDatasetConfig(CustomSection, StoredImagesSection):
 
 DatasetConfig = Annotated[
     GlyphsConfig
+    | SOPShapeConfig
     | FolderConfig
     | TableConfig
     | SOPConfig

@@ -23,6 +23,7 @@ from dml_dist.config.data import (
     GlyphsConfig,
     InShopConfig,
     SOPConfig,
+    SOPShapeConfig,
     StoredImagesSection,
     TableConfig,
 )
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _SECTIONS: dict[str, type[Section]] = {
     "glyphs": GlyphsConfig,
+    "sop_shape": SOPShapeConfig,
     "folder": FolderConfig,
     "table": TableConfig,
     "sop": SOPConfig,

@@ -13,6 +13,7 @@ from dml_dist.config.data import (
     GlyphsConfig,
     InShopConfig,
     SOPConfig,
+    SOPShapeConfig,
     TableConfig,
 )
 from dml_dist.data.datasets.cars196 import Cars196Importer
@@ -22,6 +23,7 @@ from dml_dist.data.datasets.folder import FolderImporter
 from dml_dist.data.datasets.glyphs import GlyphsImporter
 from dml_dist.data.datasets.inshop import InShopImporter
 from dml_dist.data.datasets.sop import SOPImporter
+from dml_dist.data.datasets.sop_shape import SOPShapeImporter
 from dml_dist.data.datasets.table import TableImporter
 from dml_dist.data.sample import Importer
 
@@ -31,6 +33,8 @@ def build_importer(config: DatasetConfig) -> Importer:
     match config:
         case GlyphsConfig():
             return GlyphsImporter(config)
+        case SOPShapeConfig():
+            return SOPShapeImporter(config)
         case FolderConfig():
             return FolderImporter(config)
         case TableConfig():

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
-from PIL import Image, ImageFilter, ImageFont
+from PIL import Image
 
 from dml_dist.config.data import GlyphsConfig
-from dml_dist.data.datasets.glyph_classes import GlyphClass, font_path, glyph_classes
+from dml_dist.data.datasets.glyph_classes import GlyphClass, glyph_classes
+from dml_dist.data.datasets.glyph_drawing import OVERSAMPLING, paint, place, render
 from dml_dist.data.sample import DatasetFacts, Sample, class_order
 from dml_dist.data.split import num_train
 from dml_dist.errors import ConfigError
 from dml_dist.random_streams import Stream, generator_of
 
-# Images are rendered at twice the size and downsampled.
-_OVERSAMPLING = 2
-_MAX_ROTATION_DEGREES = 12.0
-_MAX_SHEAR = 0.15
-_SCALES = (0.8, 1.2)
 # As shares of the image's side:
 _FONT_SIZE = 0.7
-_MAX_SHIFT = 0.06
-_MIN_EXTENT, _MAX_EXTENT = 0.25, 0.72
+_EXTENTS = (0.25, 0.72)
 
 
 @dataclass(frozen=True)
@@ -99,55 +91,9 @@ class GlyphSource:
         cut = self.cuts[generator.integers(len(self.cuts))]
         # All glyphs use one font size, so that each font is loaded once; loading takes longer than
         # drawing.
-        glyph = _render(self.codepoint, cut, round(_FONT_SIZE * self.image_size * _OVERSAMPLING))
-        ink = _place(glyph, self.image_size, generator)
-        pixels = _paint(ink, generator)
+        glyph = render(self.codepoint, cut, round(_FONT_SIZE * self.image_size * OVERSAMPLING))
+        ink = place(glyph, self.image_size, _EXTENTS, generator)
+        pixels = paint(ink, generator)
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, "png", compress_level=3)
         return stream.getvalue(), "png"
-
-
-@lru_cache(maxsize=64)
-def _font(cut: str, pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(font_path(cut), pixels, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _render(codepoint: int, cut: str, pixels: int) -> Image.Image:
-    """Return the ink of a glyph at a font size, cropped to it."""
-    mask = _font(cut, pixels).getmask(chr(codepoint), mode="L")
-    return Image.frombytes("L", mask.size, bytes(mask)).crop(mask.getbbox())
-
-
-def _place(mask: Image.Image, image_size: int, generator: np.random.Generator) -> np.ndarray:
-    """Fit, rotate, shear, scale, shift and blur a glyph to (S, S) float32 ink in [0, 1]."""
-    side = image_size * _OVERSAMPLING
-    angle = math.radians(generator.uniform(-_MAX_ROTATION_DEGREES, _MAX_ROTATION_DEGREES))
-    shear = generator.uniform(-_MAX_SHEAR, _MAX_SHEAR)
-    extent = max(mask.size)
-    fitted = min(max(extent, _MIN_EXTENT * side), _MAX_EXTENT * side)
-    scale = generator.uniform(*_SCALES) * fitted / extent
-    shift_xy = generator.uniform(-_MAX_SHIFT, _MAX_SHIFT, size=2) * side
-    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    forward = scale * rotation @ np.array([[1.0, shear], [0.0, 1.0]])
-    # PIL takes the inverse map, from output to input pixels; the centers map to each other.
-    inverse = np.linalg.inv(forward)
-    middle_in = np.array(mask.size) / 2
-    origin = middle_in - inverse @ (side / 2 + shift_xy)
-    (a, b), (d, e) = inverse.tolist()
-    placed = mask.transform(
-        (side, side),
-        Image.Transform.AFFINE,
-        (a, b, origin[0], d, e, origin[1]),
-        resample=Image.Resampling.BILINEAR,
-    ).reduce(_OVERSAMPLING)
-    radius = generator.uniform(0.0, 0.02) * image_size
-    return np.asarray(placed.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255
-
-
-def _paint(ink: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return dark ink on tinted paper with noise, (S, S, 3) uint8."""
-    paper = generator.uniform(185, 245) + generator.uniform(-18, 18, size=3)
-    color = generator.uniform(10, 80) + generator.uniform(-10, 30, size=3)
-    noise = generator.normal(0.0, generator.uniform(2, 9), size=(*ink.shape, 3))
-    image = paper + ink[:, :, None] * (color - paper) + noise
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
