@@ -114,12 +114,10 @@ class SOPShapeConfig(Section):
     name: Literal["sop_shape"] = "sop_shape"
 
     train: CountsConfig = CountsConfig(classes=11_318, images=59_551)
-    """Size of the training split: at least 12 classes, of more than 2 and at most 12 images each
-    on average.
-    """
+    """Size of the training split: 12 or more classes, of 2 to 12 images each."""
 
     test: CountsConfig = CountsConfig(classes=11_316, images=60_502)
-    """Size of the test split, within the same bounds."""
+    """Size of the test split."""
 
     image_size: Annotated[int, Field(ge=16, le=256)] = 32
     """Side of the square images, in pixels."""
@@ -130,16 +128,11 @@ class SOPShapeConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> SOPShapeConfig:
         for split, counts in (("train", self.train), ("test", self.test)):
-            if not 12 <= counts.classes <= 100_000:
+            low, high = 2 * counts.classes, 12 * counts.classes
+            if not (12 <= counts.classes <= 100_000 and low < counts.images <= high):
                 raise ValueError(
-                    f"{split}.classes must be at least 12, one for each super-class, and at most "
-                    f"100,000 pairs of characters, but is {counts.classes}"
-                )
-            if not 2 * counts.classes < counts.images <= 12 * counts.classes:
-                raise ValueError(
-                    f"{split}.images must be more than 2 and at most 12 for each class on average, "
-                    f"but {counts.images} images of {counts.classes} classes were given; change "
-                    "either number"
+                    f"{split} has {counts.images} images of {counts.classes} classes; set 12 to "
+                    "100,000 classes, and more than 2 and at most 12 images for each on average"
                 )
         return self
 

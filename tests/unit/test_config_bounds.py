@@ -25,6 +25,8 @@ TINY, HUGE, MANY = 1e-300, 1e30, 10**9  # large numbers where there is no upper 
 
 POSITIVE_INTEGERS = """
 data.prefetch  data.batches:shuffled.window  data.batches:balanced.samples_per_class
+data.dataset:sop_shape.train.classes  data.dataset:sop_shape.train.images
+data.dataset:sop_shape.test.classes  data.dataset:sop_shape.test.images
 data.dataset:folder.expected.x.classes  data.dataset:folder.expected.x.images
 data.dataset:table.expected.x.classes  data.dataset:table.expected.x.images
 model.backbone:vit_b_16.image_size  model.backbone:timm.image_size  model.embedding_size
@@ -55,7 +57,7 @@ scale.warmup_steps  scale.steps  scale.repetitions  scale.tries
 NON_NEGATIVE_INTEGERS = """
 seed
 data.cache.retries  data.loader_workers  data.decoded_cache_mb
-data.dataset:glyphs.seed  data.dataset:folder.split.seed
+data.dataset:glyphs.seed  data.dataset:sop_shape.seed  data.dataset:folder.split.seed
 nir.warmup_steps  projections.min_steps
 schedule:constant.warmup_steps  schedule:step.warmup_steps  schedule:cosine.warmup_steps
 train.steps  train.backbone_warmup_epochs  validation:folds.fold  launch.max_failures
@@ -114,6 +116,7 @@ OTHERS: dict[str, Limits] = {
     "data.dataset:glyphs.num_classes": (3, 4, MANY, None),
     "data.dataset:glyphs.images_per_class": (1, 2, MANY, None),
     "data.dataset:glyphs.image_size": (15, 16, 256, 257),
+    "data.dataset:sop_shape.image_size": (15, 16, 256, 257),
     "data.dataset:folder.max_side": (15, 16, MANY, None),
     "data.dataset:table.max_side": (15, 16, MANY, None),
     "data.dataset:sop.max_side": (15, 16, MANY, None),

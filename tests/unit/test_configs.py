@@ -35,6 +35,7 @@ TRAINING = {
     "cub200": (5_864, 100),
     "cars196": (8_054, 98),
     "sop": (59_551, 11_318),
+    "sop_shape": (59_551, 11_318),
     "inshop": (25_882, 3_997),
     "omniglot": (2_420, 121),
     "tiny_imagenet": (2_500, 25),
@@ -83,7 +84,7 @@ def test_a_configuration_is_a_runnable_claim(
     assert plan.num_classes + plan.num_validation_classes == classes
     assert plan.num_images + plan.num_validation_images == images
     kind = getattr(config.data.dataset, "name", "")
-    words = {"glyphs": "as the data set lists them"}
+    words = dict.fromkeys(("glyphs", "sop_shape"), "as the data set lists them")
     words |= dict.fromkeys(("folder", "table"), "data.dataset.expected")
     assert words.get(kind, "published totals, class sizes estimated") in origin
     if config.compare is not None:
