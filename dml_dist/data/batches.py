@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
-from dml_dist.data.decode import decode_image
 from dml_dist.data.decoded_cache import DecodedCache
 from dml_dist.data.index import Index
 from dml_dist.data.plans import BatchPlan, global_batches, rank_positions
@@ -110,6 +109,11 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         seed: int | None = None,
         decoded: DecodedCache | None = None,
     ) -> None:
+        # Here, because it imports torchvision, which takes as long as torch: a dry run makes no
+        # data set. Not when the first image is read: each forked loader worker would import it.
+        from dml_dist.data.decode import decode_image
+
+        self._decode_image = decode_image
         self.index = index
         self.transform = transform
         self.seed = seed
@@ -171,10 +175,10 @@ class ShardDataset(Dataset[Batch | DmlDistError]):
         if image is None:
             data, exif = self._reader.read(row), self.index.exif
             try:
-                image = decode_image(data, "", exif)
+                image = self._decode_image(data, "", exif)
             except DataError:
                 # Decode again for the message: describing every image costs 10 % of a small one.
-                image = decode_image(data, self._reader.describe(row), exif)
+                image = self._decode_image(data, self._reader.describe(row), exif)
             if self.decoded is not None:
                 self.decoded.put(row, image)
         return image

@@ -104,6 +104,20 @@ class DatasetFacts:
     """False when estimated without the data."""
 
 
+class Classified(Protocol):
+    """What is counted: a sample, or an image of a listing."""
+
+    @property
+    def class_name(self) -> str:
+        """As in `Sample`."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """As in `Sample`."""
+        ...
+
+
 @runtime_checkable
 class Importer(Protocol):
     """A data set in its raw layout."""
@@ -131,7 +145,7 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(distinct)
 
 
-def facts_of(samples: Sequence[Sample]) -> DatasetFacts:
+def facts_of(samples: Sequence[Classified]) -> DatasetFacts:
     """Count the images of each class in each split."""
     rank = {name: label for label, name in enumerate(class_order(s.class_name for s in samples))}
     counts = Counter((sample.split, rank[sample.class_name]) for sample in samples)

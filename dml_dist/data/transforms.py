@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Protocol, assert_never, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from dml_dist.config.custom import call_target
 from dml_dist.config.data import (
@@ -23,8 +22,11 @@ from dml_dist.errors import ConfigError
 # Of a longer image the evaluation takes the middle: 2 x 4000 pixels would become 224 x 448,000.
 _MAX_ASPECT = 8
 
-# Where torch has no such kernel for bytes, torchvision goes through float32 and rounds.
-_RESIZES_BYTES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+# Elsewhere torchvision, whose pixels ours are, goes through float32 and rounds.
+_HAS_BILINEAR_BYTES = torch.backends.cpu.get_cpu_capability() in (
+    "AVX2",
+    "AVX512",
+) or platform.machine() in ("aarch64", "arm64")
 
 
 class Transform(Protocol):
@@ -78,23 +80,30 @@ class StandardTransform:
             height, width, config.crop_scale, config.crop_ratio, generator
         )
         view = image[:, top : top + crop_height, left : left + crop_width]
-        size = [config.size, config.size]
-        if _RESIZES_BYTES:
-            # What F.resize calls, which takes 15 us longer: a tenth of a small image's time.
-            view = interpolate(view[None], size, mode=self._mode, antialias=True)[0]
-        else:
-            view = self._resize(view, size)
+        view = self._resize(view, (config.size, config.size))
         return view.flip(-1) if flip else view
 
     def evaluation_pixels(self, image: Tensor) -> Tensor:
         """Return what `evaluation` normalises, (3, size, size) uint8."""
-        size = self.config.size
-        image = self._resize(_without_ends(image), [self.config.resize or size])  # shorter side
-        return F.center_crop(image, [size, size])
+        size, image = self.config.size, _without_ends(image)
+        height, width = image.shape[-2:]
+        shorter = self.config.resize or size
+        longer = int(shorter * max(height, width) / min(height, width))
+        image = self._resize(image, (shorter, longer) if height <= width else (longer, shorter))
+        top, left = (round((side - size) / 2) for side in image.shape[-2:])
+        return image[:, top : top + size, left : left + size]
 
-    def _resize(self, image: Tensor, size: list[int]) -> Tensor:
-        mode = InterpolationMode(self._mode)
-        return F.resize(image, size, interpolation=mode, antialias=True)
+    def _resize(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return what torchvision's `resize` does, which takes 10 us longer.
+
+        It is not imported: that takes as long as importing torch, in every dry run.
+        """
+        if image.shape[-2:] == size:
+            return image
+        if _HAS_BILINEAR_BYTES or self._mode == "bicubic":
+            return interpolate(image[None], size, mode=self._mode, antialias=True)[0]
+        levels = interpolate(image[None].float(), size, mode=self._mode, antialias=True)[0]
+        return levels.round_().to(torch.uint8)
 
     def normalize(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """Return (pixels / 255 - mean) / std of (3, H, W) uint8 pixels, (3, H, W) float32.

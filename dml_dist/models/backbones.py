@@ -1,4 +1,7 @@
-"""Backbones from images (B, 3, H, W) to feature maps (B, F, h, w), with pretrained weights."""
+"""Backbones from images (B, 3, H, W) to feature maps (B, F, h, w), with pretrained weights.
+
+torchvision is imported by its own networks alone: that takes as long as importing torch.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from typing import Any, TypeGuard, assert_never
 from urllib.parse import urlparse
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from dml_dist.config.custom import call_target
 from dml_dist.config.model import (
@@ -69,6 +70,8 @@ def build_torchvision(config: TorchvisionConfig, *, pretrained: bool) -> tuple[n
         config: Network, normalization and weights.
         pretrained: Whether to load `config.weights`; False if a checkpoint is loaded next.
     """
+    import torchvision
+
     network = torchvision.models.get_model(config.name, weights=None, **_arguments(config))
     *_, classifier = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
     if isinstance(config, ViTConfig):
@@ -111,6 +114,8 @@ def _arguments(config: TorchvisionConfig) -> dict[str, Any]:
 
 
 def _set_stochastic_depth(trunk: nn.Module, active: bool) -> None:
+    from torchvision.ops import StochasticDepth
+
     for layer in trunk.modules():
         if isinstance(layer, StochasticDepth) and not active:
             layer.p = 0.0
@@ -207,6 +212,8 @@ def _is_pretrained(config: BackboneConfig) -> TypeGuard[TorchvisionConfig | Timm
 
 def _named(config: TorchvisionConfig | TimmConfig) -> Any:
     """Return torchvision's entry of a weight name, None for a file."""
+    import torchvision
+
     if isinstance(config, TimmConfig):
         return None
     return torchvision.models.get_model_weights(config.name).__members__.get(config.weights)
@@ -218,6 +225,8 @@ def _cached(entry: Any) -> Path:
 
 def _find_file(config: TorchvisionConfig) -> Path | None:
     """Return the file that `weights` names, None for a name of torchvision; raise for others."""
+    import torchvision
+
     known = torchvision.models.get_model_weights(config.name)
     if config.weights not in known.__members__:
         if (path := find_weight_file(config.weights)) is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torchvision.ops import StochasticDepth
 
 from dml_dist.config.model import (
     BackboneConfig,
@@ -144,9 +144,12 @@ def describe_network(model: EmbeddingModel) -> tuple[tuple[str, str], ...]:
 
 
 def _random_layers(model: nn.Module) -> dict[str, bool]:
+    # A network that holds torchvision's layers has imported it; others need not wait for that.
+    ops = sys.modules.get("torchvision.ops")
     return {
-        "stochastic depth": any(
-            isinstance(layer, StochasticDepth) and layer.p > 0 for layer in model.modules()
+        "stochastic depth": ops is not None
+        and any(
+            isinstance(layer, ops.StochasticDepth) and layer.p > 0 for layer in model.modules()
         ),
         "dropout": any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules()),
     }

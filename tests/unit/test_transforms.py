@@ -39,21 +39,28 @@ def test_every_image_size_gives_the_same_shape(height: int, width: int) -> None:
             assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("resize", [None, 20])
-@pytest.mark.parametrize(("height", "width"), [(33, 47), (47, 33), (12, 15), (16, 16)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("resize", [None, 20, 21])
+@pytest.mark.parametrize(
+    ("height", "width"), [(33, 47), (47, 33), (12, 15), (16, 16), (20, 20), (20, 31), (31, 61)]
+)
 def test_evaluation_is_torchvisions_resize_crop_and_normalize(
-    height: int, width: int, resize: int | None
+    height: int, width: int, resize: int | None, interpolation: Any
 ) -> None:
-    reference = v2.Compose(
+    mode = v2.InterpolationMode(interpolation)
+    reference = v2.Compose([v2.Resize(resize or 16, mode, antialias=True), v2.CenterCrop(16)])
+    normalize = v2.Compose(
         [
-            v2.Resize(resize or 16, antialias=True),
-            v2.CenterCrop(16),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
-    image = image_of(height, width)
-    torch.testing.assert_close(standard(resize=resize).evaluation(image), reference(image))
+    transform = standard(resize=resize, interpolation=interpolation)
+    assert isinstance(transform, StandardTransform)
+    for image in (image_of(height, width), image_of(width, height).permute(0, 2, 1)):
+        expected = reference(image)
+        assert torch.equal(transform.evaluation_pixels(image), expected)
+        torch.testing.assert_close(transform.evaluation(image), normalize(expected))
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 400), (401, 4), (3, 1000), (24, 193)])
@@ -71,14 +78,14 @@ def test_extreme_images_are_not_blown_up(
     height: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    resize = transforms.F.resize
+    resize = transforms.interpolate
 
     def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
         resized: torch.Tensor = resize(*arguments, **options)
         sizes.append(resized.numel())
         return resized
 
-    monkeypatch.setattr(transforms.F, "resize", recorded)
+    monkeypatch.setattr(transforms, "interpolate", recorded)
     assert standard(size=64).evaluation(image_of(height, width)).shape == (3, 64, 64)
     assert max(sizes) <= 3 * 64 * 64 * 9
 

@@ -108,12 +108,25 @@ class OfficialImporter(ABC):
         """Count the images of each class; without the source, return the published counts."""
         if not os.path.exists(self.config.source):
             return official_facts(self.official)
-        return facts_of(self._samples)
+        _, there = self._found
+        return facts_of([image for image, _ in there])
 
     @cached_property
     def _samples(self) -> list[Sample]:
-        source = _require_folder(Path(os.path.abspath(self.config.source)), self.official)
-        return _checked(self.listing(source), source, self.official, self.config.allow_partial)
+        listing, there = self._found
+        _warn_of_irregularities(listing, self._source, self.official, there)
+        return _samples_of(there)
+
+    @cached_property
+    def _found(self) -> tuple[Listing, list[tuple[ListedImage, str]]]:
+        """The listing, and its images that exist with their files."""
+        source = _require_folder(self._source, self.official)
+        listing = self.listing(source)
+        return listing, _checked(listing, source, self.official, self.config.allow_partial)
+
+    @property
+    def _source(self) -> Path:
+        return Path(os.path.abspath(self.config.source))
 
 
 def official_facts(official: Official) -> DatasetFacts:
@@ -247,8 +260,8 @@ def _md5_difference(path: Path, published: Mapping[str, str]) -> str | None:
 
 def _checked(
     listing: Listing, source: Path, official: Official, allow_partial: bool
-) -> list[Sample]:
-    """Find the listed files, compare them with the published data set, return the samples."""
+) -> list[tuple[ListedImage, str]]:
+    """Find the listed files, compare them with the published data set, return those that exist."""
     _refuse_repeated(listing)
     files = on_disk.find_listed(listing.base, [image.path for image in listing.images])
     there = [(image, file) for image, file in zip(listing.images, files, strict=True) if file]
@@ -277,7 +290,10 @@ def _checked(
                 "with --allow-partial (allow_partial: true)"
             )
         _log.warning("%s\nimporting the existing images because allow_partial is set", message)
-    _warn_of_irregularities(listing, source, official, there)
+    return there
+
+
+def _samples_of(there: Sequence[tuple[ListedImage, str]]) -> list[Sample]:
     return [
         Sample(
             key,
@@ -335,7 +351,7 @@ def _warn_of_irregularities(
 ) -> None:
     """Log irregularities that do not stop an import."""
     other_case = sum(
-        os.path.relpath(file, listing.base) != os.path.normpath(image.path) for image, file in there
+        file != os.path.normpath(os.path.join(listing.base, image.path)) for image, file in there
     )
     if other_case:
         _log.warning(
