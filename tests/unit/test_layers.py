@@ -277,3 +277,27 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
         [sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60, cwd=ROOT.parent
     )
     assert result.returncode == 0, result.stderr
+
+
+DRY_RUN = """
+import sys
+from rich.console import Console
+from dml_dist.config.load import load_config
+from dml_dist.orchestration.train import dry_run_table
+dry_run_table(load_config(sys.argv[1]), Console(quiet=True))
+heavy = {"torchvision", "pandas", "ray", "optuna", "faiss", "matplotlib"} & set(sys.modules)
+assert not heavy, f"imported: {sorted(heavy)}"
+"""
+
+
+def test_a_dry_run_imports_torch_and_no_other_heavy_library(tmp_path: Path) -> None:
+    """Of a network and data that need none: what remains is torch's own time."""
+    result = subprocess.run(
+        [sys.executable, "-c", DRY_RUN, ROOT.parent / "configs/sop_shape.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT.parent), "PATH": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
