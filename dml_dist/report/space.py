@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -177,7 +177,7 @@ def _draw_distances(distances: Distances, space: Space, colors: Colors) -> Figur
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """The color groups of a map's points: position -> group, -1 for none."""
+    """The color groups of images: position -> group, -1 for none."""
 
     of_point: np.ndarray
     names: list[str]
@@ -188,15 +188,22 @@ def draw_maps(space: Space, classes: ClassTable | None, seed: int) -> list[Pictu
     """Draw the embeddings in the plane: by PCA, and by UMAP where umap-learn is installed."""
     if len(space.labels) < 3 or space.vectors.shape[1] < 2:
         return []
+    groups = _groups(space.labels, classes)
     chosen = generator_of(Stream.MAP_IMAGES, seed).permutation(len(space.labels))
+    colored = groups.of_point[chosen] >= 0
+    # Of thousands of classes hardly an image of the few colored ones would be drawn.
+    few = 0 < colored.sum() < MOST_POINTS // 10
+    if few:
+        chosen = chosen[np.argsort(~colored, kind="stable")]
     chosen = np.sort(chosen[:MOST_POINTS])
     vectors = space.vectors[chosen].astype(np.float64)
-    groups = _groups(space.labels, chosen, classes)
-    drawn = (
-        f"{len(chosen):,} of {len(space.labels):,} test images, drawn at random"
-        if len(chosen) < len(space.labels)
-        else f"All {len(chosen):,} test images"
-    )
+    groups = replace(groups, of_point=groups.of_point[chosen])
+    drawn = f"All {len(chosen):,} test images"
+    if len(chosen) < len(space.labels):
+        which = (
+            "all of the colored classes, the others drawn at random" if few else "drawn at random"
+        )
+        drawn = f"{len(chosen):,} of {len(space.labels):,} test images, {which}"
     positions, share = principal_components(vectors)
     caption = (
         f"{drawn}, in the two directions of largest variance (PCA), which hold {share:.1%} of it. "
@@ -245,13 +252,12 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray | None:
         return np.asarray(mapper.fit_transform(vectors.astype(np.float32)), dtype=np.float64)
 
 
-def _groups(labels: np.ndarray, chosen: np.ndarray, classes: ClassTable | None) -> _Groups:
+def _groups(labels: np.ndarray, classes: ClassTable | None) -> _Groups:
     """Color the super-classes if they are few, else the weakest classes."""
-    nothing = _Groups(np.full(len(chosen), -1), [], "")
     if classes is None:
-        return nothing
-    position = {int(label): at for at, label in enumerate(classes.results.label)}
-    of_point = np.array([position.get(int(label), -1) for label in labels[chosen]])
+        return _Groups(np.full(len(labels), -1), [], "")
+    position = {label: at for at, label in enumerate(classes.results.label.tolist())}
+    of_point = np.array([position.get(label, -1) for label in labels.tolist()])
     super_names = sorted({name for name in classes.super_classes if name})
     if 2 <= len(super_names) <= len(SERIES):
         number = {name: at for at, name in enumerate(super_names)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dml_dist.random_streams import Stream, seed_of
-from dml_dist.report import write_gallery, write_report
+from dml_dist.report import space, write_gallery, write_report
 from dml_dist.report.class_results import read_class_results, weakest_rows
 from dml_dist.report.proxy_diagnostics import read_proxy_facts, write_proxy_facts
 from dml_dist.report.space import (
@@ -115,7 +115,8 @@ def test_a_big_run_gives_a_small_page_that_says_what_was_drawn(tmp_path: Path) -
     path = write_report(run.path)
     assert path.stat().st_size < 5e6
     page = Page(path)
-    assert f"{MOST_POINTS:,} of 12,000 test images, drawn at random" in page.text
+    drawn = f"{MOST_POINTS:,} of 12,000 test images, all of the colored classes, the others drawn"
+    assert drawn in page.text
     assert f"for {MOST_QUERIES:,} drawn of 12,000 images" in page.text
     assert "image missing" not in page.text
 
@@ -195,6 +196,35 @@ def test_cosine_normalizes_and_euclidean_does_not(tmp_path: Path) -> None:
     assert cosine is not None
     np.testing.assert_array_equal(euclidean.vectors, raw)
     np.testing.assert_allclose(np.linalg.norm(cosine.vectors, axis=1), 1, rtol=1e-6)
+
+
+def test_every_image_of_the_colored_classes_is_on_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(tmp_path / "demo")
+    num_classes = 3 * MOST_POINTS
+    recall = np.ones(num_classes)
+    recall[100::1000] = 0.0  # more classes than colors: the first ones are colored
+    write_classes(run, recall.tolist())
+    classes = read_class_results(run.path)
+    assert classes is not None
+    labels = np.arange(num_classes).repeat(2)
+    vectors = np.random.default_rng(0).normal(size=(len(labels), 4)).astype(np.float32)
+    vectors[:, 0] = labels
+    on_map: list[float] = []
+
+    def recorded(vectors_ND: np.ndarray) -> tuple[np.ndarray, float]:
+        on_map.extend(vectors_ND[:, 0].tolist())
+        return principal_components(vectors_ND)
+
+    monkeypatch.setattr(space, "principal_components", recorded)
+    (picture,) = draw_maps(Space(vectors, labels, "euclidean"), classes, seed=9)
+    assert len(on_map) == MOST_POINTS
+    colored = classes.results.worst_first()[:6].tolist()
+    assert colored == [100, 1100, 2100, 3100, 4100, 5100]
+    assert [on_map.count(label) for label in colored] == [2] * 6
+    assert len(set(on_map)) > MOST_POINTS // 2  # and others at random
+    assert "all of the colored classes, the others drawn at random" in picture.caption
 
 
 def test_umap_draws_a_second_map_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
