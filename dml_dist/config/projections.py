@@ -36,7 +36,7 @@ class RepresentativeTableConfig(Section):
     """Weight of the loss between the batch and all rows."""
 
     in_batch_weight: NonNegativeFloat = 0.1
-    """Weight of the loss within the batch; 0 leaves it out."""
+    """Weight of the loss within the batch."""
 
     memory_mb: PositiveFloat = resumable(64.0)
     """Bound on the memory for distances to rows, in MiB; rows are processed in chunks."""

@@ -59,8 +59,8 @@ class ScalePoint:
         owned_rows: Rows of proxies on the largest rank.
         images_seen: Images until the end of the point's run, of all ranks.
         recall_at_1: Recall@1 of the validation classes at the end.
-        loss_difference: Largest difference of the loss to the run of one rank with the same global
-            batch, over all steps, relative to that loss.
+        loss_difference: Largest difference of the recorded losses (means of the steps between two
+            records) to those of one rank with the same global batch, relative to them.
     """
 
     name: str
