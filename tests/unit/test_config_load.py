@@ -238,7 +238,7 @@ def test_all_problems_are_listed_with_lines(tmp_path: Path) -> None:
         ({"model": [1]}, "model: must be a section with keys backbone, pooling"),
         (
             {"data": {"path": "p", "dataset": {"source": "x"}}},
-            "data.dataset.name: missing; give one of glyphs, folder, ",
+            "data.dataset.name: missing; give one of glyphs, sop_shape, folder, ",
         ),
         # wrong types
         ({"seed": True}, "seed: must be an integer >= 0, got true"),
