@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Ray's workers run at 15 by default: a second process of tests would take all cores from them.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# A shell ignores SIGINT in what it starts in the background, and so would commands of tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _PROCESSES = 2
 # Files that start Ray here go to one process: two clusters at a time would need the memory and the
