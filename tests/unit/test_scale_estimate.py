@@ -13,6 +13,7 @@ from dml_dist.config.objective import AdamConfig, ProxyNCAConfig
 from dml_dist.errors import TopologyError
 from dml_dist.studies.scale.estimate import (
     Method,
+    backbone_flops,
     backbone_name,
     estimate,
     network_gradient_bytes,
@@ -95,6 +96,16 @@ def test_guessed_time_grows_with_ranks_that_share_processors() -> None:
     assert estimate(doubled, ADAM).seconds_guess > 1.9 * alone
     one_thread = replace(POINT, world_size=1, threads=1)
     assert estimate(one_thread, ADAM).seconds_guess == pytest.approx(2 * alone, rel=0.05)
+
+
+def test_guessed_time_grows_with_the_operations_of_the_backbone() -> None:
+    resnet = ModelConfig(backbone=ResNetConfig(name="resnet18", norm="group"))
+    flops = backbone_flops(resnet, 224)
+    assert flops == pytest.approx(2 * 1.814e9, rel=0.01)  # torchvision's table: 1.81 GMACs.
+    assert backbone_flops(resnet, 112) == pytest.approx(flops / 4, rel=0.02)
+    assert backbone_flops(resnet, 0) == 0  # A transform of the user's own.
+    guess = estimate(POINT, ADAM, flops).seconds_guess
+    assert estimate(POINT, ADAM, 2 * flops).seconds_guess == pytest.approx(2 * guess, rel=0.01)
 
 
 def test_backbones_are_told_apart_and_their_gradients_counted() -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dml_dist.config.model import BackboneConfig, Conv4Config, ModelConfig, TimmConfig
 from dml_dist.config.objective import LossConfig, ProxyNCAConfig
@@ -22,10 +23,12 @@ from dml_dist.train.optim import state_slots
 
 _FLOAT_BYTES = 4
 
-_GUESSED_IMAGE_SECONDS = 2e-3
-_GUESSED_PRODUCT_SECONDS = 5e-10
-"""A processor's time for an image and for one product of logits (forward and backward) before
-anything was measured: orders of magnitude of a small network."""
+_GUESSED_FLOPS = {"cpu": 5e10, "gpu": 5e13}
+"""Floating-point operations a second of a processor and of a GPU in a network, before anything was
+measured: orders of magnitude."""
+
+_GUESSED_PRODUCT_SECONDS = {"cpu": 5e-10, "gpu": 1e-12}
+"""Time of one product of logits, forward and backward; likewise."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,7 @@ class Estimate:
             activations; 0 where `gradient_bytes` of the point is unknown.
         objective: What the objective sends.
         gradients: What DDP sends.
-        seconds_guess: A step on this machine's processors at guessed rates, for a study of which
-            no point was measured.
+        seconds_guess: A step at guessed rates, for a study of which no point was measured.
     """
 
     owned_rows: int
@@ -111,8 +113,26 @@ def network_gradient_bytes(config: ModelConfig) -> int:
     return sum(p.numel() * _FLOAT_BYTES for p in model.parameters() if p.requires_grad)
 
 
-def estimate(point: ScalePoint, method: Method) -> Estimate:
+def backbone_flops(config: ModelConfig, image_size: int) -> int:
+    """Return the floating-point operations of a backbone for an image, forward, as torch counts.
+
+    0 where the size of images is not known.
+    """
+    device = "cpu" if config.backbone.name == "custom" else "meta"
+    with torch.device(device), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if image_size:
+            backbone = build_model(config, seed=0, pretrained=False).backbone.eval()
+            backbone(torch.empty(1, 3, image_size, image_size))
+    return int(counter.get_total_flops())
+
+
+def estimate(point: ScalePoint, method: Method, backbone_flops: int = 0) -> Estimate:
     """Return the costs of a point; of its measured numbers only `gradient_bytes` is read.
+
+    Args:
+        point: The point.
+        method: Loss and optimiser.
+        backbone_flops: Operations of the network for an image, forward; for `seconds_guess` alone.
 
     Raises:
         TopologyError: If there are more ranks than proxies.
@@ -135,7 +155,10 @@ def estimate(point: ScalePoint, method: Method) -> Estimate:
         sent = objective.traffic(batch_sizes)
     gradient = 0 if math.isnan(point.gradient_bytes) else int(point.gradient_bytes)
     products = float(queries) * width * (rows or max(batch_sizes))
-    share = processor_share(point)
+    kind = "cpu" if point.device == "cpu" else "gpu"
+    # The backward pass costs twice the forward pass.
+    seconds = 3 * backbone_flops * max(batch_sizes) / _GUESSED_FLOPS[kind]
+    seconds += products * _GUESSED_PRODUCT_SECONDS[kind]
     return Estimate(
         owned_rows=rows,
         products=products,
@@ -145,8 +168,7 @@ def estimate(point: ScalePoint, method: Method) -> Estimate:
         network_bytes=gradient * (2 + method.state_slots),
         objective=sent,
         gradients=Traffic.of("all_reduce", "gradients", gradient, world_size),
-        seconds_guess=share
-        * (_GUESSED_IMAGE_SECONDS * max(batch_sizes) + _GUESSED_PRODUCT_SECONDS * products),
+        seconds_guess=processor_share(point) * seconds,
     )
 
 

@@ -19,7 +19,7 @@ from dml_dist.orchestration.launch import uses_gpu
 from dml_dist.orchestration.train import plan_without_data
 from dml_dist.runs.scaling import scale_section
 from dml_dist.runtime.datasets import ensure_imported, import_to
-from dml_dist.studies.scale.estimate import Method, backbone_name, estimate
+from dml_dist.studies.scale.estimate import Method, backbone_flops, backbone_name, estimate
 from dml_dist.studies.scale.grid import (
     Course,
     Sizes,
@@ -149,7 +149,7 @@ def _planned(
             gradient_bytes=float(gradient_bytes(plan, run)),
             owned_rows=max(plan.proxy_rows),
         )
-        costs = estimate(point, method)
+        costs = estimate(point, method, backbone_flops(run.model, point.image_size))
     except DmlDistError as error:
         return PlannedPoint(
             sizes, course, replace(point, status="refused", problem=str(error)), math.nan
