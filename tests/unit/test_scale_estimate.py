@@ -102,7 +102,7 @@ def test_guessed_time_grows_with_the_operations_of_the_backbone() -> None:
     resnet = ModelConfig(backbone=ResNetConfig(name="resnet18", norm="group"))
     flops = backbone_flops(resnet, 224)
     assert flops == pytest.approx(2 * 1.814e9, rel=0.01)  # torchvision's table: 1.81 GMACs.
-    assert backbone_flops(resnet, 112) == pytest.approx(flops / 4, rel=0.02)
+    assert backbone_flops(resnet, 112) == pytest.approx(flops / 4, rel=0.1)
     assert backbone_flops(resnet, 0) == 0  # A transform of the user's own.
     guess = estimate(POINT, ADAM, flops).seconds_guess
     assert estimate(POINT, ADAM, 2 * flops).seconds_guess == pytest.approx(2 * guess, rel=0.01)
