@@ -70,7 +70,9 @@ def train_on_disks(
         change(f"size={size}k")
         full = forked(command, *arguments, str(mounted / "run"), **options)
         what = (size, needed, full.output)
-        assert all(full.codes), what
+        # Without space for its page alone a run is finished, and says so.
+        finished = "could not be written" in "".join(full.output)
+        assert not any(full.codes) if finished else all(full.codes), what
         assert "No space left on device" in "".join(full.output), what
         assert "Traceback" not in "".join(full.output), what
         assert full.seconds < 60, what
@@ -107,7 +109,7 @@ def test_full_disk_under_ray(
     """No restart of the ranks fixes it: the command ends, and resumes where there is space."""
     mounted, change = disk
     run = mounted / "run"
-    for share in (0.2, 0.9):
+    for share in (0.2, 0.5):
         change(f"size={int(needed_for(whole_on_two) * share)}k")
         arguments = ("train", config_file, "--launcher", "ray", "--workers", 2, "--run-dir", run)
         code, output = cli(*arguments)

@@ -69,15 +69,17 @@ def test_killed_driver_and_killed_trial(search: Path, cli: Cli, tmp_path: Path) 
         wait_for(
             lambda: validated(folder / "runs/trial-1"), seconds=240, what="a validation of trial 1"
         )
-        killed_with_driver = [
-            number
-            for number in range(len(RATES))
-            if (folder / f"runs/trial-{number}/run.json").is_file()
-            and status_of(folder / f"runs/trial-{number}")["state"] == "running"
-        ]
         children = descendants(driver.pid)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+    # Ray's processes outlive the driver for a moment, in which a trial may still finish.
+    wait_for(lambda: not any(map(running, children)), seconds=120, what="the end of Ray")
+    killed_with_driver = [
+        number
+        for number in range(len(RATES))
+        if (folder / f"runs/trial-{number}/run.json").is_file()
+        and status_of(folder / f"runs/trial-{number}")["state"] == "running"
+    ]
     assert {trial.state for trial in trials_of(folder)} >= {TrialState.RUNNING}
 
     with started("tune", search, cwd=tmp_path, name="second") as driver:
@@ -95,7 +97,6 @@ def test_killed_driver_and_killed_trial(search: Path, cli: Cli, tmp_path: Path) 
     assert killed_with_driver
     for number in (killed_with_driver[0], 3):
         assert_equal_to_plain_training(search, folder, number, cli, tmp_path)
-    wait_for(lambda: not any(map(running, children)), seconds=120, what="the end of Ray")
     assert not (folder / ".ray").exists()
     print(f"starts per trial: {starts}")
 
