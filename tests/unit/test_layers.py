@@ -54,6 +54,8 @@ NEVER_AT_TOP = {
 }
 NO_TORCH = LAYERS[0] | {"runs"}
 
+TESTS = Path(__file__).parents[1]
+
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60
 
@@ -191,6 +193,15 @@ def test_sizes(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1 - _docstring_lines(node)
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def test_files_of_tests_are_short() -> None:
+    sizes = {
+        str(path.relative_to(TESTS)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in TESTS.rglob("*.py")
+    }
+    assert len(sizes) > 100
+    assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
 
 
 def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
